@@ -1,0 +1,220 @@
+"""Draw a synthetic fundus photograph of a given grade of diabetic retinopathy, with NumPy and Pillow only.
+
+    image, lesion_mask = draw(grade=2, rng=np.random.default_rng(0), image_size=128)
+
+Grades are those of the International Clinical Diabetic Retinopathy scale (Wilkinson et al., Ophthalmology 110, 2003):
+0 none, 1 mild (microaneurysms only), 2 moderate, 3 severe non-proliferative, 4 proliferative (new vessels).
+
+Eye, camera and lesions have a stream of random numbers each. So colour, light, focus, noise and field of view cannot
+tell the grade, and `lesions=False` gives the same photograph without its lesions.
+
+A point is a complex number x + iy: x to the right, y down, from the centre of the field of view, whose radius is 1.
+Lengths are in this unit, directions in radians. A picture is float32 (3, size, size), an alpha float32 (size, size).
+"""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+GRADE_SHARES = (0.50, 0.05, 0.36, 0.02, 0.07)  # of grades 0..4, as in OIA-DDR (Li et al., Inf. Sciences 501, 2019)
+LESIONS = {  # fewest and most of each, for grades 0..4
+    "microaneurysms": ((0, 0), (4, 9), (6, 14), (6, 14), (6, 14)),
+    "blots": ((0, 0), (0, 0), (4, 10), (20, 30), (12, 24)),
+    "flames": ((0, 0), (0, 0), (0, 2), (3, 7), (2, 6)),
+    "exudate clusters": ((0, 0), (0, 0), (0, 3), (1, 4), (1, 4)),
+    "cotton wool spots": ((0, 0), (0, 0), (0, 1), (2, 5), (2, 5)),
+    "new vessels": ((0, 0), (0, 0), (0, 0), (0, 0), (2, 4)),
+    "preretinal haemorrhages": ((0, 0), (0, 0), (0, 0), (0, 0), (0, 2)),
+}
+FINENESS = 3  # shapes are drawn this many times finer than the picture
+
+# Red, green and blue of what lies on the retina. Blood lets light through, so it multiplies; deposits cover.
+ARTERY, VEIN, BLOOD = (0.90, 0.60, 0.62), (0.70, 0.40, 0.46), (0.56, 0.24, 0.30)
+EXUDATE, COTTON_WOOL = (1.00, 0.88, 0.45), (0.98, 0.84, 0.62)
+DISC, CUP, HAZE = (1.00, 0.72, 0.42), (1.00, 0.92, 0.72), (0.75, 0.70, 0.55)
+
+
+def draw(grade, rng, image_size=128, lesions=True):
+    """Draw one photograph of a grade, int 0..4.
+
+    rng: numpy Generator; the same state gives the same bits, and moves on alike whatever the grade.
+    lesions: False leaves the lesions out, and changes nothing else.
+    Returns the image, uint8 (image_size, image_size, 3), and the mask of its lesions, bool (image_size, image_size).
+    Raises ValueError for a grade that does not exist.
+    """
+    if grade not in (0, 1, 2, 3, 4):
+        raise ValueError(f"there is no grade {grade!r}: give 0 (none), 1, 2, 3 or 4 (proliferative)")
+    eye_rng, camera_rng, lesion_rng = (np.random.default_rng(seed) for seed in rng.integers(2**63, size=3))
+    field = image_size / 2 * camera_rng.uniform(0.90, 0.99)  # radius of the field of view in pixels
+    temporal = int(eye_rng.choice((-1, 1)))  # the direction from the disc to the fovea: +1 right, -1 left
+    disc = complex(-temporal * eye_rng.uniform(0.38, 0.66), eye_rng.normal(0, 0.06))
+    fovea = disc + complex(temporal * eye_rng.uniform(0.58, 0.68), eye_rng.uniform(0.02, 0.12))
+    eye = {"temporal": temporal, "disc": disc, "fovea": fovea, "radius": eye_rng.uniform(0.115, 0.145)}
+    retina = draw_background(eye, eye_rng, image_size, field)
+    veins, arteries = draw_vessels(eye, eye_rng, image_size, field)
+    retina = absorb(absorb(retina, arteries, ARTERY), veins, VEIN)
+    mask = np.zeros((image_size, image_size), bool)
+    if lesions and grade > 0:
+        blood, exudates, cotton_wool = draw_lesions(grade, eye, veins + arteries, lesion_rng, image_size, field)
+        retina = absorb(cover(cover(retina, cotton_wool, COTTON_WOOL), exudates, EXUDATE), blood, BLOOD)
+        mask = np.maximum(np.maximum(blood, exudates), cotton_wool) > 0.2
+    return take_photograph(retina, camera_rng, field), mask
+
+
+def rgb(values):
+    return np.float32(values)[:, None, None]
+
+
+def absorb(picture, alpha, colour):
+    return picture * (1 - alpha * (1 - rgb(colour)))
+
+
+def cover(picture, alpha, colour):
+    return picture + alpha * (rgb(colour) - picture)
+
+
+def distances(image_size, field, point=0j, stretch=1.0):
+    """Each pixel's distance from a point, float32 (size, size); `stretch` makes the circles higher than wide."""
+    axis = (np.arange(image_size) + 0.5 - image_size / 2) / field
+    x, y = axis - point.real, (axis - point.imag) / stretch
+    return np.hypot(x[None, :].astype(np.float32), y[:, None].astype(np.float32))
+
+
+def smooth_noise(rng, image_size, bumps):
+    """A random field with about `bumps` bumps across, float32 (size, size), mean 0, deviation about 1."""
+    coarse = Image.fromarray(rng.standard_normal((bumps + 3, bumps + 3), np.float32))
+    return np.asarray(coarse.resize((image_size, image_size), Image.Resampling.BICUBIC)) * np.float32(1.3)
+
+
+class Layer:
+    """An empty canvas, FINENESS times finer than the picture, for shapes in one ink (0..1)."""
+
+    def __init__(self, image_size, field):
+        self.centre, self.scale = image_size * FINENESS / 2 * (1 + 1j), field * FINENESS
+        self.image = Image.new("L", (image_size * FINENESS, image_size * FINENESS))
+        self.pen = ImageDraw.Draw(self.image)
+
+    def line(self, points, widths, inks):
+        """A line in pieces of eight points, each of the width and the ink of its first point."""
+        xy = (points * self.scale + self.centre).view(np.float64).tolist()  # x, y, x, y, ...
+        for i in range(0, len(points) - 1, 8):
+            self.pen.line(xy[2 * i : 2 * i + 18], round(255 * inks[i]), max(1, round(widths[i] * self.scale)), "curve")
+
+    def polygon(self, points):
+        self.pen.polygon((points * self.scale + self.centre).view(np.float64).tolist(), 255)
+
+    def spot(self, rng, point, radius, length=1.0, direction=0.0):
+        """A roundish, irregular spot; `length` stretches it along `direction`."""
+        angles = np.linspace(0, 2 * np.pi, 18, endpoint=False)
+        rim = 1 + rng.normal(0, 0.1, 3) @ np.cos(np.outer((2, 3, 5), angles) + rng.uniform(0, 6.28, (3, 1)))
+        self.polygon(point + radius * rim * (length * np.cos(angles) + 1j * np.sin(angles)) * np.exp(1j * direction))
+
+    def alpha(self, blur=0.0):
+        soft = self.image.reduce(FINENESS).filter(ImageFilter.GaussianBlur(blur * self.scale / FINENESS))
+        return np.asarray(soft, np.float32) / 255
+
+
+def draw_background(eye, rng, image_size, field):
+    """The retina without vessels: pigment, choroid, macula and optic disc; a picture of reflectances."""
+    colour = rgb((0.90, 0.50, 0.28)) - rng.uniform() * rgb((0.14, 0.17, 0.17))  # fair to dark
+    texture = 0.030 * smooth_noise(rng, image_size, 5) + 0.022 * smooth_noise(rng, image_size, 24)
+    retina = colour * (1 + texture * rgb((0.6, 1.0, 1.2)))
+    from_fovea = distances(image_size, field, eye["fovea"])
+    macula = rng.uniform(0.25, 0.45) * np.exp(-((from_fovea / 0.20) ** 2)) + 0.2 * np.exp(-((from_fovea / 0.06) ** 2))
+    retina = absorb(retina, macula, (0.45, 0.1, 0.1))
+    from_disc = distances(image_size, field, eye["disc"], stretch=1.12)
+    retina = retina * (1 + 0.15 * np.exp(-((from_disc / 0.35) ** 2)))  # nerve fibres shine around the disc
+    from_cup = distances(image_size, field, eye["disc"] + 0.02 * eye["temporal"], stretch=1.12)
+    retina = cover(retina, 0.47 + 0.47 * np.tanh((eye["radius"] - from_disc) / 0.015), DISC)
+    return cover(retina, 0.4 + 0.4 * np.tanh((eye["radius"] * rng.uniform(0.35, 0.6) - from_cup) / 0.02), CUP)
+
+
+def draw_vessels(eye, rng, image_size, field):
+    """Four pairs of a vein and an artery that leave the disc, branch and thin; an alpha of veins, one of arteries."""
+    veins, arteries = Layer(image_size, field), Layer(image_size, field)
+    ahead = 0.0 if eye["temporal"] == 1 else np.pi
+    for vertical in (-1, 1):
+        turn = vertical * eye["temporal"]  # the sense in which a direction turns away from the temporal side
+        for first, last, bend in ((1.75, -0.05, 0.33), (2.2, 2.75, 0.30)):  # arcade around the macula; nasal branch
+            for layer, width in ((arteries, 0.024), (veins, 0.033)):
+                start = eye["disc"] + complex(*rng.normal(0, 0.015, 2)) + 0.02j * vertical
+                headings = ahead + turn * (np.array([first, last]) + rng.normal(0, 0.16, 2))
+                width = width * rng.uniform(0.85, 1.15) * (1.0 if first < 2 else 0.7)
+                grow(layer, eye, rng, start, headings, bend * rng.uniform(0.8, 1.25), width, length=1.9)
+    return veins.alpha(), arteries.alpha()
+
+
+def grow(layer, eye, rng, start, headings, bend, width, length, depth=0):
+    """Draw a vessel that turns from headings[0] to headings[1] within about `bend`, and its branches."""
+    step = 0.03
+    way = np.arange(0, length, step)
+    wobble = rng.normal(0, 0.15, 2) @ np.sin(way / np.array([[0.045], [0.11]]) + rng.uniform(0, 6.28, (2, 1)))
+    heading = headings[1] + (headings[0] - headings[1]) * np.exp(-way / bend) + wobble
+    points = start + step * np.cumsum(np.exp(1j * heading))
+    widths = width * (1 - 0.6 * way / length)
+    beyond = (np.abs(points) > 1.02) | (np.abs(points - eye["fovea"]) < 0.16)  # the fovea has no vessels
+    end = int(np.argmax(beyond)) if beyond.any() else len(points)
+    layer.line(points[:end], widths, np.minimum(1.0, 0.4 + 30 * widths))
+    side = rng.choice((-1, 1))
+    at = int(rng.integers(6, 11))
+    while depth < 2 and at < end - 3:
+        fork, drift, thinner, shorter = rng.uniform(size=4)
+        branch = heading[at] + side * np.array([0.6 + 0.5 * fork, 0.1 + 0.5 * drift])
+        reach = (0.35 + 0.5 * shorter) * (1.0 if depth == 0 else 0.55)
+        grow(layer, eye, rng, points[at], branch, 0.2, widths[at] * (0.5 + 0.22 * thinner), reach, depth + 1)
+        side, at = -side, at + int(rng.integers(6, 13))
+
+
+def draw_lesions(grade, eye, vessels, rng, image_size, field):
+    """What the definition of a grade asks for; alphas of blood, exudates and cotton wool spots."""
+    blood, exudates, cotton_wool = (Layer(image_size, field) for _ in range(3))
+
+    def places(lesion, reach=0.86, around=0j):
+        """Points of the retina off the disc and off the vessels, where a small lesion can be seen."""
+        count = rng.integers(*LESIONS[lesion][grade], endpoint=True)
+        points = around + reach * np.sqrt(rng.random(20 * count)) * np.exp(2j * np.pi * rng.random(20 * count))
+        points = points[(np.abs(points) < 0.86) & (np.abs(points - eye["disc"]) > 0.2)]
+        columns, rows = ((z * field + image_size / 2).astype(int) for z in (points.real, points.imag))
+        return points[vessels[rows, columns] < 0.2][:count]
+
+    for layer, lesion, smallest, largest in (
+        (cotton_wool, "cotton wool spots", 0.030, 0.055),
+        (blood, "microaneurysms", 0.017, 0.022),
+        (blood, "blots", 0.022, 0.042),
+    ):
+        for point in places(lesion):
+            layer.spot(rng, point, rng.uniform(smallest, largest), rng.uniform(1, 1.5), rng.uniform(0, 3.14))
+    for point in places("flames"):  # blood between the nerve fibres, which run away from the disc
+        for _ in range(5):
+            along = np.angle(point - eye["disc"]) + rng.normal(0, 0.1)
+            blood.spot(rng, point + complex(*rng.normal(0, 0.012, 2)), rng.uniform(0.008, 0.014), 4, along)
+    for centre in places("exudate clusters", 0.45, eye["fovea"]):
+        ring = rng.uniform(0.03, 0.11)
+        for angle in rng.uniform(0, 6.28, rng.integers(6, 18)):
+            point = centre + rng.normal(ring, ring / 3) * np.exp(1j * angle)
+            exudates.spot(rng, point, rng.uniform(0.009, 0.020), rng.uniform(1, 1.6), angle)
+    for tuft, point in enumerate(places("new vessels", 0.7)):  # tangles of fine vessels, on the disc or elsewhere
+        root = eye["disc"] if tuft == 0 and rng.uniform() < 0.5 else point
+        for angle in rng.uniform(0, 6.28, 12):
+            heading = angle + np.cumsum(rng.normal(0, 0.6, 14))
+            blood.line(root + 0.018 * np.cumsum(np.exp(1j * heading)), [0.009] * 14, [0.75] * 14)
+    for point in places("preretinal haemorrhages", 0.6):  # blood sinks: a boat with a level top
+        hull = np.exp(1j * np.linspace(0, np.pi, 16))
+        blood.polygon(point + rng.uniform(0.10, 0.17) * (hull.real + 1j * rng.uniform(0.4, 0.8) * hull.imag))
+    return blood.alpha(blur=0.005), exudates.alpha(), cotton_wool.alpha(blur=0.02)
+
+
+def take_photograph(retina, rng, field):
+    """Light, lens and sensor: a picture of reflectances to an image, uint8 (size, size, 3)."""
+    image_size = retina.shape[1]
+    lamp = distances(image_size, field, complex(*rng.normal(0, 0.3, 2)))  # the light is never quite centred
+    light = rng.uniform(0.6, 1.0) * (1 - rng.uniform(0.1, 0.3) * lamp**2 + 0.05 * smooth_noise(rng, image_size, 2))
+    picture = retina * light * rgb(rng.normal(1, (0.03, 0.06, 0.12)))
+    radius = distances(image_size, field)
+    picture = cover(picture, rng.uniform(0, 0.12) * (radius**2) ** 2, HAZE)  # stray light at the rim
+    inside = np.clip((1 - radius) * field + 0.5, 0, 1)
+    cut = rng.choice((0.85, 1.0, 1.0)) * field  # some sensors are lower than the circle
+    inside[np.abs(np.arange(image_size) + 0.5 - image_size / 2) > cut] = 0
+    pixels = (255 * np.clip(picture * inside, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
+    soft = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6) * image_size / 128))
+    noise = rng.uniform(1, 4) * rng.standard_normal(pixels.shape, np.float32) * inside[..., None]
+    return np.clip(np.asarray(soft, np.float32) + noise, 0, 255).astype(np.uint8)
