@@ -1,0 +1,188 @@
+"""The index of a data set, and batches of images from it.
+
+An index (`index/worker1.pkl`) is a pickle of four lists of one length, a place an image:
+  picture    "000123.png"
+  label      grade 0..4 (0 = no DR ... 4 = proliferative DR)
+  dir        "preprocessed/synthetic/000123.png", the file's path from the project root
+  new_label  'True' = healthy (grade 0), 'False' = DR; so Keras's sorted classes make P(healthy) the network's answer
+A pickle is code: it is read with an unpickler that knows plain containers, strings and numbers, and nothing else.
+"""
+
+import io
+import os
+import pickle
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+COLUMNS = {"picture": str, "label": int, "dir": str, "new_label": str}
+GRADES = 5
+MEMORY_BYTES = 4 << 30  # decoded images above this go to a file, and the operating system keeps what fits
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Admits what the pickle format itself can say (dict, list, tuple, set, str, int, float, bool, None), no classes."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, and only plain lists, strings and numbers are admitted")
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it refers to an object outside itself, and only plain values are admitted")
+
+
+def write_index(path, records):
+    """Writes `records`, a list of dicts with the keys of COLUMNS, as an index."""
+    columns = {name: [record[name] for record in records] for name in COLUMNS}
+    written = Path(path).with_suffix(".tmp")
+    written.write_bytes(pickle.dumps(columns, protocol=4))
+    os.replace(written, path)
+
+
+def read_index(path):
+    """Reads an index into a list of dicts with the keys of COLUMNS.
+
+    Raises ValueError, with the path, on anything that is not a well-formed index.
+    """
+    try:
+        columns = PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: make it with `python3 prepare.py`") from None
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is refused: {error}; make it anew with `python3 prepare.py`, or import an index that "
+                         "you trust with `python3 prepare.py --index-from`") from None
+    except Exception as error:  # a hostile pickle can raise nearly anything: all of it means "not an index"
+        reason = f"{path} is not a readable pickle ({type(error).__name__})"
+        raise ValueError(f"{reason}: make it with `python3 prepare.py`") from None
+    return _checked(path, columns)
+
+
+def _checked(path, columns):
+    if not isinstance(columns, dict):
+        raise ValueError(f"{path} holds a {type(columns).__name__}, expected a dict of the columns {', '.join(COLUMNS)}")
+    for name, kind in COLUMNS.items():
+        if name not in columns:
+            raise ValueError(f"{path} has no column {name!r}, expected {', '.join(COLUMNS)}")
+        if not isinstance(columns[name], list) or not all(type(value) is kind for value in columns[name]):
+            raise ValueError(f"{path}: column {name!r} must be a list of {kind.__name__}")
+    lengths = {name: len(columns[name]) for name in COLUMNS}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"{path}: the columns have different lengths: {lengths}")
+    if not lengths["dir"]:
+        raise ValueError(f"{path} is empty: an index needs at least one image")
+    records = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*(columns[name] for name in COLUMNS), strict=True)]
+    for record in records:
+        where = PurePosixPath(record["dir"])
+        if where.is_absolute() or ".." in where.parts or "\0" in record["dir"]:
+            raise ValueError(f"{path}: 'dir' {record['dir'][:200]!r} leaves the project folder: expected a path below it")
+        if not 0 <= record["label"] < GRADES:
+            raise ValueError(f"{path}: label {record['label']} of {record['dir']!r} is no grade, expected 0..{GRADES - 1}")
+        if record["new_label"] != str(record["label"] == 0):
+            raise ValueError(f"{path}: new_label {record['new_label'][:20]!r} of {record['dir']!r} contradicts its grade "
+                             f"{record['label']}: 'True' is healthy (grade 0), 'False' is DR")
+    return records
+
+
+def healthy(records):
+    """float32 (n,): 1 = healthy, 0 = DR; what the network learns to say."""
+    return np.array([record["new_label"] == "True" for record in records], np.float32)
+
+
+def load_images(records, image_size, spill=None):
+    """Decodes every image of `records` once: uint8 (n, image_size, image_size, 3), RGB.
+
+    Above MEMORY_BYTES the array lies in the file `spill`. Raises ValueError naming a missing or unreadable image.
+    """
+    shape = (len(records), image_size, image_size, 3)
+    if np.prod(shape) > MEMORY_BYTES and spill is not None:
+        images = np.lib.format.open_memmap(spill, "w+", np.uint8, shape)
+    else:
+        images = np.empty(shape, np.uint8)
+
+    def decode(place):
+        images[place] = _load_image(records[place]["dir"], image_size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+        for _ in pool.map(decode, range(len(records))):
+            pass
+    return images
+
+
+def _load_image(path, image_size):
+    from photos import open_image
+
+    image = open_image(path).convert("RGB")
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size))
+    return np.asarray(image)
+
+
+class TrainingBatches:
+    """Endless epochs of augmented batches from images in memory, one tf.data pipeline for a client's whole life.
+
+    Order and augmentation of an epoch follow from (seed, client, round, epoch) alone: NumPy draws them, TensorFlow
+    only applies them, so neither the number of threads nor an earlier crash can change them.
+    """
+
+    def __init__(self, images, labels, batch_size, seed, client, augment=True):
+        self.images, self.labels, self.batch_size, self.augment = images, labels, batch_size, augment
+        self.seed, self.client_number = seed, zlib.crc32(client.encode())
+        self.round_number, self.epoch = 0, 0
+
+    def start(self, round_number, epoch):
+        """Chooses which epoch the next pass over `dataset` is."""
+        self.round_number, self.epoch = round_number, epoch
+        return self
+
+    def _epoch(self):
+        rng = np.random.default_rng([self.seed, self.client_number, self.round_number, self.epoch])
+        order = rng.permutation(len(self.images))
+        transforms = random_transforms(rng, len(order), self.images.shape[1])
+        for start in range(0, len(order), self.batch_size):  # the last, partial batch counts
+            chosen = order[start : start + self.batch_size]
+            yield self.images[chosen], self.labels[chosen], transforms[start : start + self.batch_size]
+
+    @cached_property
+    def dataset(self):
+        """tf.data.Dataset of (float32 (b, size, size, 3) in 0..1, float32 (b,))."""
+        import tensorflow as tf
+
+        size = self.images.shape[1]
+        raw = tf.data.Dataset.from_generator(self._epoch, output_signature=(
+            tf.TensorSpec((None, size, size, 3), tf.uint8), tf.TensorSpec((None,), tf.float32),
+            tf.TensorSpec((None, 8), tf.float32)))
+
+        def prepare(images, labels, transforms):
+            images = tf.cast(images, tf.float32) / 255.0
+            if self.augment:
+                images = tf.raw_ops.ImageProjectiveTransformV3(
+                    images=images, transforms=transforms, output_shape=[size, size], fill_value=0.0,
+                    interpolation="BILINEAR", fill_mode="NEAREST")
+            return images, labels
+
+        batches = raw.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
+        steps = -(-len(self.images) // self.batch_size)
+        return batches.apply(tf.data.experimental.assert_cardinality(steps))
+
+
+def random_transforms(rng, n, image_size):
+    """The thesis's augmentation, n times: a rotation over 360° and both flips, as float32 (n, 8) projective transforms.
+
+    The eight numbers are those of tf.raw_ops.ImageProjectiveTransformV3: output (x, y) is taken from input
+    (a0 x + a1 y + a2, b0 x + b1 y + b2), here a rotation and flips about the image's centre.
+    """
+    angle = rng.uniform(0, 2 * np.pi, n)
+    flip_x, flip_y = rng.choice([-1.0, 1.0], (2, n))
+    a0, a1 = flip_x * np.cos(angle), -flip_x * np.sin(angle)
+    b0, b1 = flip_y * np.sin(angle), flip_y * np.cos(angle)
+    centre = (image_size - 1) / 2
+    zero = np.zeros(n)
+    return np.stack([a0, a1, centre * (1 - a0 - a1), b0, b1, centre * (1 - b0 - b1), zero, zero], 1).astype(np.float32)
+
+
+def evaluation_batches(images, batch_size=32):
+    """float32 batches in 0..1, in order, without augmentation."""
+    for start in range(0, len(images), batch_size):
+        yield images[start : start + batch_size].astype(np.float32) / 255.0

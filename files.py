@@ -1,0 +1,104 @@
+"""Files that survive a crash: whole or not there, never half (standard library only).
+
+Everything that a run writes for later goes through `publish`. A process killed at any instant leaves the old file
+or the new one, and at most a temporary file beside it, which `clean` removes at the next start.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+STATE_VERSION = 1
+READ_BYTES = 1 << 20
+
+
+def temporary(path):
+    """A name in the folder of `path`, with its extension (Keras goes by it), for a file that `publish` will put in place."""
+    path = Path(path)
+    return path.with_name(f".{path.stem}.{os.getpid()}-{os.urandom(4).hex()}.tmp{path.suffix}")
+
+
+def publish(written, path):
+    """Puts the complete temporary file `written` in the place of `path`, durably: fsync, rename, fsync of the folder."""
+    with open(written, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(written, path)
+    folder = os.open(Path(path).parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def publish_text(path, text):
+    written = temporary(path)
+    written.write_text(text, encoding="utf-8", newline="")
+    publish(written, path)
+
+
+def publish_rows(path, columns, rows):
+    """A CSV file, whole from the state, so that a crash neither doubles nor drops a row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
+                     for row in rows)
+    path = Path(path)
+    if not path.exists() or path.read_text(encoding="utf-8") != text.getvalue():
+        publish_text(path, text.getvalue())
+
+
+def save_state(path, state):
+    publish_text(path, json.dumps({"version": STATE_VERSION, **state}, indent=1) + "\n")
+
+
+def load_state(path):
+    """The state as a dict, or None where there is none. Raises ValueError where the file is not a state of this version."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        version = state.pop("version")
+    except (ValueError, KeyError, AttributeError) as error:
+        sentence = f"{path} is not a state file of this program ({error!r}): move it away, or start with --fresh"
+        raise ValueError(sentence) from None
+    if version != STATE_VERSION:
+        raise ValueError(f"{path} has version {version}, this program writes {STATE_VERSION}: "
+                         "finish the run with the program that began it, or start with --fresh")
+    return state
+
+
+def sha256_of(path):
+    """SHA-256 of a file as 64 hex digits; '' where it is missing."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
+def clean(folder):
+    """Removes the temporary files that a killed process left in `folder`."""
+    for left in Path(folder).glob(".*.tmp*"):
+        left.unlink(missing_ok=True)
+
+
+def move_aside(folder):
+    """Moves everything of an old run in `folder` into a folder old-1, old-2 ... there, the state first. Returns it, or None."""
+    old = sorted(path for path in Path(folder).iterdir()
+                 if path.name != ".gitkeep" and not re.fullmatch(r"old-\d+", path.name))
+    if not old:
+        return None
+    number = 1
+    while (Path(folder) / f"old-{number}").exists():
+        number += 1
+    aside = Path(folder) / f"old-{number}"
+    aside.mkdir()
+    for path in sorted(old, key=lambda path: path.name != "state.json"):
+        path.rename(aside / path.name)
+    return aside

@@ -1,0 +1,53 @@
+"""What every script says and asks in the same way (standard library only)."""
+
+import argparse
+import os
+import signal
+import sys
+
+
+def say(who, line, to=None):
+    """One line, in one write: several processes share a terminal. A reader that went away does not end a run of days."""
+    try:
+        to = to or sys.stdout
+        to.write(f"{who}: {line}\n")
+        to.flush()
+    except OSError:
+        pass
+
+
+def fail(who, sentence, code=1):
+    """A user's mistake is one sentence on stderr and an exit code, never a traceback."""
+    say(who, f"error: {sentence}", sys.stderr)
+    return code
+
+
+def at_least(least):
+    """An argparse type: a whole number of at least `least`."""
+    def whole_number(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return whole_number
+
+
+def seconds(text):
+    """An argparse type: seconds, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    return value
+
+
+def exit_on_signals(last_words):
+    """SIGINT and SIGTERM end the process at once with 130 or 143: every published file is whole at every instant."""
+    def end(number, frame):
+        os.write(1, f"{last_words}\n".encode())  # print could be interrupted within itself
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)

@@ -1,0 +1,200 @@
+"""The gRPC service: reads, checks and stores what comes over the wire, and leaves every decision to `Rounds`."""
+
+import itertools
+import threading
+import time
+from concurrent import futures
+
+import grpc
+
+import files
+import weights
+from generated import todo_pb2, todo_pb2_grpc
+from rounds import Refused
+
+STALL_S = 30  # an upload or download without progress for so long is ended
+FIRST_MESSAGE_S = 1  # a peer that has not said who it is may hold a thread no longer
+MESSAGE_BYTES = 2 << 20
+
+
+def create_server(rounds, listen, max_examples=10_000_000):
+    """A started gRPC server and the HOST:PORT it is bound to. Raises ValueError where it cannot bind."""
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"--listen {listen!r} is not HOST:PORT, as in localhost:50051")
+    servicer = FedMLServicer(rounds, max_examples)
+    workers = 2 * len(rounds.clients) + 4  # waiters, take-overs, downloads
+    server = grpc.server(futures.ThreadPoolExecutor(workers), options=[
+        ("grpc.so_reuseport", 0),  # or a second server would share the port in silence
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000)])
+    todo_pb2_grpc.add_FedMLServicer_to_server(servicer, server)
+    try:
+        bound = server.add_insecure_port(listen)
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise ValueError(f"cannot listen on {listen}: is another server running there? Choose another --listen HOST:PORT")
+    server.start()
+    threading.Thread(target=watch_streams, args=[servicer], daemon=True).start()
+    return server, f"{host}:{bound}"
+
+
+class FedMLServicer(todo_pb2_grpc.FedMLServicer):
+    def __init__(self, rounds, max_examples):
+        self.rounds, self.max_examples, self.say = rounds, max_examples, rounds.say
+        self.path = rounds.folder / "server_weight.h5"
+        self.expected = weights.shapes_of(self.path)
+        self.max_bytes = int(1.1 * self.path.stat().st_size)
+        self.streams = set()  # that are moving bytes now
+        self.uploading = {}  # client -> its newest half-sent Stream
+        self.lock = threading.Lock()
+
+    def getWeight(self, request, context):
+        asked = dict(context.invocation_metadata())
+        client = asked.get("fedml-client")
+        try:
+            if client is not None:
+                self.enrolled(client)
+            number, digest, file = self.rounds.fetch(self.path, client, context.peer())
+        except Refused as refused:
+            self.refuse(context, refused)
+        with file, Stream(self, context, STALL_S) as stream:
+            if client is not None:
+                state = self.rounds.state
+                self.say(f"{client} fetches the {'result' if self.rounds.done else f'weights of round {number}'}")
+                context.send_initial_metadata((
+                    ("fedml-run", state["run"]), ("fedml-round", str(number)), ("fedml-rounds", str(state["rounds"])),
+                    ("fedml-sha256", digest), ("fedml-arch", state["arch"]), ("fedml-image-size", str(state["image_size"]))))
+            cut = weights.blob_messages if asked.get("fedml-accept") == "blob" else weights.base64_messages
+            for message in cut(file):
+                yield message
+                stream.progress()
+
+    def sendWeight(self, request_iterator, context):
+        asked = dict(context.invocation_metadata())
+        try:
+            run, number = named_round(asked)
+            client, num_examples, messages = self.first_message(request_iterator, context, asked.get("fedml-client"))
+            announced = asked.get("fedml-sha256")
+            self.rounds.admit(client, run, number, announced)
+            written, digest = self.store(client, messages, context, announced)
+            try:
+                context.add_callback(self.rounds.wake)  # a client that goes away wakes the call that waits for it
+                self.rounds.deliver(client, num_examples, digest, written, run, number, context.peer(), context.is_active)
+            finally:
+                written.unlink(missing_ok=True)
+        except Refused as refused:
+            self.refuse(context, refused)
+        done = [("fedml-done", "1")] if self.rounds.done else []
+        context.set_trailing_metadata((("fedml-round", str(self.rounds.round)), *done))
+        return todo_pb2.myResponse(value=1)
+
+    def refuse(self, context, refused):
+        if not self.rounds.over:  # once the server stops, everyone is told the same
+            self.say(f"refused: {refused.sentence} ({refused.code})")
+        context.abort(grpc.StatusCode[refused.code], refused.sentence)
+
+    def enrolled(self, client):
+        if client not in self.rounds.clients:
+            raise Refused("PERMISSION_DENIED", f"client {client[:80]!r} is not one of this run's: expected "
+                                               f"{', '.join(self.rounds.clients)} (--clients)")
+        self.rounds.see(client)
+
+    def first_message(self, request_iterator, context, named):
+        """(client, num_examples, all messages) of an upload by an enrolled client, before anything is stored."""
+        if named is not None:
+            self.enrolled(named)
+        with Stream(self, context, FIRST_MESSAGE_S if named is None else STALL_S):
+            try:
+                first = next(request_iterator, None)
+            except grpc.RpcError:
+                raise Refused("CANCELLED", f"{named or context.peer()} went away before it sent anything") from None
+        if first is None:
+            raise Refused("INVALID_ARGUMENT", f"{named or context.peer()} sent an empty stream, expected weights")
+        try:
+            client = weights.client_of(first.clientname)
+        except ValueError as error:
+            raise Refused("INVALID_ARGUMENT", str(error)) from None
+        self.enrolled(client)
+        if named not in (None, client):
+            raise Refused("PERMISSION_DENIED", f"{named} sent weights in the name of {client}")
+        if not 1 <= first.clientsize <= self.max_examples:
+            raise Refused("INVALID_ARGUMENT", f"{client} says it has {first.clientsize} examples, expected 1 to "
+                                              f"{self.max_examples} (--max-examples)")
+        return client, first.clientsize, itertools.chain([first], request_iterator)
+
+    def store(self, client, messages, context, announced):
+        """Spools an upload beside its place and checks it: (path, SHA-256). Raises Refused; then nothing is left."""
+        written = files.temporary(self.rounds.upload_path(client))
+        try:
+            with Stream(self, context, STALL_S, client) as stream:
+                digest = weights.spool(stream.watch(messages), written, self.max_bytes)
+            if announced not in (None, digest):
+                raise ValueError(f"what arrived has SHA-256 {digest[:16]}..., announced was {announced[:16]}...")
+            weights.check(written, self.expected)
+            return written, digest
+        except BaseException as error:
+            written.unlink(missing_ok=True)
+            if isinstance(error, grpc.RpcError) or not context.is_active():
+                raise Refused("CANCELLED", f"{client} went away in the middle of its upload") from None
+            if isinstance(error, ValueError):
+                raise Refused("INVALID_ARGUMENT", f"{client}: {error}") from None
+            raise
+
+
+def named_round(asked):
+    """(run, round number) that a new peer names in its metadata; (None, 0) of an old one."""
+    run, text = asked.get("fedml-run"), asked.get("fedml-round", "")
+    if run is None:
+        return None, 0
+    if not text.isdecimal() or len(text) > 9:
+        raise Refused("INVALID_ARGUMENT", f"metadata fedml-round is {text[:20]!r}, expected a number beside fedml-run")
+    return run, int(text)
+
+
+class Stream:
+    """One upload or download while it moves bytes. The watchdog ends it when it stands still, and a newer upload of the
+    same client ends an older, half-sent one."""
+
+    def __init__(self, servicer, context, limit_s, client=None):
+        self.servicer, self.context, self.limit_s, self.client = servicer, context, limit_s, client
+        self.last = time.monotonic()
+
+    def __enter__(self):
+        older = None
+        with self.servicer.lock:
+            self.servicer.streams.add(self)
+            if self.client is not None:
+                older = self.servicer.uploading.get(self.client)
+                self.servicer.uploading[self.client] = self
+        if older is not None:
+            self.servicer.say(f"{self.client} began a new upload: its half-sent one is ended")
+            older.context.cancel()
+        return self
+
+    def __exit__(self, *_):
+        with self.servicer.lock:
+            self.servicer.streams.discard(self)
+            if self.servicer.uploading.get(self.client) is self:
+                del self.servicer.uploading[self.client]
+
+    def progress(self):
+        self.last = time.monotonic()
+
+    def watch(self, messages):
+        for message in messages:
+            self.progress()
+            yield message
+
+
+def watch_streams(servicer):
+    """Ends streams that stand still; a thread of its own, for ever."""
+    while True:
+        time.sleep(0.25)
+        with servicer.lock:
+            stalled = [stream for stream in servicer.streams if time.monotonic() - stream.last > stream.limit_s]
+        for stream in stalled:
+            servicer.say(f"{stream.client or stream.context.peer()} made no progress for {stream.limit_s} s: ended")
+            stream.context.cancel()

@@ -1,0 +1,204 @@
+"""The federated server: hands out the weights, waits for all clients, averages, evaluates; round after round.
+
+    python3 todoServer.py                                     # three clients, ten rounds, on this machine
+    python3 todoServer.py --clients uppsala,lund --rounds 40
+
+Killed at any instant and started again with the same command, it goes on where it was. Exit codes: 0 finished,
+1 an error, 2 wrong usage, 3 too few clients within --round-timeout, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+import argparse
+import os
+import queue
+import secrets
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import files
+from rounds import Refused, Rounds, TooFewClients, new_state
+from script import at_least, exit_on_signals, fail, seconds
+from script import say as say_as
+
+LAST_ANSWER_S = 30  # how long a finished server stays for clients that have not heard its last answer
+NEW_RUN = {"clients": ["client001", "client002", "client003"], "rounds": 10, "arch": "drcnn", "image_size": None, "seed": 0}
+
+
+def main(argv=None):
+    arguments = parse(argv)
+    exit_on_signals("server: stopped before it began to listen; start it again")
+    try:
+        arguments.server_dir.mkdir(parents=True, exist_ok=True)
+        state, examples = load(arguments)
+        rounds = open_rounds(arguments, state, examples)
+        from service import create_server
+
+        server, address = create_server(rounds, arguments.listen, arguments.max_examples)
+    except (ValueError, OSError) as error:
+        return fail("server", error)
+    say(f"listening on {address}")
+    return serve(server, rounds)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--listen", default="localhost:50051", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
+    add("--clients", metavar="NAME,...", help=f"all that take part (default: {','.join(NEW_RUN['clients'])})")
+    add("--rounds", type=at_least(1), help="of the whole run; more than a finished run's extends it (default: 10)")
+    add("--arch", choices=["drcnn", "vgg16"], help="the network (default: drcnn)")
+    add("--image-size", type=at_least(16), metavar="PIXELS", help="a side (default: 128 for drcnn, 224 for vgg16)")
+    add("--seed", type=at_least(0), help="of the initial weights (default: 0)")
+    add("--server-dir", type=Path, default=Path("server"), metavar="DIR", help="weights, state, history (default: server)")
+    add("--index-dir", type=Path, default=Path("index"), metavar="DIR", help="where val_set.pkl lies (default: index)")
+    add("--fresh", action="store_true", help="begin a new run; the old one's files are moved aside")
+    add("--round-timeout", type=seconds, default=0, metavar="S",
+        help="merge a round after S seconds with those who are there (default: 0, wait for all for ever)")
+    add("--min-clients", type=at_least(1), metavar="N",
+        help="after --round-timeout, merge with N or more, else stop (default: all)")
+    add("--max-examples", type=at_least(1), default=10_000_000, metavar="N",
+        help="refuse a client that says it has more (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.min_clients and not arguments.round_timeout:
+        parser.error("--min-clients needs --round-timeout: without a limit the server waits for all clients")
+    if arguments.clients is not None:
+        arguments.clients = checked_names(parser, arguments.clients)
+    return arguments
+
+
+def checked_names(parser, text):
+    from weights import client_of
+
+    names = text.split(",")
+    try:
+        if [client_of(name) for name in names] != names or len(set(names)) != len(names):
+            raise ValueError("expected different names, without a path")
+    except ValueError as error:
+        parser.error(f"--clients {text!r}: {error}")
+    return sorted(names)
+
+
+def say(line):
+    say_as("server", line)
+
+
+# --- the run: begun, or resumed -----------------------------------------------------------------------------------
+
+
+def load(arguments):
+    """(state, validation records) of the run that this server serves: the one in --server-dir, or a new one."""
+    import data
+
+    if arguments.fresh and (moved := files.move_aside(arguments.server_dir)):
+        say(f"the old run's files are in {moved}")
+    state = files.load_state(arguments.server_dir / "state.json")
+    examples = data.read_index(arguments.index_dir / "val_set.pkl")
+    state = resume(arguments, state) if state else begin(arguments)
+    if arguments.min_clients and arguments.min_clients > len(state["clients"]):
+        raise ValueError(f"--min-clients {arguments.min_clients} is more than the run's {len(state['clients'])} clients")
+    return state, examples
+
+
+def resume(arguments, state):
+    """The state as it was left. Raises ValueError where the flags contradict it."""
+    for flag in ("clients", "arch", "image_size", "seed"):
+        asked = getattr(arguments, flag)
+        if asked is not None and asked != state[flag]:
+            raise ValueError(f"--{flag.replace('_', '-')} is {asked}, but the run in {arguments.server_dir} has {state[flag]}: "
+                             "leave the flag out to go on with that run, or begin a new one with --fresh")
+    state["rounds"] = arguments.rounds or state["rounds"]
+    if state["round"] > state["rounds"]:
+        say(f"run {state['run']} is finished ({state['round'] - 1} rounds); --rounds N goes on, --fresh begins a new one")
+    else:
+        where = arguments.server_dir / "state.json"
+        say(f"resuming run {state['run']} at round {state['round']}/{state['rounds']} from {where}")
+    return state
+
+
+def begin(arguments):
+    """Publishes round 1's weights, then the state of a new run."""
+    import model
+
+    given = {name: getattr(arguments, name) for name in NEW_RUN}
+    choices = {name: NEW_RUN[name] if value is None else value for name, value in given.items()}
+    size = choices["image_size"] = choices["image_size"] or model.ARCHS[choices["arch"]]
+    say(f"a new run of {choices['rounds']} rounds: {choices['arch']} at {size} x {size} pixels, seed {choices['seed']}, "
+        f"clients {', '.join(choices['clients'])}")
+    model.configure(choices["seed"])
+    path = arguments.server_dir / "server_weight.h5"
+    model.save(model.build(choices["arch"], size, choices["seed"]), path)
+    state = new_state(secrets.token_hex(8), weights_sha256=files.sha256_of(path), **choices)
+    files.save_state(arguments.server_dir / "state.json", state)
+    return state
+
+
+def open_rounds(arguments, state, examples):
+    """The Rounds of this run, with whatever a crash interrupted finished."""
+    import data
+    import weights
+
+    folder = arguments.server_dir
+    path = folder / "server_weight.h5"
+    if not path.exists():
+        raise ValueError(f"{path} is missing, though {folder / 'state.json'} knows a run: put it back, or begin with --fresh")
+    for place in [folder, *(folder / client for client in state["clients"])]:
+        place.mkdir(exist_ok=True)
+        files.clean(place)
+    images = data.load_images(examples, state["image_size"], files.temporary(folder / "images.npy"))
+    labels = data.healthy(examples)
+    network = None
+
+    def evaluate():
+        nonlocal network
+        import model
+
+        if network is None:  # TensorFlow loads when the first round is evaluated
+            model.configure(state["seed"])
+            network = model.build(state["arch"], state["image_size"])
+        model.load(network, path)
+        return model.evaluate(network, images, labels)
+
+    def merge(paths, num_examples):
+        return weights.fedavg(paths, num_examples, layout=path, target=path)
+
+    rounds = Rounds(folder, state, merge, evaluate, arguments.min_clients, arguments.round_timeout, say)
+    rounds.open()
+    return rounds
+
+
+# --- serving ------------------------------------------------------------------------------------------------------
+
+
+def serve(server, rounds):
+    """Runs the rounds until they are over or a signal comes. Returns the exit code."""
+    ends = queue.SimpleQueue()  # the one thing that the main thread waits for; signal handlers may put into it
+
+    def coordinate():
+        try:
+            rounds.run()
+            rounds.wait_until_all_left(LAST_ANSWER_S)
+            ends.put(0)
+        except TooFewClients as error:
+            ends.put(fail("server", error, 3))
+        except Refused:
+            pass  # a signal stopped the rounds: its code is in the queue
+        except Exception as error:
+            ends.put(fail("server", f"round {rounds.round} failed: {type(error).__name__}: {error}; what was delivered is "
+                                    "kept: start the server again when the cause is gone"))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: ends.put(128 + number))
+    threading.Thread(target=coordinate, daemon=True).start()
+    code = ends.get()
+    if code > 128:
+        say("stopping; what has arrived is kept, start the server again to go on")
+        rounds.stop("UNAVAILABLE", "the server is stopping; it goes on when it is started again")
+    server.stop(5 if code == 0 else 1).wait(6 if code == 0 else 1.5)
+    if code == 0:
+        say(f"finished after {rounds.state['rounds']} rounds; the model is {rounds.folder / 'server_weight.h5'}")
+    os._exit(code)  # every file is whole: nothing is owed to a thread that may still evaluate
+
+
+if __name__ == "__main__":
+    sys.exit(main())
