@@ -1,0 +1,242 @@
+"""What several tests need: tiny weight files, tiny data sets, real processes that never outlive their test, deadlines.
+
+    python3 -m pytest                    # the fast tests
+    python3 -m pytest --slow             # all of them
+    python3 -m pytest --slow -m slow     # the long ones only
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = [("conv1", (3, 3, 3, 2)), ("norm1", (2,)), ("healthy", (2, 1)), ("healthy", (1,))]  # of the tiny weight file
+DEADLINE_S = 60  # for what takes a second on an idle machine
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+# --- conditions with a deadline -----------------------------------------------------------------------------------
+
+
+def until(condition, what, timeout_s=DEADLINE_S):
+    """Waits until condition() is true and returns its value; fails, naming `what`, when the deadline is over."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what}: not within {timeout_s} s")
+        time.sleep(0.005)
+    return value
+
+
+# --- weight files -------------------------------------------------------------------------------------------------
+
+
+def random_tensors(seed, shapes=SHAPES):
+    """float32 arrays of `shapes`, which follow from the seed."""
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(np.float32) for _, shape in shapes]
+
+
+def write_weights(path, tensors=0, shapes=SHAPES, root=""):
+    """A weight file in Keras's layout, of these tensors (a list of arrays, or the seed of random ones); equal tensors are
+    equal bytes. root: "" as Keras 2's save_weights has it, "model_weights" as model.save. Returns the path."""
+    tensors = random_tensors(tensors, shapes) if isinstance(tensors, int) else tensors
+    layers = list(dict.fromkeys(name for name, _ in shapes))
+    with h5py.File(path, "w") as file:
+        place = file.require_group(root) if root else file
+        place.attrs["layer_names"] = [layer.encode() for layer in layers]
+        for layer in layers:
+            own = [tensor for (name, _), tensor in zip(shapes, tensors, strict=True) if name == layer]
+            names = [f"{layer}/weight{number}" for number in range(len(own))]
+            group = place.create_group(layer)
+            group.attrs["weight_names"] = [name.encode() for name in names]
+            for name, tensor in zip(names, own, strict=True):
+                group.create_dataset(name, data=tensor)
+    return Path(path)
+
+
+def read_weights(path):
+    """The tensors of a Keras weight file, in order: read here once more, independently of weights.py."""
+    with h5py.File(path, "r") as file:
+        place = file if "layer_names" in file.attrs else file["model_weights"]
+        return [place[layer][weight][()] for layer in place.attrs["layer_names"]
+                for weight in place[layer].attrs["weight_names"]]
+
+
+def averaged(uploads):
+    """FedAvg as DESIGN promise 4 says it: uploads [(client, num_examples, tensors)] -> float32 tensors."""
+    uploads = sorted(uploads, key=lambda upload: upload[0])
+    total = sum(n for _, n, _ in uploads)
+    return [(sum(n * tensor.astype(np.float64) for n, tensor in zip([n for _, n, _ in uploads], column, strict=True)) / total)
+            .astype(np.float32) for column in zip(*(tensors for _, _, tensors in uploads), strict=True)]
+
+
+def same_bits(one, other):
+    return len(one) == len(other) and all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+                                          for a, b in zip(one, other, strict=True))
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def make_data(folder, clients=3, images=8, image_size=32, validation=8):
+    """preprocessed/ and index/ in `folder`: PNGs that follow from their number, grades 0 and 2 in turn. Returns folder.
+
+    images: of the first client; every later one has 2 more, so that no two weigh the same.
+    """
+    from PIL import Image
+
+    import data
+
+    (folder / "preprocessed").mkdir(parents=True)
+    (folder / "index").mkdir()
+    number = 0
+
+    def records(count):
+        nonlocal number
+        made = []
+        for _ in range(count):
+            grade = 2 * (number % 2)
+            pixels = np.random.default_rng(number).integers(0, 120 + 40 * grade, (image_size, image_size, 3), np.uint8)
+            picture = f"{number:04}.png"
+            Image.fromarray(pixels).save(folder / "preprocessed" / picture)
+            made.append({"picture": picture, "label": grade, "dir": f"preprocessed/{picture}",
+                         "new_label": str(grade == 0)})
+            number += 1
+        return made
+
+    for client in range(clients):
+        data.write_index(folder / "index" / f"worker{client + 1}.pkl", records(images + 2 * client))
+    data.write_index(folder / "index" / "val_set.pkl", records(validation))
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A project folder with a tiny data set for three clients; real scripts are started in it."""
+    return make_data(tmp_path / "site")
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+def free_port():
+    """A port of localhost that nobody has just now."""
+    with socket.create_server(("localhost", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Started:
+    """A process whose output (stdout and stderr) is read all the time."""
+
+    def __init__(self, command, cwd, env=None):
+        self.command, self.lines = command, []
+        self.process = subprocess.Popen(
+            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONFAULTHANDLER": "1", **(env or {})})
+        self.changed = threading.Condition()
+        self.ended = False
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            with self.changed:
+                self.lines.append(line.rstrip("\n"))
+                self.changed.notify_all()
+        with self.changed:
+            self.ended = True
+            self.changed.notify_all()
+
+    @property
+    def output(self):
+        return "\n".join(self.lines)
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def wait_for(self, pattern, timeout_s=DEADLINE_S, start=0):
+        """The match of the first line, from number `start` on, in which the pattern is found."""
+        deadline = time.monotonic() + timeout_s
+        with self.changed:
+            while True:
+                for line in self.lines[start:]:
+                    if found := re.search(pattern, line):
+                        return found
+                if self.ended or not self.changed.wait(max(0, deadline - time.monotonic())):
+                    pytest.fail(f"{self.command}: no line with {pattern!r} {'before its end' if self.ended else ''} within "
+                                f"{timeout_s} s; it said:\n{self.output}")
+
+    def wait(self, timeout_s=DEADLINE_S):
+        """The exit code (-9 where it was killed), after all of its output has been read."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{self.command} still runs after {timeout_s} s; it said:\n{self.output}")
+        with self.changed:
+            self.changed.wait_for(lambda: self.ended, 5)
+        return code
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def kill(self):
+        """kill -9, for real."""
+        self.process.send_signal(signal.SIGKILL)
+        return self.process.wait(10)
+
+    def memory_bytes(self):
+        """Resident memory now."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture
+def start():
+    """start(script, *arguments, cwd=folder) -> Started. `script` is a file of the project root. None outlives the test."""
+    started = []
+
+    def begin(script, *arguments, cwd, env=None):
+        started.append(Started([sys.executable, str(ROOT / script), *map(str, arguments)], cwd, env))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        if each.process.poll() is None:
+            each.process.kill()
+        each.process.wait(10)
+
+
+def start_server(start, cwd, *arguments, port=0, **options):
+    """(Started, its HOST:PORT), once it listens."""
+    server = start("todoServer.py", "--listen", f"localhost:{port}", *arguments, cwd=cwd, **options)
+    return server, server.wait_for(r"listening on (\S+)")[1]
+
+
+def port_is_free(port):
+    """Whether nobody listens on localhost:port."""
+    try:
+        socket.create_connection(("localhost", port), 2).close()
+    except OSError:
+        return True
+    return False
