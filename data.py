@@ -23,14 +23,18 @@ GRADES = 5
 MEMORY_BYTES = 4 << 30  # decoded images above this go to a file, and the operating system keeps what fits
 
 
+class NotPlain(pickle.UnpicklingError):
+    pass
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Admits what the pickle format itself can say (dict, list, tuple, set, str, int, float, bool, None), no classes."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, and only plain lists, strings and numbers are admitted")
+        raise NotPlain(f"it holds {module}.{name}, and only plain lists, strings and numbers are admitted")
 
     def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to an object outside itself, and only plain values are admitted")
+        raise NotPlain("it refers to an object outside itself, and only plain values are admitted")
 
 
 def write_index(path, records):
@@ -50,7 +54,7 @@ def read_index(path):
         columns = PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: make it with `python3 prepare.py`") from None
-    except pickle.UnpicklingError as error:
+    except NotPlain as error:
         raise ValueError(f"{path} is refused: {error}; make it anew with `python3 prepare.py`, or import an index that "
                          "you trust with `python3 prepare.py --index-from`") from None
     except Exception as error:  # a hostile pickle can raise nearly anything: all of it means "not an index"

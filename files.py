@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 STATE_VERSION = 1
@@ -34,10 +35,20 @@ def publish(written, path):
         os.close(folder)
 
 
-def publish_text(path, text):
+@contextmanager
+def replacing(path):
+    """A temporary file to be written in the body; published as `path` after it, removed where anything goes wrong."""
     written = temporary(path)
-    written.write_text(text, encoding="utf-8", newline="")
-    publish(written, path)
+    try:
+        yield written
+        publish(written, path)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def publish_text(path, text):
+    with replacing(path) as written:
+        written.write_text(text, encoding="utf-8", newline="")
 
 
 def publish_rows(path, columns, rows):
@@ -64,7 +75,7 @@ def load_state(path):
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         version = state.pop("version")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         sentence = f"{path} is not a state file of this program ({error!r}): move it away, or start with --fresh"
         raise ValueError(sentence) from None
     if version != STATE_VERSION:

@@ -1,0 +1,66 @@
+"""files.py: whole or not there."""
+
+import os
+
+import pytest
+
+import files
+
+
+def test_publish_replaces_whole_and_flushes_first(tmp_path, monkeypatch):
+    steps = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (steps.append(name), real(*a))[1])
+    files.publish_text(tmp_path / "a.txt", "one\n")
+    files.publish_text(tmp_path / "a.txt", "two\n")
+    assert (tmp_path / "a.txt").read_text() == "two\n"
+    assert steps == ["fsync", "replace", "fsync"] * 2  # the file, the rename, the folder
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_temporary_keeps_folder_and_extension_and_is_cleaned(tmp_path):
+    left = files.temporary(tmp_path / "server_weight.h5")
+    assert left.parent == tmp_path and left.suffix == ".h5"
+    left.write_bytes(b"half")
+    (tmp_path / "server_weight.h5").write_bytes(b"whole")
+    files.clean(tmp_path)
+    assert os.listdir(tmp_path) == ["server_weight.h5"]
+
+
+def test_state_comes_back_and_foreign_files_are_named(tmp_path):
+    path = tmp_path / "state.json"
+    assert files.load_state(path) is None
+    files.save_state(path, {"round": 3})
+    assert files.load_state(path) == {"round": 3}
+    for text in ("{", "[]", '{"round": 3}', ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="state.json is not a state file.*--fresh"):
+            files.load_state(path)
+    path.write_text('{"version": 99}')
+    with pytest.raises(ValueError, match="version 99, this program writes 1"):
+        files.load_state(path)
+
+
+def test_rows_are_published_only_when_they_change(tmp_path):
+    path = tmp_path / "history.csv"
+    rows = [{"round": 1, "loss": 0.123456789, "more": "left out"}]
+    files.publish_rows(path, ["round", "loss"], rows)
+    assert path.read_text() == "round,loss\n1,0.123457\n"
+    before = path.stat().st_ino
+    files.publish_rows(path, ["round", "loss"], rows)
+    assert path.stat().st_ino == before
+
+
+def test_an_old_run_is_moved_aside_with_its_state_first(tmp_path):
+    assert files.move_aside(tmp_path) is None
+    (tmp_path / ".gitkeep").touch()
+    assert files.move_aside(tmp_path) is None
+    for number in (1, 2):
+        files.save_state(tmp_path / "state.json", {"round": number})
+        (tmp_path / "client001").mkdir()
+        (tmp_path / "client001" / "client_weights.h5").write_bytes(b"x")
+        assert files.move_aside(tmp_path) == tmp_path / f"old-{number}"
+        assert files.load_state(tmp_path / f"old-{number}" / "state.json") == {"round": number}
+        assert (tmp_path / f"old-{number}" / "client001" / "client_weights.h5").exists()
+    assert sorted(os.listdir(tmp_path)) == [".gitkeep", "old-1", "old-2"]

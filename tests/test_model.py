@@ -1,0 +1,139 @@
+"""model.py: the networks, their files, training that is the same bits, the metrics of finding DR."""
+
+import numpy as np
+import pytest
+
+import data
+import model
+import weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tensorflow():
+    model.configure(0, 1)
+
+
+def batches(seed=0):
+    images = np.random.default_rng(7).integers(0, 256, (10, 32, 32, 3), np.uint8)
+    return data.TrainingBatches(images, (np.arange(10) % 2).astype(np.float32), 4, seed, "client001")
+
+
+def test_drcnn_is_small_and_answers_for_any_image_size():
+    for size in (32, 128):
+        network = model.build("drcnn", size)
+        assert network.count_params() < 300_000
+        assert network.output_shape == (None, 1)
+    assert [layer.name for layer in network.layers][:4] == ["image", "conv1", "norm1", "relu1"]
+
+
+def test_vgg16_is_the_thesis_network():
+    network = model.build("vgg16", 224)
+    shapes = [shape for _, shape in model.shapes(network)]
+    filters = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    convolutions = [shape for into, out in zip([3, *filters], filters, strict=False) for shape in [(3, 3, into, out), (out,)]]
+    assert shapes == [*convolutions, (7 * 7 * 512, 256), (256,), (256, 1), (1,)]
+    assert network.count_params() * 4 == pytest.approx(84.6e6, rel=0.001)
+
+
+def test_learning_rates():
+    assert model.learning_rate("vgg16", 1) == 1e-4
+    assert model.learning_rate("vgg16", 21) == pytest.approx(1e-4 / 2)
+    assert model.learning_rate("drcnn", 1) > model.learning_rate("drcnn", 10)
+
+
+def test_equal_weights_are_equal_bytes_and_seeds_differ(tmp_path):
+    for name, seed in [("a", 3), ("b", 3), ("c", 4)]:
+        model.save(model.build("drcnn", 32, seed), tmp_path / f"{name}.h5")
+    a, b, c = ((tmp_path / f"{name}.h5").read_bytes() for name in "abc")
+    assert a == b != c
+    assert weights.shapes_of(tmp_path / "a.h5") == model.shapes(model.build("drcnn", 32))
+
+
+def test_plain_keras_loads_the_file(tmp_path):
+    import keras
+
+    network = model.build("drcnn", 32, 5)
+    model.save(network, tmp_path / "server_weight.h5")
+    plain = keras.models.clone_model(model.build("drcnn", 32, 6))
+    plain.load_weights(tmp_path / "server_weight.h5")
+    assert all(np.array_equal(a, b) for a, b in zip(network.get_weights(), plain.get_weights(), strict=True))
+
+
+def test_a_file_of_keras_2_layout_is_loaded(tmp_path):
+    """Weights at the root and under other layer names, as the thesis demo's TensorFlow 2.0.1 writes them."""
+    import h5py
+
+    network = model.build("drcnn", 32, 5)
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        layers = [layer for layer in network.layers if layer.weights]
+        file.attrs["layer_names"] = [f"{layer.name}_9".encode() for layer in layers]
+        for layer in layers:
+            group = file.create_group(f"{layer.name}_9")
+            named = layer.trainable_weights + layer.non_trainable_weights
+            group.attrs["weight_names"] = [f"{layer.name}_9/{weight.name}:0".encode() for weight in named]
+            for weight in named:
+                group[f"{layer.name}_9/{weight.name}:0"] = np.asarray(weight)
+    weights.check(tmp_path / "old.h5", model.shapes(network))
+    other = model.build("drcnn", 32, 6)
+    model.load(other, tmp_path / "old.h5")
+    assert all(np.array_equal(a, b) for a, b in zip(network.get_weights(), other.get_weights(), strict=True))
+
+
+def test_a_round_is_the_same_bits_whatever_was_trained_before():
+    network = model.build("drcnn", 32)
+    start = network.get_weights()
+
+    def train(round_number):
+        network.set_weights(start)
+        rows = model.train(network, pipeline, round_number, 2, lambda row: None)
+        assert [(row["round"], row["epoch"], row["num_examples"]) for row in rows] == [(round_number, 1, 10), (round_number, 2, 10)]
+        return [weight.tobytes() for weight in network.get_weights()]
+
+    pipeline = batches()
+    first, other, again = train(1), train(2), train(1)
+    assert first == again != other  # Adam began afresh, shuffle and augmentation follow from the round
+    pipeline, network = batches(), model.build("drcnn", 32)
+    assert train(1) == first
+    pipeline = batches(seed=1)
+    assert train(1) != first
+
+
+def test_later_rounds_do_not_retrace():
+    network, pipeline = model.build("drcnn", 32), batches()
+    traced, step = [], network.train_step
+    network.train_step = lambda data: (traced.append(1), step(data))[1]  # Python runs it only while it is being traced
+    model.train(network, pipeline, 1, 1, lambda row: None)
+    first, dataset = len(traced), pipeline.dataset
+    assert first
+    for round_number in (2, 3):
+        model.train(network, pipeline, round_number, 1, lambda row: None)
+    assert len(traced) == first and pipeline.dataset is dataset
+
+
+def test_metrics_are_those_of_finding_dr():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    labels = (rng.random(200) < 0.4).astype(np.float32)  # 1 = healthy
+    p_healthy = np.round(np.clip(labels * 0.3 + rng.random(200) * 0.7, 0, 1), 2)  # with ties
+    scores, dr = model.scores(p_healthy, labels), labels == 0
+    assert scores["auc"] == pytest.approx(sklearn.roc_auc_score(dr, 1 - p_healthy))
+    assert scores["sensitivity"] == pytest.approx(sklearn.recall_score(dr, p_healthy < 0.5))
+    assert scores["specificity"] == pytest.approx(sklearn.recall_score(~dr, p_healthy >= 0.5))
+    assert scores["accuracy"] == pytest.approx(sklearn.accuracy_score(dr, p_healthy < 0.5))
+    assert scores["loss"] == pytest.approx(sklearn.log_loss(labels, np.clip(p_healthy, 1e-7, 1 - 1e-7)))
+    assert model.scores(np.array([0.9, 0.8]), np.array([1.0, 1.0]))["specificity"] == 1
+    assert np.isnan(model.scores(np.array([0.9, 0.8]), np.array([1.0, 1.0]))["auc"])
+
+
+def test_evaluation_is_kerass(tmp_path):
+    network = model.build("drcnn", 32, 1)
+    images = np.random.default_rng(1).integers(0, 256, (50, 32, 32, 3), np.uint8)
+    labels = (np.arange(50) % 2).astype(np.float32)
+    loss, accuracy = network.evaluate(images / np.float32(255), labels, verbose=0)
+    ours = model.evaluate(network, images, labels)
+    assert ours["loss"] == pytest.approx(loss, rel=1e-4) and ours["accuracy"] == pytest.approx(accuracy)
+
+
+def test_an_unknown_network_is_named():
+    with pytest.raises(ValueError, match="'resnet' is unknown, expected one of drcnn, vgg16"):
+        model.build("resnet", 32)

@@ -1,0 +1,155 @@
+"""weights.py: the codec in both forms, the checks, FedAvg by hand."""
+
+import base64
+import math
+
+import h5py
+import numpy as np
+import pytest
+from conftest import averaged, random_tensors, read_weights, same_bits, write_weights
+from hypothesis import given
+from hypothesis import strategies as st
+
+import weights
+from generated import todo_pb2
+
+
+def seed_messages(content, name, size):
+    """The thesis demo's own cutting, from its description: one base64 text in pieces of 100,000 characters."""
+    text = base64.b64encode(content).decode()
+    return [todo_pb2.modelWeight(model=text[i * 100_000 : (i + 1) * 100_000], clientname=name, clientsize=size)
+            for i in range(math.ceil(len(text) / 100_000))]
+
+
+@pytest.fixture
+def content(tmp_path):
+    data = np.random.default_rng(1).bytes(2_500_001)
+    (tmp_path / "file.h5").write_bytes(data)
+    return data
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 74_999, 75_000, 75_001, 225_000, 300_001])
+def test_base64_is_the_seeds_form_byte_for_byte(tmp_path, size):
+    data = np.random.default_rng(size).bytes(size)
+    (tmp_path / "file").write_bytes(data)
+    ours = list(weights.base64_messages(tmp_path / "file", "client001/client_weights.h5", 300))
+    assert ours == seed_messages(data, "client001/client_weights.h5", 300)
+
+
+def test_no_message_is_larger_than_the_seed_accepts(tmp_path, content):
+    for name in ("client001", "c" * 30, "c" * 64):
+        messages = list(weights.base64_messages(tmp_path / "file.h5", f"{name}/client_weights.h5", 2**31 - 1))
+        assert max(message.ByteSize() for message in messages) <= 100_050
+        assert max(message.ByteSize() - len(message.model) for message in messages) - 4 < 46 or name != "client001"
+        weights.spool(messages, tmp_path / "back.h5", 3_000_000)
+        assert (tmp_path / "back.h5").read_bytes() == content
+
+
+def test_blob_goes_in_pieces_of_a_mebibyte_and_names_the_client_once(tmp_path, content):
+    messages = list(weights.blob_messages(tmp_path / "file.h5", "client001", 300))
+    assert [len(message.blob) for message in messages] == [1 << 20, 1 << 20, len(content) - (2 << 20)]
+    assert [(message.clientname, message.clientsize) for message in messages] == [("client001", 300), ("", 0), ("", 0)]
+    weights.spool(messages, tmp_path / "back.h5", len(content))
+    assert (tmp_path / "back.h5").read_bytes() == content
+
+
+@given(st.binary(min_size=1, max_size=200), st.lists(st.integers(1, 9), max_size=80))
+def test_base64_cut_anywhere_is_joined(tmp_path_factory, data, cuts):
+    folder = tmp_path_factory.mktemp("cut")
+    text, pieces = base64.b64encode(data).decode(), []
+    for cut in cuts:
+        pieces.append(text[:cut])
+        text = text[cut:]
+    weights.spool([todo_pb2.modelWeight(model=piece) for piece in [*pieces, text]], folder / "back", 1000)
+    assert (folder / "back").read_bytes() == data
+
+
+@pytest.mark.parametrize("pieces, reason", [
+    (["QUJD", "Q!=="], "not base64"), (["QUI=", "QUJD"], "goes on behind its end"), (["QUJ"], "left over"),
+    (["QU JD"], "base64|left over"), ([""], "0 bytes"), ([], "0 bytes"), (["QUJD" * 300], "larger than"),
+])
+def test_bad_text_is_refused(tmp_path, pieces, reason):
+    with pytest.raises(ValueError, match=reason):
+        weights.spool([todo_pb2.modelWeight(model=piece) for piece in pieces], tmp_path / "back", 800)
+
+
+def test_a_stream_is_of_one_client_and_one_form(tmp_path):
+    def spool(*messages):
+        weights.spool([todo_pb2.modelWeight(**message) for message in messages], tmp_path / "back", 800)
+
+    first = {"blob": b"x", "clientname": "client001", "clientsize": 3}
+    with pytest.raises(ValueError, match="goes on as 'client002'"):
+        spool(first, {"blob": b"x", "clientname": "client002"})
+    with pytest.raises(ValueError, match="with 4"):
+        spool(first, {"blob": b"x", "clientsize": 4})
+    with pytest.raises(ValueError, match="mixed"):
+        spool(first, {"model": "QUJD"})
+    with pytest.raises(ValueError, match="mixed"):
+        spool({"model": "QUJD"}, {"blob": b"x"})
+    spool(first, {"blob": b"y"}, first)
+    assert (tmp_path / "back").read_bytes() == b"xyx"
+
+
+def test_names():
+    assert weights.client_of("client001") == weights.client_of("client001/client_weights.h5") == "client001"
+    for bad in ("", "../x", "/etc/passwd", "client001/other.h5", "a/b/client_weights.h5", "client001/", "a b", "ä", ".hidden",
+                "client001\n", "c" * 65, "c" * 10_000, "client001\0"):
+        with pytest.raises(ValueError, match="refused: expected"):
+            weights.client_of(bad)
+
+
+def test_fedavg_by_hand(tmp_path):
+    shapes = [("dense", (2,)), ("dense", ())]
+    a = write_weights(tmp_path / "a.h5", [np.float32([1, 2]), np.float32(0)], shapes)
+    b = write_weights(tmp_path / "b.h5", [np.float32([5, 10]), np.float32(4)], shapes, root="model_weights")
+    digest = weights.fedavg([a, b], [1, 3], a, tmp_path / "merged.h5")
+    merged = read_weights(tmp_path / "merged.h5")
+    assert merged[0].tolist() == [4, 8] and merged[1] == 3
+    assert digest == weights.sha256_of(tmp_path / "merged.h5")
+
+
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=5))
+def test_fedavg_is_the_formula_in_float64_cast_once(tmp_path_factory, sizes):
+    folder = tmp_path_factory.mktemp("fedavg")
+    uploads = [(f"client{k}", n, random_tensors(k)) for k, n in enumerate(sizes)]
+    paths = [write_weights(folder / f"{name}.h5", tensors) for name, _, tensors in uploads]
+    before = [path.read_bytes() for path in paths]
+    weights.fedavg(paths, sizes, paths[0], folder / "merged.h5")
+    assert same_bits(read_weights(folder / "merged.h5"), averaged(uploads))
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_fedavg_in_slabs_is_fedavg_at_once(tmp_path, monkeypatch):
+    paths = [write_weights(tmp_path / f"{k}.h5", k) for k in range(3)]
+    weights.fedavg(paths, [1, 2, 3], paths[0], tmp_path / "once.h5")
+    monkeypatch.setattr(weights, "SLAB_ELEMENTS", 5)
+    weights.fedavg(paths, [1, 2, 3], paths[0], tmp_path / "slabs.h5")
+    assert (tmp_path / "once.h5").read_bytes() == (tmp_path / "slabs.h5").read_bytes()
+
+
+def test_a_failed_merge_leaves_the_old_file(tmp_path):
+    a = write_weights(tmp_path / "a.h5", 1)
+    target = write_weights(tmp_path / "target.h5", 2)
+    before = target.read_bytes()
+    with pytest.raises(OSError):
+        weights.fedavg([a, tmp_path / "missing.h5"], [1, 1], target, target)
+    assert target.read_bytes() == before
+
+
+def test_the_check_passes_what_is_right_in_both_layouts(tmp_path):
+    expected = weights.shapes_of(write_weights(tmp_path / "own.h5", 0))
+    weights.check(write_weights(tmp_path / "a.h5", 1), expected)
+    weights.check(write_weights(tmp_path / "b.h5", 2, root="model_weights"), expected)
+
+
+def test_the_check_names_layer_and_reason(tmp_path):
+    path = write_weights(tmp_path / "own.h5", 0)
+    expected = weights.shapes_of(path)
+    with h5py.File(path, "r+") as file:
+        file["norm1/norm1/weight0"][1] = np.nan
+    with pytest.raises(ValueError, match="norm1.*nan"):
+        weights.check(path, expected)
+    with pytest.raises(ValueError, match="'conv1'.*expected \\(9,\\)"):
+        weights.check(path, [("mine", (9,)), *expected[1:]])
+    with pytest.raises(ValueError, match="4 tensors, the model 3"):
+        weights.check(path, expected[1:])
