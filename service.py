@@ -13,8 +13,9 @@ from generated import todo_pb2, todo_pb2_grpc
 from rounds import Refused
 
 STALL_S = 30  # an upload or download without progress for so long is ended
-FIRST_MESSAGE_S = 1  # a peer that has not said who it is may hold a thread no longer
+FIRST_MESSAGE_S = 10  # a peer that has not said who it is may hold a thread no longer
 MESSAGE_BYTES = 2 << 20
+REMEMBERED_CONNECTIONS = 1000
 
 
 def create_server(rounds, listen, max_examples=10_000_000):
@@ -47,6 +48,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
         self.path = rounds.folder / "server_weight.h5"
         self.expected = weights.shapes_of(self.path)
         self.max_bytes = int(1.1 * self.path.stat().st_size)
+        self.fetched = {}  # connection of an old peer -> round that it last fetched; the oldest first
         self.streams = set()  # that are moving bytes now
         self.uploading = {}  # client -> its newest half-sent Stream
         self.lock = threading.Lock()
@@ -57,7 +59,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
         try:
             if client is not None:
                 self.enrolled(client)
-            number, digest, file = self.rounds.fetch(self.path, client, context.peer())
+            number, digest, file = self.rounds.fetch(self.path, client)
         except Refused as refused:
             self.refuse(context, refused)
         with file, Stream(self, context, STALL_S) as stream:
@@ -67,28 +69,40 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 context.send_initial_metadata((
                     ("fedml-run", state["run"]), ("fedml-round", str(number)), ("fedml-rounds", str(state["rounds"])),
                     ("fedml-sha256", digest), ("fedml-arch", state["arch"]), ("fedml-image-size", str(state["image_size"]))))
+            else:
+                self.remember(context.peer(), number)
             cut = weights.blob_messages if asked.get("fedml-accept") == "blob" else weights.base64_messages
             for message in cut(file):
                 yield message
                 stream.progress()
 
+    def remember(self, connection, number):
+        """The thesis demo's client names no round: its upload belongs to what the same connection last fetched."""
+        with self.lock:
+            self.fetched.pop(connection, None)
+            self.fetched[connection] = number
+            if len(self.fetched) > REMEMBERED_CONNECTIONS:
+                del self.fetched[next(iter(self.fetched))]
+
     def sendWeight(self, request_iterator, context):
         asked = dict(context.invocation_metadata())
         try:
             run, number = named_round(asked)
+            number = self.fetched.get(context.peer()) if run is None else number
             client, num_examples, messages = self.first_message(request_iterator, context, asked.get("fedml-client"))
             announced = asked.get("fedml-sha256")
             self.rounds.admit(client, run, number, announced)
             written, digest = self.store(client, messages, context, announced)
             try:
                 context.add_callback(self.rounds.wake)  # a client that goes away wakes the call that waits for it
-                self.rounds.deliver(client, num_examples, digest, written, run, number, context.peer(), context.is_active)
+                done = self.rounds.deliver(client, num_examples, digest, written, run, number, context.is_active)
             finally:
                 written.unlink(missing_ok=True)
         except Refused as refused:
             self.refuse(context, refused)
-        done = [("fedml-done", "1")] if self.rounds.done else []
-        context.set_trailing_metadata((("fedml-round", str(self.rounds.round)), *done))
+        except OSError as error:
+            self.refuse(context, Refused("INTERNAL", f"{client}: the server could not store the upload: {error}; send again"))
+        context.set_trailing_metadata((("fedml-round", str(self.rounds.round)), *[("fedml-done", "1")] * done))
         return todo_pb2.myResponse(value=1)
 
     def refuse(self, context, refused):
@@ -100,7 +114,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
         if client not in self.rounds.clients:
             raise Refused("PERMISSION_DENIED", f"client {client[:80]!r} is not one of this run's: expected "
                                                f"{', '.join(self.rounds.clients)} (--clients)")
-        self.rounds.see(client)
+        self.rounds.last_seen[client] = time.monotonic()
 
     def first_message(self, request_iterator, context, named):
         """(client, num_examples, all messages) of an upload by an enrolled client, before anything is stored."""
@@ -145,10 +159,10 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
 
 
 def named_round(asked):
-    """(run, round number) that a new peer names in its metadata; (None, 0) of an old one."""
+    """(run, round number) that a new peer names in its metadata; (None, None) of an old one."""
     run, text = asked.get("fedml-run"), asked.get("fedml-round", "")
     if run is None:
-        return None, 0
+        return None, None
     if not text.isdecimal() or len(text) > 9:
         raise Refused("INVALID_ARGUMENT", f"metadata fedml-round is {text[:20]!r}, expected a number beside fedml-run")
     return run, int(text)

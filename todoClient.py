@@ -147,22 +147,17 @@ class Site:
 def ClientgetWeight(stub, site):
     """get weight from server: client_weights.h5 is then the server's. Returns the task (dict): run, round, rounds, arch,
     image_size. Raises Finished."""
-    written = files.temporary(site.weights)
-    with waiting(site, "for the weights"):
+    with waiting(site, "for the weights"), files.replacing(site.weights) as written:
         call = stub.getWeight(todo_pb2.void(), metadata=(("fedml-client", site.name), ("fedml-accept", "blob")))
         told = dict(call.initial_metadata())
-        try:
-            digest = weights.spool(call, written, MAX_WEIGHTS_BYTES)
-            if told.get("fedml-sha256", digest) != digest:
-                raise ValueError(f"the weights arrived with SHA-256 {digest}, the server announced {told['fedml-sha256']}")
-            files.publish(written, site.weights)
-        finally:
-            written.unlink(missing_ok=True)
+        digest = weights.spool(call, written, MAX_WEIGHTS_BYTES)
+        if told.get("fedml-sha256", digest) != digest:
+            raise ValueError(f"the weights arrived with SHA-256 {digest}, the server announced {told['fedml-sha256']}")
     if "fedml-run" in told:
         task = {"run": told["fedml-run"], "arch": told["fedml-arch"], "image_size": int(told["fedml-image-size"]),
                 "round": int(told["fedml-round"]), "rounds": int(told["fedml-rounds"])}
     else:  # the thesis demo's server: the client counts
-        counted = site.state["round"] if site.state["run"] == SEED_TASK["run"] else 0
+        counted = site.state["round"] - bool(site.state["trained"]) if site.state["run"] == SEED_TASK["run"] else 0
         task = {**SEED_TASK, "round": counted + 1, "rounds": site.arguments.rounds}
     if task["round"] > task["rounds"]:
         raise Finished(f"the run is over after {task['rounds']} rounds; its result is in {site.weights}")
@@ -213,7 +208,7 @@ def ClientsendWeight(stub, site):
         site.say(f"{title}: these weights do not count ({error.details()}); dropped")
         return site.save(trained=None)
     told = dict(call.trailing_metadata())
-    site.save(trained=None)
+    site.save(trained=None, round=state["round"] - (answer.value != 1))
     if answer.value != 1:
         return site.say(f"{title}: the server did not merge (answer {answer.value}): fetching again")
     if "fedml-done" in told or (not state["run"] and state["round"] >= state["rounds"]):

@@ -194,7 +194,7 @@ def serve(server, rounds):
     if code > 128:
         say("stopping; what has arrived is kept, start the server again to go on")
         rounds.stop("UNAVAILABLE", "the server is stopping; it goes on when it is started again")
-    server.stop(5 if code == 0 else 1).wait(6 if code == 0 else 1.5)
+    server.stop(LAST_ANSWER_S if code == 0 else 1).wait(LAST_ANSWER_S if code == 0 else 1.5)
     if code == 0:
         say(f"finished after {rounds.state['rounds']} rounds; the model is {rounds.folder / 'server_weight.h5'}")
     os._exit(code)  # every file is whole: nothing is owed to a thread that may still evaluate

@@ -10,12 +10,12 @@ import binascii
 import hashlib
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import h5py
 import numpy as np
 
-from files import publish, sha256_of, temporary
+from files import replacing, sha256_of
 from generated import todo_pb2
 
 BLOB_BYTES = 1 << 20  # the fastest piece on the wire (DESIGN: 256 KiB and 4 MiB are slower)
@@ -78,7 +78,7 @@ def spool(messages, path, max_bytes):
     Raises ValueError: another client or size within the stream, bad base64, more than `max_bytes`, nothing at all.
     """
     first, kind, carry, padded, written, digest = None, None, "", False, 0, hashlib.sha256()
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "wb") as file:
         for message in messages:
             first = first or message
             if message.clientname not in ("", first.clientname) or message.clientsize not in (0, first.clientsize):
@@ -220,20 +220,14 @@ def fedavg(paths, num_examples, layout, target):
     layout        the server's own weight file, whose layout the result takes (may be `target` itself)
     float64, one slab of one tensor at a time, cast to float32 once. Returns the SHA-256 of the result.
     """
-    merged = temporary(target)
-    shutil.copyfile(layout, merged)
-    opened = [h5py.File(path, "r") for path in paths]
-    try:
-        with h5py.File(merged, "r+") as result:
-            columns = zip(tensors(result), *(tensors(file) for file in opened), strict=True)
-            for (_, _, average), *uploads in columns:
+    with replacing(target) as merged:
+        shutil.copyfile(layout, merged)
+        with ExitStack() as stack:
+            result, *opened = [stack.enter_context(h5py.File(*which))
+                               for which in [(merged, "r+"), *((path, "r") for path in paths)]]
+            for (_, _, average), *uploads in zip(tensors(result), *(tensors(file) for file in opened), strict=True):
                 for place in _slab_places(average.shape):
                     total = sum(n * upload[2][place].astype(np.float64)
                                 for n, upload in zip(num_examples, uploads, strict=True))
                     average[place] = (total / sum(num_examples)).astype(np.float32)
-    finally:
-        for file in opened:
-            file.close()
-    digest = sha256_of(merged)
-    publish(merged, target)
-    return digest
+        return sha256_of(merged)

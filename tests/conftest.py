@@ -19,6 +19,11 @@ import h5py
 import numpy as np
 import pytest
 
+import data
+import files
+import weights
+from rounds import Rounds, new_state
+
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [("conv1", (3, 3, 3, 2)), ("norm1", (2,)), ("healthy", (2, 1)), ("healthy", (1,))]  # of the tiny weight file
 DEADLINE_S = 60  # for what takes a second on an idle machine
@@ -96,6 +101,112 @@ def same_bits(one, other):
                                           for a, b in zip(one, other, strict=True))
 
 
+# --- a run without a network --------------------------------------------------------------------------------------
+
+
+class Call:
+    """f(*arguments) in a thread of its own: `value` or `error` once it has ended."""
+
+    def __init__(self, f, *arguments, **keywords):
+        self.value = self.error = None
+
+        def run():
+            try:
+                self.value = f(*arguments, **keywords)
+            except BaseException as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+
+    @property
+    def ended(self):
+        return not self.thread.is_alive()
+
+    def result(self, timeout_s=DEADLINE_S):
+        """What f returned; raises what f raised; fails when it still runs at the deadline."""
+        self.thread.join(timeout_s)
+        assert self.ended, f"a call still waits after {timeout_s} s"
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+def metrics():
+    """An evaluation of nothing."""
+    return {"loss": 0.5, "accuracy": 0.75, "auc": 0.875, "sensitivity": 1.0, "specificity": 0.5}
+
+
+class Run:
+    """A run with real files, the real FedAvg on tiny weights and a coordinator thread; `say` goes to `said`."""
+
+    def __init__(self, folder, clients=("client001", "client002", "client003"), rounds=2, **options):
+        self.folder, self.options, self.said = folder, options, []
+        self.weights = folder / "server_weight.h5"
+        for client in clients:
+            (folder / client).mkdir(parents=True, exist_ok=True)
+        write_weights(self.weights, 1000)
+        files.save_state(folder / "state.json", new_state(
+            "run0", clients, rounds, files.sha256_of(self.weights), arch="drcnn", image_size=32, seed=0))
+        self.merge = self.average
+        self.evaluate = metrics
+        self.start()
+
+    def average(self, paths, num_examples):
+        return weights.fedavg(paths, num_examples, layout=self.weights, target=self.weights)
+
+    def start(self, rounds=None):
+        """Opens what is on disk, as a server does that is started."""
+        state = files.load_state(self.folder / "state.json")
+        state["rounds"] = rounds or state["rounds"]
+        self.rounds = Rounds(self.folder, state, lambda *a: self.merge(*a), lambda: self.evaluate(), say=self.said.append,
+                             **self.options)
+        self.rounds.open()
+        self.coordinator = Call(self.rounds.run)
+        return self
+
+    def stop(self):
+        """As after a kill: what is not on disk is forgotten."""
+        self.rounds.stop("UNAVAILABLE", "stopped by the test")
+        self.coordinator.thread.join(DEADLINE_S)
+        assert self.coordinator.ended
+
+    def restart(self, **options):
+        self.stop()
+        return self.start(**options)
+
+    def deliver(self, client, seed, num_examples=1, run="run0", round_number=..., alive=lambda: True):
+        """A Call that delivers random_tensors(seed), for the open round unless another is named."""
+        path = write_weights(files.temporary(self.rounds.upload_path(client)), seed)
+        number = self.rounds.round if round_number is ... else round_number
+        return Call(self.rounds.deliver, client, num_examples, files.sha256_of(path), path, run, number, alive)
+
+    def delivered(self, client, seed, **options):
+        """The same, once it waits: its upload is counted."""
+        before, call = self.rounds.waiting.get(client), self.deliver(client, seed, **options)
+        until(lambda: self.rounds.waiting.get(client) is not before or call.ended, f"{client} is counted")
+        assert not call.ended, call.error
+        return call
+
+    def holds(self, *uploads):
+        """Whether server_weight.h5 has the bits of FedAvg over uploads (client, num_examples, seed)."""
+        return same_bits(read_weights(self.weights), averaged([(c, n, random_tensors(seed)) for c, n, seed in uploads]))
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(clients=..., rounds=..., min_clients=..., round_timeout_s=...) -> Run, stopped after the test."""
+    made = []
+
+    def make(**options):
+        made.append(Run(tmp_path / "server", **options))
+        return made[-1]
+
+    yield make
+    for run in made:
+        run.stop()
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
@@ -105,8 +216,6 @@ def make_data(folder, clients=3, images=8, image_size=32, validation=8):
     images: of the first client; every later one has 2 more, so that no two weigh the same.
     """
     from PIL import Image
-
-    import data
 
     (folder / "preprocessed").mkdir(parents=True)
     (folder / "index").mkdir()
