@@ -1,0 +1,160 @@
+"""What a round costs besides training: real server and client processes, no training, no evaluation.
+
+    python3 benchmarks/round_overhead.py --clients 3 --megabytes 84.6
+
+The floor, in the same run and in turn with ours: the same bytes through bare gRPC in 1 MiB pieces, clients that read the
+tensors with h5py, add a constant and write the file, a NumPy float64 average, one file written; all files fsynced; no
+checks, no hashes, no state. The last line is `ratio_to_floor N`, the median of ours over the median of the floor.
+"""
+
+import argparse
+import csv
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE))
+
+import bare
+import standin
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--megabytes", type=float, default=84.6)
+    parser.add_argument("--rounds", type=int, default=5, help="that count; one more warms up (default: 5)")
+    parser.add_argument("--forms", default="blob,base64", help="of the wire, to be measured (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder) / "start.h5"
+        standin.make_weights(start, arguments.megabytes)
+        results = {"floor": bare_rounds(Path(folder) / "floor", start, arguments)}
+        for form in arguments.forms.split(","):
+            results[form] = real_rounds(Path(folder) / form, start, arguments, form)
+    report(results, arguments)
+
+
+class Peak:
+    """Resident memory of a process, sampled until it ends, in bytes."""
+
+    def __init__(self, process):
+        self.process, self.level, self.peak = process, None, 0
+        threading.Thread(target=self.sample, daemon=True).start()
+
+    def sample(self):
+        try:
+            while self.process.poll() is None:
+                self.peak = max(self.peak, self.now())
+                time.sleep(0.005)
+        except OSError:
+            pass  # it ended between two looks
+
+    def now(self):
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def mark(self):
+        """From here on, how far above this level?"""
+        self.level = self.peak = self.now()
+
+
+def start(command, cwd, **environment):
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env={**os.environ, **environment})
+
+
+def index_of_one(folder):
+    """An index whose one image is never looked at by the stand-in, but is loaded."""
+    from PIL import Image
+
+    import data
+
+    (folder / "index").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(folder / "image.png")
+    record = {"picture": "image.png", "label": 0, "dir": "image.png", "new_label": "True"}
+    for name in ("val_set", "worker1"):
+        data.write_index(folder / "index" / f"{name}.pkl", [record])
+
+
+def real_rounds(folder, weights, arguments, form="blob"):
+    """{"seconds": of each counted round, "server": bytes above the level after the first download, "client": above idle}"""
+    index_of_one(folder)
+    names = [f"client{number + 1:03}" for number in range(arguments.clients)]
+    environment = {"BENCHMARK_WEIGHTS": str(weights), "BENCHMARK_BASE64": str(int(form == "base64"))}
+    server = start([HERE / "standin.py", "todoServer", "--listen", "localhost:0", "--clients", ",".join(names), "--image-size",
+                    "16", "--rounds", arguments.rounds + 1], folder, **environment)
+    memory = Peak(server)
+    lines = iter(server.stdout)
+    address = next(found[1] for line in lines if (found := re.search(r"listening on (\S+)", line)))
+    clients = [start([HERE / "standin.py", "todoClient", "--name", name, "--server", address, "--index", "index/worker1.pkl"],
+                     folder, **environment) for name in names]
+    peaks = [Peak(client) for client in clients]
+    waiting = set(names)
+
+    def follow(client, peak):
+        for line in client.stdout:
+            if "training on" in line and peak.level is None:  # its first download is over
+                if len(waiting) == len(names):
+                    memory.mark()
+                waiting.discard(line.split(":")[0])
+                peak.level = 0
+        assert client.wait() == 0
+
+    followers = [threading.Thread(target=follow, args=pair) for pair in zip(clients, peaks, strict=True)]
+    for follower in followers:
+        follower.start()
+    for _ in lines:
+        pass
+    for follower in followers:
+        follower.join()
+    assert server.wait() == 0
+    with open(folder / "server" / "history.csv") as file:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(file)][1:]
+    idle = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['']; import standin\n"
+                           "sys.modules['model'] = standin; import todoClient; print(open('/proc/self/statm').read().split()[1])",
+                           str(HERE)], capture_output=True, text=True, check=True).stdout
+    idle = int(idle) * os.sysconf("SC_PAGE_SIZE")
+    return {"seconds": seconds, "server": memory.peak - memory.level, "client": max(peak.peak for peak in peaks) - idle}
+
+
+def bare_rounds(folder, weights, arguments):
+    folder.mkdir()
+    server = start([HERE / "bare.py", "server", weights, arguments.clients, arguments.rounds + 1], folder)
+    lines = iter(server.stdout)
+    port = next(lines).strip()
+    clients = [start([HERE / "bare.py", "client", port, arguments.rounds + 1, f"c{number}"], folder)
+               for number in range(arguments.clients)]
+    seconds = [float(line) for line in lines]
+    assert [process.wait() for process in [server, *clients]] == [0] * (1 + len(clients))
+    return {"seconds": seconds[1:], "server": None, "client": None}
+
+
+def report(results, arguments):
+    floor = statistics.median(results["floor"]["seconds"])
+    moved = 2 * arguments.clients * arguments.megabytes
+    print(f"{arguments.clients} clients, {arguments.megabytes:g} MB, medians of {arguments.rounds} rounds\n")
+    print("| form | seconds a round | MB of weights moved | MB on the wire | server peak above its level, MB | client peak above "
+          "idle, MB | ratio to the floor |")
+    print("|---|---|---|---|---|---|---|")
+    for form, result in results.items():
+        seconds = statistics.median(result["seconds"])
+        wire = moved * (4 / 3 if form == "base64" else 1)
+        memory = ["-" if result[who] is None else f"{result[who] / 1e6:.0f}" for who in ("server", "client")]
+        print(f"| {form} | {seconds:.2f} | {moved:.0f} | {wire:.0f} | {' | '.join(memory)} | {seconds / floor:.2f} |")
+    print()
+    for form in results:
+        if form != "floor":
+            print(f"ratio_to_floor{'' if form == 'blob' else '_' + form} "
+                  f"{statistics.median(results[form]['seconds']) / floor:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""How the server's time and memory grow with the number of clients and the size of the model.
+
+    python3 benchmarks/scaling.py
+
+The server is the real one, the clients are the real client's code on threads of one bare process without TensorFlow;
+nobody trains or evaluates. Server seconds are processor time, so that the clients' work on the same cores does not count.
+"""
+
+import argparse
+import csv
+import os
+import re
+import statistics
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE))
+
+import round_overhead
+import standin
+
+ROUNDS = 5
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", nargs=2, help=argparse.SUPPRESS)  # the bare process calls itself
+    arguments = parser.parse_args(argv)
+    if arguments.peers:
+        return peers(*arguments.peers)
+    print(f"medians of {ROUNDS} rounds\n")
+    print("| clients | MB | MB moved a round | seconds a round | server CPU seconds a round | a GB moved | "
+          "server peak above its level, MB |")
+    print("|---|---|---|---|---|---|---|")
+    for clients, megabytes, rounds in [(3, 10, ROUNDS), (6, 10, ROUNDS), (12, 10, ROUNDS), (24, 10, ROUNDS), (48, 10, ROUNDS),
+                                       (3, 1, ROUNDS), (3, 100, ROUNDS), (3, 400, 3), (3, 1, 100)]:
+        seconds, cpu, memory = measure(clients, megabytes, rounds)
+        moved = 2 * clients * megabytes
+        note = f" ({rounds} rounds)" if rounds != ROUNDS else ""
+        print(f"| {clients} | {megabytes}{note} | {moved} | {seconds:.2f} | {cpu:.2f} | {cpu / moved * 1000:.1f} | "
+              f"{memory / 1e6:.0f} |", flush=True)
+
+
+def measure(clients, megabytes, rounds):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        standin.make_weights(folder / "start.h5", megabytes)
+        round_overhead.index_of_one(folder)
+        names = ",".join(f"client{number + 1:03}" for number in range(clients))
+        environment = {"BENCHMARK_WEIGHTS": str(folder / "start.h5")}
+        server = round_overhead.start([HERE / "standin.py", "todoServer", "--listen", "localhost:0", "--clients", names,
+                                       "--image-size", "16", "--rounds", rounds + 1], folder, **environment)
+        memory = round_overhead.Peak(server)
+        cpu = []
+        for line in server.stdout:
+            if found := re.search(r"listening on (\S+)", line):
+                bare = round_overhead.start([HERE / "scaling.py", "--peers", found[1], clients], folder, **environment)
+                threading.Thread(target=bare.stdout.read, daemon=True).start()
+            if "delivered" in line and memory.level is None:  # the first downloads are over
+                memory.mark()
+            if "loss" in line:
+                fields = Path(f"/proc/{server.pid}/stat").read_text().rsplit(")")[-1].split()
+                cpu.append((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+        assert (server.wait(), bare.wait()) == (0, 0)
+        with open(folder / "server" / "history.csv") as file:
+            seconds = [float(row["seconds"]) for row in csv.DictReader(file)][1:]
+    return (statistics.median(seconds), statistics.median(b - a for a, b in zip(cpu, cpu[1:], strict=False)),
+            memory.peak - memory.level)
+
+
+def peers(address, clients):
+    """`clients` real clients on threads of this process."""
+    sys.modules["model"] = standin
+    import todoClient
+
+    def take_part(name):
+        try:
+            todoClient.federate(todoClient.Site(todoClient.parse(["--name", name, "--server", address, "--index",
+                                                                  "index/worker1.pkl"])))
+        except todoClient.Finished:
+            pass
+
+    threads = [threading.Thread(target=take_part, args=[f"client{number + 1:03}"]) for number in range(int(clients))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
