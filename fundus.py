@@ -26,9 +26,10 @@ LESIONS = {  # fewest and most of each, for grades 0..4
     "preretinal haemorrhages": ((0, 0), (0, 0), (0, 0), (0, 0), (0, 2)),
 }
 FINENESS = 3  # shapes are drawn this many times finer than the picture
+CIRCLE = np.exp(2j * np.pi * np.arange(18) / 18)
 
 # Red, green and blue of what lies on the retina. Blood lets light through, so it multiplies; deposits cover.
-ARTERY, VEIN, BLOOD = (0.90, 0.60, 0.62), (0.70, 0.40, 0.46), (0.56, 0.24, 0.30)
+ARTERY, VEIN, BLOOD = (0.90, 0.60, 0.62), (0.72, 0.40, 0.46), (0.74, 0.22, 0.28)
 EXUDATE, COTTON_WOOL = (1.00, 0.88, 0.45), (0.98, 0.84, 0.62)
 DISC, CUP, HAZE = (1.00, 0.72, 0.42), (1.00, 0.92, 0.72), (0.75, 0.70, 0.55)
 
@@ -94,19 +95,19 @@ class Layer:
         self.pen = ImageDraw.Draw(self.image)
 
     def line(self, points, widths, inks):
-        """A line in pieces of eight points, each of the width and the ink of its first point."""
+        """A line in pieces of ten points, each of the width and the ink of its first point."""
         xy = (points * self.scale + self.centre).view(np.float64).tolist()  # x, y, x, y, ...
-        for i in range(0, len(points) - 1, 8):
-            self.pen.line(xy[2 * i : 2 * i + 18], round(255 * inks[i]), max(1, round(widths[i] * self.scale)), "curve")
+        for i in range(0, len(points) - 1, 10):
+            self.pen.line(xy[2 * i : 2 * i + 22], round(255 * inks[i]), max(1, round(widths[i] * self.scale)), "curve")
 
     def polygon(self, points):
         self.pen.polygon((points * self.scale + self.centre).view(np.float64).tolist(), 255)
 
     def spot(self, rng, point, radius, length=1.0, direction=0.0):
         """A roundish, irregular spot; `length` stretches it along `direction`."""
-        angles = np.linspace(0, 2 * np.pi, 18, endpoint=False)
-        rim = 1 + rng.normal(0, 0.1, 3) @ np.cos(np.outer((2, 3, 5), angles) + rng.uniform(0, 6.28, (3, 1)))
-        self.polygon(point + radius * rim * (length * np.cos(angles) + 1j * np.sin(angles)) * np.exp(1j * direction))
+        x, y = rng.normal(0, 0.1, (2, 2))
+        rim = 1 + (x[0] + 1j * y[0]) * CIRCLE**2 + (x[1] + 1j * y[1]) * CIRCLE**3
+        self.polygon(point + radius * rim.real * (CIRCLE + (length - 1) * CIRCLE.real) * np.exp(1j * direction))
 
     def alpha(self, blur=0.0):
         soft = self.image.reduce(FINENESS).filter(ImageFilter.GaussianBlur(blur * self.scale / FINENESS))
@@ -116,28 +117,29 @@ class Layer:
 def draw_background(eye, rng, image_size, field):
     """The retina without vessels: pigment, choroid, macula and optic disc; a picture of reflectances."""
     colour = rgb((0.90, 0.50, 0.28)) - rng.uniform() * rgb((0.14, 0.17, 0.17))  # fair to dark
-    texture = 0.030 * smooth_noise(rng, image_size, 5) + 0.022 * smooth_noise(rng, image_size, 24)
-    retina = colour * (1 + texture * rgb((0.6, 1.0, 1.2)))
+    # Mottled in the very colours of the lesions, or else the mean colour of a region would tell them from afar.
+    mottle = sum(size * smooth_noise(rng, image_size, bumps) for bumps, size in ((3, 0.08), (8, 0.08), (24, 0.03)))
+    cast = np.stack([smooth_noise(rng, image_size, 5) for _ in range(3)])
+    retina = colour * (1 + mottle * rgb((0.3, 0.9, 0.9)) + 0.02 * cast)
     from_fovea = distances(image_size, field, eye["fovea"])
     macula = rng.uniform(0.25, 0.45) * np.exp(-((from_fovea / 0.20) ** 2)) + 0.2 * np.exp(-((from_fovea / 0.06) ** 2))
     retina = absorb(retina, macula, (0.45, 0.1, 0.1))
     from_disc = distances(image_size, field, eye["disc"], stretch=1.12)
     retina = retina * (1 + 0.15 * np.exp(-((from_disc / 0.35) ** 2)))  # nerve fibres shine around the disc
-    from_cup = distances(image_size, field, eye["disc"] + 0.02 * eye["temporal"], stretch=1.12)
     retina = cover(retina, 0.47 + 0.47 * np.tanh((eye["radius"] - from_disc) / 0.015), DISC)
+    from_cup = distances(image_size, field, eye["disc"] + 0.02 * eye["temporal"], stretch=1.12)
     return cover(retina, 0.4 + 0.4 * np.tanh((eye["radius"] * rng.uniform(0.35, 0.6) - from_cup) / 0.02), CUP)
 
 
 def draw_vessels(eye, rng, image_size, field):
     """Four pairs of a vein and an artery that leave the disc, branch and thin; an alpha of veins, one of arteries."""
     veins, arteries = Layer(image_size, field), Layer(image_size, field)
-    ahead = 0.0 if eye["temporal"] == 1 else np.pi
     for vertical in (-1, 1):
         turn = vertical * eye["temporal"]  # the sense in which a direction turns away from the temporal side
         for first, last, bend in ((1.75, -0.05, 0.33), (2.2, 2.75, 0.30)):  # arcade around the macula; nasal branch
             for layer, width in ((arteries, 0.024), (veins, 0.033)):
                 start = eye["disc"] + complex(*rng.normal(0, 0.015, 2)) + 0.02j * vertical
-                headings = ahead + turn * (np.array([first, last]) + rng.normal(0, 0.16, 2))
+                headings = np.pi * (eye["temporal"] == -1) + turn * (np.array([first, last]) + rng.normal(0, 0.16, 2))
                 width = width * rng.uniform(0.85, 1.15) * (1.0 if first < 2 else 0.7)
                 grow(layer, eye, rng, start, headings, bend * rng.uniform(0.8, 1.25), width, length=1.9)
     return veins.alpha(), arteries.alpha()
@@ -145,11 +147,10 @@ def draw_vessels(eye, rng, image_size, field):
 
 def grow(layer, eye, rng, start, headings, bend, width, length, depth=0):
     """Draw a vessel that turns from headings[0] to headings[1] within about `bend`, and its branches."""
-    step = 0.03
-    way = np.arange(0, length, step)
+    way = np.arange(0, length, 0.03)
     wobble = rng.normal(0, 0.15, 2) @ np.sin(way / np.array([[0.045], [0.11]]) + rng.uniform(0, 6.28, (2, 1)))
     heading = headings[1] + (headings[0] - headings[1]) * np.exp(-way / bend) + wobble
-    points = start + step * np.cumsum(np.exp(1j * heading))
+    points = start + 0.03 * np.cumsum(np.exp(1j * heading))
     widths = width * (1 - 0.6 * way / length)
     beyond = (np.abs(points) > 1.02) | (np.abs(points - eye["fovea"]) < 0.16)  # the fovea has no vessels
     end = int(np.argmax(beyond)) if beyond.any() else len(points)
@@ -198,15 +199,14 @@ def draw_lesions(grade, eye, vessels, rng, image_size, field):
             heading = angle + np.cumsum(rng.normal(0, 0.6, 14))
             blood.line(root + 0.018 * np.cumsum(np.exp(1j * heading)), [0.009] * 14, [0.75] * 14)
     for point in places("preretinal haemorrhages", 0.6):  # blood sinks: a boat with a level top
-        hull = np.exp(1j * np.linspace(0, np.pi, 16))
-        blood.polygon(point + rng.uniform(0.10, 0.17) * (hull.real + 1j * rng.uniform(0.4, 0.8) * hull.imag))
+        blood.polygon(point + rng.uniform(0.10, 0.17) * (CIRCLE.real + 1j * rng.uniform(0.4, 0.8) * CIRCLE.imag)[:10])
     return blood.alpha(blur=0.005), exudates.alpha(), cotton_wool.alpha(blur=0.02)
 
 
 def take_photograph(retina, rng, field):
     """Light, lens and sensor: a picture of reflectances to an image, uint8 (size, size, 3)."""
     image_size = retina.shape[1]
-    lamp = distances(image_size, field, complex(*rng.normal(0, 0.3, 2)))  # the light is never quite centred
+    lamp = distances(image_size, field, complex(*rng.normal(0, 0.22, 2)))  # the light is never quite centred
     light = rng.uniform(0.6, 1.0) * (1 - rng.uniform(0.1, 0.3) * lamp**2 + 0.05 * smooth_noise(rng, image_size, 2))
     picture = retina * light * rgb(rng.normal(1, (0.03, 0.06, 0.12)))
     radius = distances(image_size, field)
