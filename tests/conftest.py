@@ -44,12 +44,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def until(condition, what, timeout_s=DEADLINE_S):
-    """Waits until condition() is true and returns its value; fails, naming `what`, when the deadline is over."""
+    """Waits until condition() is true and returns its value; at the deadline it fails and names `what`, a text or a function
+    that gives one."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {timeout_s} s")
-        time.sleep(0.005)
+            raise AssertionError(f"{what() if callable(what) else what}: not within {timeout_s} s")
+        time.sleep(0.001)
     return value
 
 

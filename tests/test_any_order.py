@@ -1,0 +1,357 @@
+"""rounds: arrivals, repeats, changed bytes, late and early rounds, other runs, old peers, disconnects, held merges, time
+limits, restarts and crashes at any publish, in any order over several rounds: what the oracle says, and its bits."""
+
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import DEADLINE_S, Call, Run, averaged, metrics, random_tensors, read_weights, same_bits, until, write_weights
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+import files
+import rounds
+from rounds import Refused, TooFewClients
+
+CLIENTS = ["client001", "client002", "client003"]
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder that no disk slows down
+OVER = "FAILED_PRECONDITION"
+
+
+@cache
+def digest(seed):
+    with tempfile.TemporaryDirectory() as folder:
+        return files.sha256_of(write_weights(Path(folder) / "upload.h5", seed))
+
+
+class Oracle:
+    """DESIGN 4 in short. An upload is (num_examples, seed of its tensors)."""
+
+    def __init__(self, rounds, minimum):
+        self.rounds, self.minimum = rounds, minimum
+        self.round, self.answered, self.frozen = 1, 0, False
+        self.uploads, self.counted, self.history = {}, {}, []
+        self.weights = random_tensors(1000)
+
+    def __repr__(self):
+        return str({name: value for name, value in vars(self).items() if name != "weights"})
+
+    @property
+    def done(self):
+        return self.round > self.rounds
+
+    @property
+    def waits(self):
+        return not self.done and not self.frozen and self.answered == self.round - 1
+
+    def deliver(self, client, upload, run, number):
+        """(number of the round it is for, and 'waits', 'answered' or the status code)."""
+        counted_number, counted = self.counted.get(client, (0, None))
+        if number is None:  # an old peer that was not seen to fetch
+            if counted and counted[1] == upload[1]:
+                number = counted_number
+            elif self.minimum < len(CLIENTS):
+                return 0, OVER
+            else:
+                number = self.round
+        if run == "other":
+            return number, OVER
+        if counted and (counted_number, counted[1]) == (number, upload[1]):
+            return number, "answered" if number <= self.answered else "waits"
+        if number != self.round or self.done:
+            return number, OVER
+        if self.frozen:
+            return number, "waits" if client in self.uploads and self.uploads[client][1] == upload[1] else OVER
+        self.uploads[client] = upload
+        return number, "waits"
+
+    def advance(self, merge, evaluate):
+        """What the coordinator does now, as far as it is let."""
+        self.frozen = self.frozen or (self.waits and len(self.uploads) == len(CLIENTS))
+        if self.frozen and merge:
+            self.weights = averaged([(client, n, random_tensors(seed)) for client, (n, seed) in self.uploads.items()])
+            self.counted.update({client: (self.round, upload) for client, upload in self.uploads.items()})
+            missing = " ".join(sorted(set(CLIENTS) - set(self.uploads)))
+            self.history.append((self.round, len(self.uploads), missing, sum(n for n, _ in self.uploads.values())))
+            self.uploads, self.frozen, self.round = {}, False, self.round + 1
+        if self.answered < self.round - 1 and evaluate:
+            self.answered += 1
+            self.advance(merge, evaluate)
+
+
+class Killed(BaseException):
+    """kill -9, as far as a thread can have it."""
+
+
+class Delivery:
+    def __init__(self, client, number):
+        self.client, self.number, self.present, self.replaced, self.call = client, number, True, False, None
+
+    def alive(self):
+        return self.present
+
+
+class AnyOrder(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(dir=MEMORY))
+        self.now = 0.0  # rounds.py's clock
+        self.real = (os.fsync, files.publish, rounds.publish, rounds.time)
+        os.fsync = lambda _: None  # a crash of the machine is not what is tried here
+        files.publish = rounds.publish = self.publish
+        rounds.time = self
+        self.fuse, self.burnt = None, False
+
+    def monotonic(self):
+        return self.now
+
+    def publish(self, written, path):
+        if self.burnt:
+            raise Killed
+        if self.fuse:
+            self.fuse = (self.fuse[0] - 1, self.fuse[1])
+            self.burnt = self.fuse[0] == 0
+        if not self.burnt or self.fuse[1] == "after":
+            self.real[1](written, path)
+        if self.burnt:
+            raise Killed
+
+    @initialize(number=st.integers(1, 3), minimum=st.sampled_from([1, 2, 3, 3]))
+    def begin(self, number, minimum):
+        limit = {"min_clients": minimum, "round_timeout_s": 60} if minimum < 3 else {}
+        self.oracle = Oracle(number, minimum)
+        self.gates = {"merge": True, "evaluate": True}
+        self.deliveries, self.fetches = [], []
+        self.run = Run(self.folder, CLIENTS, number, **limit)
+        self.opened()
+
+    def opened(self):
+        """A new incarnation of the server: its merge and its evaluation are held while the gate is closed."""
+        dead = self.dead = []
+
+        def gated(name, inner):
+            def step(*arguments):
+                until(lambda: self.gates[name] or dead, f"{name} is let through", 10 * DEADLINE_S)
+                if dead:
+                    raise Killed
+                self.now += 1
+                return inner(*arguments)
+
+            return step
+
+        self.run.merge, self.run.evaluate = gated("merge", self.run.average), gated("evaluate", metrics)
+
+    # --- what happens ---
+
+    @rule(client=st.sampled_from(CLIENTS), num_examples=st.integers(1, 9), seed=st.integers(0, 2),
+          peer=st.sampled_from(["new", "new", "new", "silent", "unseen"]), early=st.sampled_from([0, 0, 0, 0, 0, -1, 1]),
+          run=st.sampled_from(["run0"] * 7 + ["other"]))
+    def deliver(self, client, num_examples, seed, peer, early, run):
+        number = None if peer == "unseen" else self.oracle.round + early
+        run = run if peer == "new" else None
+        for_round, expected = self.oracle.deliver(client, (num_examples, seed), run, number)
+        delivery = Delivery(client, for_round)
+        call = delivery.call = self.run.deliver(client, seed, num_examples, run, number, delivery.alive)
+        if expected == "waits":
+            for other in self.deliveries:
+                other.replaced |= other.client == client and other.number > self.oracle.answered
+            self.deliveries.append(delivery)
+        elif expected == "answered":
+            assert call.result() is self.oracle.done
+        else:
+            self.refused(call, expected)
+        self.settle()
+
+    @rule(clients=st.permutations(CLIENTS), seeds=st.lists(st.integers(0, 2), min_size=3, max_size=3))
+    def all_deliver_at_once(self, clients, seeds):
+        """Without waiting for one another. Who had delivered repeats: a change would or would not be before the freeze."""
+        if self.oracle.waits:
+            for other in self.deliveries:
+                other.replaced = True
+            number, uploads = self.oracle.round, dict(self.oracle.uploads)
+            for client, seed in zip(clients, seeds, strict=True):
+                upload = uploads.get(client, (seed + 1, seed))
+                self.oracle.deliver(client, upload, "run0", number)
+                self.deliveries.append(delivery := Delivery(client, number))
+                delivery.call = self.run.deliver(client, upload[1], upload[0], "run0", number, delivery.alive)
+        self.settle(at_once=True)
+
+    @rule(known=st.booleans())
+    def fetch(self, known):
+        self.fetches.append(Call(self.run.rounds.fetch, self.run.weights, "client001" if known else None))
+        self.settle()
+
+    @rule(place=st.integers(0, 9))
+    def somebody_goes_away(self, place):
+        if self.deliveries:
+            gone = self.deliveries.pop(place % len(self.deliveries))
+            gone.present = False
+            self.run.rounds.wake()
+            self.refused(gone.call, "CANCELLED")
+        self.settle()
+
+    @rule(name=st.sampled_from(["merge", "evaluate"]))
+    def hold(self, name):
+        self.gates[name] = False
+
+    @rule(name=st.sampled_from(["merge", "evaluate"]))
+    def let_go(self, name):
+        self.gates[name] = True
+        self.settle()
+
+    @precondition(lambda self: self.oracle.minimum < 3)
+    @rule()
+    def time_is_over(self):
+        self.now += 61
+        self.run.rounds.wake()
+        if self.oracle.waits and len(self.oracle.uploads) < self.oracle.minimum:
+            with pytest.raises(TooFewClients):
+                self.run.coordinator.result()
+            for delivery in self.deliveries:
+                self.refused(delivery.call, "UNAVAILABLE")
+            self.restart()
+        elif self.oracle.waits:
+            self.oracle.frozen = True
+            self.settle()
+
+    @rule(more=st.sampled_from([0, 0, 1]))
+    def restart(self, more=0):
+        """kill -9, and started again; --rounds extends a finished run."""
+        self.dead.append(True)
+        self.run.stop()
+        for call in [delivery.call for delivery in self.deliveries] + self.fetches:
+            call.thread.join(DEADLINE_S)
+            assert call.ended
+        self.deliveries, self.fetches = [], []
+        self.gates = {"merge": True, "evaluate": True}
+        self.fuse, self.burnt = None, False
+        self.opened()
+        if self.oracle.rounds < 4:
+            self.oracle.rounds += more
+        self.run.start(rounds=self.oracle.rounds)
+        self.settle()
+
+    @rule(client=st.sampled_from(CLIENTS), num_examples=st.integers(1, 9), seed=st.integers(0, 2),
+          publishes=st.integers(1, 8), when=st.sampled_from(["before", "after"]))
+    def crash_while_delivering(self, client, num_examples, seed, publishes, when):
+        """The server dies at a publish that this delivery, or the round that it closes, leads to."""
+        self.gates = {"merge": True, "evaluate": True}
+        self.settle()
+        before = self.oracle.uploads.get(client)
+        self.fuse = (publishes, when)
+        call = self.run.deliver(client, seed, num_examples)
+        until(lambda: self.burnt or call.ended or self.quiet(client, seed), "it died, or did not")
+        self.dead.append(True)
+        self.run.stop()
+        self.fuse, self.burnt = None, False
+        call.thread.join(DEADLINE_S)
+        # accepted, or as if it had never come: what is on disk says which; there is no third
+        state = files.load_state(self.folder / "state.json")
+        found = files.sha256_of(self.run.rounds.upload_path(client))
+        accepted = state["round"] > self.oracle.round or any(
+            upload == {"num_examples": num_examples, "sha256": found} for upload in state["uploads"].get(client, []))
+        if accepted and not self.oracle.done:
+            self.oracle.deliver(client, (num_examples, seed), "run0", self.oracle.round)
+        else:
+            assert self.oracle.uploads.get(client) == before
+        self.restart()
+
+    def quiet(self, client, seed):
+        """Whether the delivery is counted and more are awaited."""
+        there = self.run.rounds.uploads
+        return client in there and len(there) < len(CLIENTS) and self.run.rounds.waiting.get(client) is not None
+
+    # --- and what must hold ---
+
+    def refused(self, call, code):
+        with pytest.raises(Refused) as caught:
+            call.result()
+        assert caught.value.code == code, caught.value
+
+    def settle(self, at_once=False):
+        """The server gets where the oracle is; every call has ended as it says, and no other has."""
+        oracle, run = self.oracle, self.run
+        oracle.advance(self.gates["merge"], self.gates["evaluate"])
+
+        def where():
+            there = run.rounds
+            uploads = {client: (upload["num_examples"], upload["sha256"]) for client, upload in there.uploads.items()}
+            return there.round, there.answered, bool(there.state["frozen"]), uploads
+
+        expected = {client: (n, digest(seed)) for client, (n, seed) in oracle.uploads.items()}
+        until(lambda: where() == (oracle.round, oracle.answered, oracle.frozen, expected),
+              lambda: f"the server is at {where()}, the oracle at {oracle}; {run.said}, {run.coordinator.error}", 20)
+        if oracle.waits:
+            until(lambda: run.rounds.opened == self.now, "the round is open", 20)
+        for delivery in list(self.deliveries):
+            if delivery.replaced and at_once:  # aborted, or answered just before
+                delivery.call.thread.join(DEADLINE_S)
+                assert delivery.call.ended and (delivery.call.error is None or delivery.call.error.code == "ABORTED")
+                self.deliveries.remove(delivery)
+            elif delivery.replaced:
+                self.refused(delivery.call, "ABORTED")
+                self.deliveries.remove(delivery)
+            elif delivery.number <= oracle.answered:
+                assert delivery.call.result() is oracle.done
+                self.deliveries.remove(delivery)
+            else:
+                assert not delivery.call.ended, (delivery.call.value, delivery.call.error)
+        if oracle.frozen:
+            assert not any(call.ended for call in self.fetches)
+        else:
+            for call in self.fetches:
+                number, told, file = call.result()
+                with file:
+                    assert (number, told) == (oracle.round, files.sha256_of(run.weights))
+            self.fetches = []
+            assert same_bits(read_weights(run.weights), oracle.weights)
+        state = files.load_state(self.folder / "state.json")
+        assert state["round"] == oracle.round and bool(state["frozen"]) == oracle.frozen
+        rows = [(row["round"], row["clients"], row["missing"], row["num_examples"]) for row in state["history"]]
+        assert rows == oracle.history[: oracle.answered]
+        assert (self.folder / "history.csv").read_text().count("\n") == 1 + oracle.answered
+        for client, (_, seed) in oracle.uploads.items():
+            assert files.sha256_of(run.rounds.upload_path(client)) == digest(seed)
+
+    def teardown(self):
+        """The run goes on to its end, and everyone is told."""
+        try:
+            if hasattr(self, "run"):
+                self.finish()
+        finally:
+            self.dead.append(True)
+            self.run.stop()
+            os.fsync, files.publish, rounds.publish, rounds.time = self.real
+            shutil.rmtree(self.folder)
+
+    def finish(self):
+        self.gates = {"merge": True, "evaluate": True}
+        self.settle()
+        while not self.oracle.done:
+            for client in CLIENTS:
+                if client not in self.oracle.uploads:
+                    self.deliver(client, 5, 1, "new", 0, "run0")
+        self.run.coordinator.result()
+        left = Call(self.run.rounds.wait_until_all_left, 60)
+        for client in CLIENTS:
+            self.run.rounds.fetch(self.run.weights, client)[2].close()
+        left.result(20)
+
+
+def run_machine(examples, **options):
+    run_state_machine_as_test(AnyOrder, settings=settings(
+        max_examples=examples, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck),
+        phases=[Phase.reuse, Phase.generate], **options))  # a failure that is a wait shrinks for hours
+
+
+def test_any_order():
+    run_machine(40, derandomize=True, database=None)
+
+
+@pytest.mark.slow
+def test_any_order_for_long():
+    run_machine(1000)
