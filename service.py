@@ -46,7 +46,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
     def __init__(self, rounds, max_examples):
         self.rounds, self.max_examples, self.say = rounds, max_examples, rounds.say
         self.path = rounds.folder / "server_weight.h5"
-        self.expected = weights.shapes_of(self.path)
+        self.check = weights.Checker(weights.shapes_of(self.path))
         self.max_bytes = int(1.1 * self.path.stat().st_size)
         self.fetched = {}  # connection of an old peer -> round that it last fetched; the oldest first
         self.streams = set()  # that are moving bytes now
@@ -147,7 +147,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 digest = weights.spool(stream.watch(messages), written, self.max_bytes)
             if announced not in (None, digest):
                 raise ValueError(f"what arrived has SHA-256 {digest[:16]}..., announced was {announced[:16]}...")
-            weights.check(written, self.expected)
+            self.check(written)
             return written, digest
         except BaseException as error:
             written.unlink(missing_ok=True)
