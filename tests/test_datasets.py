@@ -1,0 +1,203 @@
+"""datasets: each published layout, with its quirks, on tiny archives made here; and what is said of bad ones."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import datasets
+
+ROOT = Path(__file__).parents[1]
+IDRID = ROOT.parent / "shared" / "fundus" / "idrid"
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+
+
+def idrid_archive(folder, training="IDRiD_001,3,2,,,\r\nIDRiD_002,0,0,,,\r\n"):
+    labels = folder / "B. Disease Grading/2. Groundtruths"
+    header = "Image name,Retinopathy grade,Risk of macular edema "
+    write(labels / "a. IDRiD_Disease Grading_Training Labels.csv", f"{header},,,\r\n{training}")
+    write(labels / "b. IDRiD_Disease Grading_Testing Labels.csv", f"{header}\r\nIDRiD_001,4,0\r\n")
+
+
+def test_idrid_validates_on_its_testing_set_and_keeps_equal_file_names_apart(tmp_path):
+    idrid_archive(tmp_path)
+    photos = datasets.load("idrid", tmp_path)
+    images = tmp_path / "B. Disease Grading/1. Original Images"
+    assert [(photo.path, photo.grade, photo.part) for photo in photos] == [
+        (images / "a. Training Set/IDRiD_001.jpg", 3, "train"),
+        (images / "a. Training Set/IDRiD_002.jpg", 0, "train"),
+        (images / "b. Testing Set/IDRiD_001.jpg", 4, "val"),
+    ]
+    assert len({photo.name for photo in photos}) == len({photo.patient for photo in photos}) == 3
+    assert datasets.load("idrid", tmp_path / "B. Disease Grading") == photos
+
+
+def test_idrid_reads_the_published_labels():
+    if not IDRID.is_dir():
+        pytest.skip(f"the real photographs are not here: {IDRID}")
+    photos = datasets.load("idrid", IDRID)
+    assert all(photo.path.is_file() for photo in photos)
+    assert [sum(photo.part == part for photo in photos) for part in ("train", "val")] == [405, 102]
+
+
+def test_ddr_leaves_ungradable_images_out_and_tells_patients_where_the_name_does(tmp_path):
+    write(tmp_path / "train.txt", "007-0004-000.jpg 0\n007-0004-001.jpg 2\n007-0005-000.jpg 5\n")
+    write(tmp_path / "valid.txt", "20170413102628830.jpg 4\r\n\r\n")
+    write(tmp_path / "test.txt", "007-0006-000.jpg 1")
+    photos = datasets.load("ddr", tmp_path)
+    assert [(photo.path.relative_to(tmp_path).as_posix(), photo.grade, photo.patient, photo.part) for photo in photos] == [
+        ("train/007-0004-000.jpg", 0, "007-0004", "train"),
+        ("train/007-0004-001.jpg", 2, "007-0004", "train"),
+        ("valid/20170413102628830.jpg", 4, "20170413102628830.jpg", "val"),
+        ("test/007-0006-000.jpg", 1, "007-0006", "test"),
+    ]
+
+
+def test_aptos(tmp_path):
+    write(tmp_path / "train.csv", "id_code,diagnosis\n000c1434d8d7,2\n001639a390f0,4\n")
+    photos = datasets.load("aptos", tmp_path)
+    assert [(photo.path, photo.grade, photo.part) for photo in photos] == [
+        (tmp_path / "train_images/000c1434d8d7.png", 2, ""), (tmp_path / "train_images/001639a390f0.png", 4, "")]
+
+
+def test_eyepacs_knows_both_eyes_of_a_patient(tmp_path):
+    write(tmp_path / "trainLabels.csv", "image,level\n10_left,0\n10_right,1\n13_left,0\n")
+    photos = datasets.load("eyepacs", tmp_path)
+    assert [photo.path.name for photo in photos] == ["10_left.jpeg", "10_right.jpeg", "13_left.jpeg"]
+    assert [photo.patient for photo in photos] == ["10", "10", "13"]
+
+
+def test_folder_takes_columns_in_any_order_a_byte_order_mark_quotes_and_folders(tmp_path):
+    write(tmp_path / "labels.csv", '\ufefflabel, patient,image\r\n2,ada,"a, b/one.JPG"\r\n\r\n0,,a/two.png\r\n0,,a/two.jpg\r\n')
+    photos = datasets.load("folder", tmp_path)
+    assert [(photo.path, photo.grade) for photo in photos] == [
+        (tmp_path / "a, b/one.JPG", 2), (tmp_path / "a/two.png", 0), (tmp_path / "a/two.jpg", 0)]
+    assert photos[0].patient == "patient ada" and len({photo.patient for photo in photos}) == 3
+    assert len({photo.name for photo in photos}) == 3 and all("/" not in photo.name for photo in photos)
+
+
+def test_folder_without_patients(tmp_path):
+    write(tmp_path / "labels.csv", "image,label\none.png,0\ntwo.png,1\n")
+    assert [photo.patient for photo in datasets.load("folder", tmp_path)] == ["one.png", "two.png"]
+
+
+@pytest.mark.parametrize("dataset, file, text, sentence", [
+    ("aptos", "train.csv", "id_code,level\na,1\n", "train.csv has no column 'diagnosis': found id_code, level"),
+    ("aptos", "train.csv", "", "train.csv has no column 'id_code': found nothing"),
+    ("aptos", "train.csv", "id_code,diagnosis\n", "has no graded image"),
+    ("aptos", "train.csv", "id_code,diagnosis\na,7\n", "train.csv gives 'a' the grade '7', expected a whole number 0 to 4"),
+    ("aptos", "train.csv", "id_code,diagnosis\na\n", "train.csv gives 'a' the grade '', expected"),
+    ("aptos", "train.csv", "id_code,diagnosis\na,1\na,1\n", "train_images/a.png twice"),
+    ("aptos", "other.csv", "", "train.csv is missing: is --source the folder into which the archive was unpacked"),
+    ("eyepacs", "trainLabels.csv", "image,grade\n", "trainLabels.csv has no column 'level'"),
+    ("eyepacs", "trainLabels.csv", "image,level\n10_left,1.5\n", "gives '10_left' the grade '1.5'"),
+    ("folder", "labels.csv", "image,grade\n", "labels.csv has no column 'label'"),
+    ("folder", "labels.csv", "image,label\na.png,none\n", "labels.csv gives 'a.png' the grade 'none'"),
+    ("folder", "other", "", "labels.csv is missing"),
+    ("ddr", "train.txt", "a.jpg 7\n", "train.txt gives 'a.jpg' the grade '7', expected a whole number 0 to 5"),
+    ("ddr", "train.txt", "a.jpg\n", "train.txt gives 'a.jpg' the grade ''"),
+    ("ddr", "valid.txt", "a.jpg 1\n", "train.txt is missing"),
+    ("idrid", "other", "", "a. IDRiD_Disease Grading_Training Labels.csv is missing"),
+])  # fmt: skip
+def test_a_bad_archive_gets_one_sentence(tmp_path, dataset, file, text, sentence):
+    write(tmp_path / file, text)
+    with pytest.raises(ValueError, match=sentence.replace(".", r"\.")) as caught:
+        datasets.load(dataset, tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_idrid_with_a_grade_that_does_not_exist(tmp_path):
+    idrid_archive(tmp_path, training="IDRiD_001,7,2,,,\r\n")
+    with pytest.raises(ValueError, match="Training Labels.csv gives 'IDRiD_001' the grade '7'"):
+        datasets.load("idrid", tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="absent is no folder: --source must be the folder of the data set 'ddr'"):
+        datasets.load("ddr", tmp_path / "absent")
+
+
+def test_a_table_that_is_binary(tmp_path):
+    (tmp_path / "train.csv").write_bytes(os.urandom(300_000))
+    with pytest.raises(ValueError, match="train.csv"):
+        datasets.load("aptos", tmp_path)
+
+
+def retinamnist_archive(path, pixels=128, counts=(6, 3, 4)):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in zip(("train", "val", "test"), counts, strict=True):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (count, pixels, pixels, 3), np.uint8)
+        arrays[f"{part}_labels"] = rng.integers(0, 5, (count, 1), np.uint8)
+    np.savez(path, **arrays)
+    return arrays
+
+
+def test_retinamnist_from_a_file_or_its_folder(tmp_path):
+    arrays = retinamnist_archive(tmp_path / "retinamnist_128.npz")
+    photos = datasets.load("retinamnist", tmp_path / "retinamnist_128.npz", 128)
+    assert photos == datasets.load("retinamnist", tmp_path, 96)
+    assert [photo.part for photo in photos] == ["train"] * 6 + ["val"] * 3 + ["test"] * 4
+    assert [photo.grade for photo in photos[:6]] == arrays["train_labels"][:, 0].tolist()
+    assert (np.asarray(Image.open(photos[7].path)) == arrays["val_images"][1]).all()
+    with pytest.raises(ValueError, match="retinamnist_224.npz is no RetinaMNIST archive"):
+        datasets.load("retinamnist", tmp_path, 224)
+    (tmp_path / "half.npz").write_bytes((tmp_path / "retinamnist_128.npz").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="half.npz is no RetinaMNIST archive"):
+        datasets.load("retinamnist", tmp_path / "half.npz")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+def test_retinamnist_is_downloaded_once_and_checked(tmp_path):
+    """From a server on this machine: a wrong checksum, a right one, then offline with and without the file."""
+    web, home = tmp_path / "web", tmp_path / "home"
+    web.mkdir()
+    home.mkdir()
+    retinamnist_archive(web / "retinamnist_128.npz")
+    md5 = hashlib.md5((web / "retinamnist_128.npz").read_bytes()).hexdigest()
+    server = ThreadingHTTPServer(("localhost", 0), partial(Quiet, directory=web))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    script = f"""
+import datasets
+def attempt(url, md5, image_size=128):
+    datasets.RETINAMNIST_URL, datasets.RETINAMNIST_MD5 = url, {{128: md5, 224: md5}}
+    try:
+        print("RESULT", len(datasets.load("retinamnist", None, image_size)))
+    except ValueError as error:
+        print("RESULT", str(error).replace(chr(10), "LINE BREAK"))
+here = "http://localhost:{server.server_port}/{{name}}?download=1"
+attempt(here, "0" * 32)
+attempt(here, "{md5}")
+attempt("http://localhost:1/{{name}}", "{md5}")
+attempt("http://localhost:1/{{name}}", "{md5}", 224)
+attempt(here, "{md5}", 224)
+"""
+    try:
+        process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "KERAS_HOME": str(home)},
+                                 capture_output=True, text=True, timeout=200)  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    results = [line.split(" ", 1)[1] for line in process.stdout.splitlines() if line.startswith("RESULT")]
+    assert len(results) == 5, process.stderr
+    wrong, right, kept, offline, absent = results
+    assert "retinamnist_128.npz cannot be downloaded" in wrong and "--source" in wrong
+    assert right == kept == "13"
+    for sentence in (offline, absent):
+        assert "retinamnist_224.npz cannot be downloaded" in sentence and "LINE BREAK" not in sentence

@@ -1,0 +1,307 @@
+"""prepare: pictures and indexes from drawn or published images, resumable, complete or visibly not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import prepare
+
+ROOT = Path(__file__).parents[1]
+IDRID = ROOT.parent / "shared" / "fundus" / "idrid"
+SMALL = ["--num-train", "24", "--num-val", "12", "--image-size", "32"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_project(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+
+
+def eye(path, level=150, size=(80, 60)):
+    """A photograph: a disc of noise on black."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    y, x = np.ogrid[: size[1], : size[0]]
+    disc = (x - size[0] / 2) ** 2 + (y - size[1] / 2) ** 2 < (size[1] / 2) ** 2
+    noise = np.random.default_rng(level).integers(level - 30, level + 30, (size[1], size[0], 3))
+    Image.fromarray((noise * disc[..., None]).astype(np.uint8)).save(path)
+
+
+def photo_folder(folder, count=20):
+    """The layout of --dataset folder: patient 0 has images 0 and 1, and so on."""
+    rows = [f"eye{i:02d}.png,{i // 2 % 5},{i // 2}" for i in range(count)]
+    for i in range(count):
+        eye(folder / f"eye{i:02d}.png", level=60 + 5 * i)
+    (folder / "labels.csv").write_text("\n".join(["image,label,patient", *rows]) + "\n")
+    return folder
+
+
+def run(*argv):
+    """prepare.py as a process of its own."""
+    return subprocess.run([sys.executable, str(ROOT / "prepare.py"), *argv], capture_output=True, text=True, timeout=200)
+
+
+def snapshot():
+    return {path.as_posix(): path.read_bytes() for folder in ("index", "preprocessed") for path in Path(folder).rglob("*.p*")}
+
+
+def test_the_drawn_set_is_what_the_index_says(capsys):
+    assert prepare.main(SMALL) == 0
+    sets = {path.stem: data.read_index(path) for path in Path("index").glob("*.pkl")}
+    assert set(sets) == {"worker1", "worker2", "worker3", "train_set", "val_set"}
+    assert [len(sets[f"worker{k}"]) for k in (1, 2, 3)] == [8, 8, 8]
+    assert len(sets["train_set"]) == 24 and len(sets["val_set"]) == 12
+    workers = [record["dir"] for k in (1, 2, 3) for record in sets[f"worker{k}"]]
+    assert sorted(workers) == [record["dir"] for record in sets["train_set"]]
+    assert not set(workers) & {record["dir"] for record in sets["val_set"]}
+    for record in sets["train_set"] + sets["val_set"]:
+        assert Image.open(record["dir"]).size == (32, 32)
+        assert record["new_label"] == str(record["label"] == 0)
+    assert [sum(record["label"] == grade for record in sets["train_set"]) for grade in range(5)] == [12, 1, 9, 0, 2]
+    out = capsys.readouterr().out
+    assert "proliferative  healthy     DR  total" in out and "worker3" in out and "validation" in out
+    assert Image.open("preprocessed/synthetic/contact_sheet.png").size == (12 * 128, 5 * 128)
+
+
+def test_the_same_choices_give_the_same_bits_and_another_seed_others():
+    prepare.main(SMALL)
+    first = snapshot()
+    for path in list(Path("preprocessed").rglob("*.png"))[::2]:
+        path.unlink()
+    prepare.main(SMALL)
+    assert snapshot() == first
+    prepare.main([*SMALL, "--seed", "1"])
+    assert snapshot()["preprocessed/synthetic/train_00000.png"] != first["preprocessed/synthetic/train_00000.png"]
+
+
+def test_finished_pictures_are_kept_while_the_choices_are_the_same(capsys):
+    prepare.main(SMALL)
+    Path("preprocessed/synthetic/val_00003.png").unlink()
+    prepare.main([*SMALL, "--split", "dirichlet", "--num-clients", "2"])
+    assert "35 pictures are there, 1 to make" in capsys.readouterr().out
+    assert not Path("index/worker3.pkl").exists()
+    prepare.main(["--num-train", "24", "--num-val", "12", "--image-size", "16"])
+    assert "0 pictures are there, 36 to make" in capsys.readouterr().out
+    assert Image.open("preprocessed/synthetic/val_00003.png").size == (16, 16)
+
+
+def test_prepared_json_tells_what_made_it():
+    prepare.main([*SMALL, "--share", "3"])
+    made = json.loads(Path("index/prepared.json").read_text())
+    wanted = {"dataset": "synthetic", "preprocessing": "drawn", "seed": 0, "image_size": 32, "num_clients": 3,
+              "split": "iid", "share": 3, "num_train": 24, "num_val": 12, "skipped": []}
+    assert wanted.items() <= made.items()
+
+
+def test_check_tells_whether_the_index_is_of_these_choices(capsys):
+    def check(*argv):
+        code = prepare.main([*SMALL, *argv, "--check"])
+        return code, capsys.readouterr().out
+
+    assert check()[0] == 10
+    prepare.main(SMALL)
+    capsys.readouterr()
+    assert check() == (0, "")
+    assert check("--seed", "1") == (10, "index/ has to be made anew: it was made with seed 0, not 1\n")
+    assert check("--split", "noniid")[0] == check("--num-clients", "2")[0] == check("--num-val", "13")[0] == 10
+    assert check("--dataset", "idrid", "--source", ".")[0] == 10
+    assert check("--alpha", "0.3")[0] == 0  # decides nothing in an IID split
+    Path("preprocessed/synthetic/train_00002.png").rename("elsewhere.png")
+    assert check() == (10, "index/ has to be made anew: preprocessed/synthetic/train_00002.png is missing\n")
+    Path("elsewhere.png").rename("preprocessed/synthetic/train_00002.png")
+    Path("index/worker2.pkl").write_bytes(b"half")
+    assert "worker2.pkl" in check()[1]
+    Path("index/prepared.json").write_text("{}")
+    assert check()[0] == 10
+
+
+def test_check_answers_at_once_and_without_tensorflow():
+    prepare.main(SMALL)
+    script = f"import sys, prepare; code = prepare.main({[*SMALL, '--check']!r}); print(code, 'tensorflow' in sys.modules, " \
+             "'keras' in sys.modules)"
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        seconds.append(time.monotonic() - started)
+        assert done.stdout == "0 False False\n", done.stderr
+    assert min(seconds) < 2  # half a second on an idle machine
+
+
+def test_photographs_are_prepared_split_by_patient_and_checked(tmp_path, capsys):
+    source = photo_folder(tmp_path / "photos")
+    choices = ["--dataset", "folder", "--source", str(source), "--image-size", "24", "--num-clients", "2"]
+    assert prepare.main(choices) == 0
+    train, val = data.read_index("index/train_set.pkl"), data.read_index("index/val_set.pkl")
+    assert len(train) + len(val) == 20 and len(val) == 4
+    patients = [{int(record["picture"][3:5]) // 2 for record in records} for records in (train, val)]
+    assert not patients[0] & patients[1]
+    picture = np.asarray(Image.open(val[0]["dir"]))
+    assert picture.shape == (24, 24, 3) and 110 < picture.mean() < 150
+    assert prepare.main([*choices, "--check"]) == 0
+    made = json.loads(Path("index/prepared.json").read_text())
+    assert made["preprocessing"] == "graham" and made["source"] == str(source)
+
+
+def test_a_changed_photograph_is_prepared_again(tmp_path, capsys):
+    source = photo_folder(tmp_path / "photos")
+    choices = ["--dataset", "folder", "--source", str(source), "--image-size", "24", "--num-clients", "2"]
+    prepare.main(choices)
+    later = time.time() + 5
+    os.utime(source / "eye03.png", (later, later))
+    prepare.main(choices)
+    assert "19 pictures are there, 1 to make" in capsys.readouterr().out
+
+
+def test_broken_photographs_are_named_and_stop_it_unless_they_may_be_skipped(tmp_path, capsys):
+    source = photo_folder(tmp_path / "photos")
+    whole = tmp_path / "whole.jpg"
+    eye(whole, size=(300, 200))
+    (source / "eye03.png").write_bytes(whole.read_bytes()[:4000])  # truncated
+    (source / "eye05.png").unlink()
+    Image.new("RGB", (40, 30)).save(source / "eye07.png")
+    choices = ["--dataset", "folder", "--source", str(source), "--image-size", "24", "--num-clients", "2"]
+    assert prepare.main(choices) == 1
+    err = capsys.readouterr().err
+    for name, reason in (("eye03", "cannot be read"), ("eye05", "is missing"), ("eye07", "brighter than grey level 7")):
+        assert any(name in line and reason in line for line in err.splitlines()), err
+    assert "3 of 20 images cannot be used: mend them, or give --skip-broken" in err
+    assert not Path("index/prepared.json").exists()
+    assert prepare.main([*choices, "--skip-broken"]) == 0
+    assert len(data.read_index("index/train_set.pkl") + data.read_index("index/val_set.pkl")) == 17
+    assert json.loads(Path("index/prepared.json").read_text())["skipped"] == ["eye03_png", "eye05_png", "eye07_png"]
+    capsys.readouterr()
+    assert prepare.main([*choices, "--check"]) == 10
+    assert "3 unreadable images were left out" in capsys.readouterr().out
+    assert prepare.main([*choices, "--skip-broken", "--check"]) == 0
+
+
+def test_a_bad_source_is_one_sentence_and_leaves_the_index_alone(tmp_path, capsys):
+    prepare.main(SMALL)
+    capsys.readouterr()
+    (tmp_path / "empty").mkdir()
+    assert prepare.main(["--dataset", "aptos", "--source", str(tmp_path / "empty")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("prepare.py: error: ") and err.count("\n") == 1 and "train.csv is missing" in err
+    assert prepare.main([*SMALL, "--check"]) == 0
+
+
+def test_the_published_test_part_is_left_alone(tmp_path, capsys):
+    for part, names in (("train", "abcdef"), ("valid", "gh"), ("test", "ij")):
+        (tmp_path / f"{part}.txt").write_text("".join(f"{name}.png {k % 2 * 2}\n" for k, name in enumerate(names)))
+        for name in names:
+            eye(tmp_path / part / f"{name}.png")
+    choices = ["--dataset", "ddr", "--source", str(tmp_path), "--image-size", "16", "--num-clients", "2"]
+    assert prepare.main(choices) == 0
+    assert "2 images of the published test part are left alone" in capsys.readouterr().out
+    assert len(data.read_index("index/train_set.pkl")) == 6
+    assert {record["picture"] for record in data.read_index("index/val_set.pkl")} == {"val_g.png", "val_h.png"}
+    assert prepare.main([*choices, "--balanced"]) == 0
+    assert len(data.read_index("index/train_set.pkl") + data.read_index("index/val_set.pkl")) == 10
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["--dataset", "ddr"], "--dataset ddr needs --source"),
+    (["--balanced"], "--balanced is the thesis's draw from ddr, not from synthetic"),
+    (["--split", "noniid", "--num-clients", "4"], "--split noniid is for 3 clients, found 4"),
+    (["--split", "dirichlet", "--alpha", "0"], "--alpha must be above 0"),
+    (["--num-clients", "0"], "is not a whole number of at least 1"),
+    (["--dataset", "messidor"], "invalid choice: 'messidor'"),
+])  # fmt: skip
+def test_wrong_usage_ends_with_2(argv, sentence, capsys):
+    with pytest.raises(SystemExit) as caught:
+        prepare.main(argv)
+    assert caught.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_too_many_clients_for_the_images_is_one_sentence(capsys):
+    assert prepare.main([*SMALL, "--num-clients", "30"]) == 1
+    assert "24 training images are too few for 0 shared ones and 30 clients" in capsys.readouterr().err
+
+
+def test_many_pictures_are_made_by_several_processes_in_the_same_bits():
+    argv = ["--num-train", "70", "--num-val", "10", "--image-size", "16"]
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr
+    assert "80 of 80 pictures" in done.stdout and len(done.stdout.splitlines()) < 25
+    together = snapshot()
+    for path in Path("preprocessed/synthetic").glob("*_0*.png"):
+        if int(path.stem[-2:]) % 2:
+            path.unlink()
+    assert prepare.main(argv) == 0  # few enough to be made in this process
+    assert snapshot() == together
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_at_any_instant_it_is_not_complete_leaves_no_process_and_goes_on(how):
+    argv = ["--num-train", "400", "--num-val", "10", "--image-size", "32"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), *argv], start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pictures = Path("preprocessed/synthetic")
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(pictures.glob("*.png"))) < 20:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        os.kill(process.pid, how)
+        out = process.communicate(timeout=30)[0]
+        assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how)
+        assert "Traceback" not in out
+        while True:  # the processes of the pool end by themselves
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                break
+            assert time.monotonic() < deadline, "a process of the pool is left"
+            time.sleep(0.02)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    kept = len(list(pictures.glob("*.png")))
+    assert 20 <= kept < 410 and not Path("index/prepared.json").exists()
+    for path in pictures.glob("*.png"):
+        Image.open(path).load()
+    again = run(*argv)
+    assert again.returncode == 0 and f"{kept} pictures are there, {410 - kept} to make" in again.stdout
+    assert len(list(pictures.glob("*.png"))) == 411 and not list(pictures.glob(".*"))  # and the contact sheet
+
+
+def test_a_failure_on_the_way_leaves_an_index_that_is_not_complete(monkeypatch, capsys):
+    prepare.main(SMALL)
+
+    def disk_full(path, records):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "write_index", disk_full)
+    assert prepare.main([*SMALL, "--seed", "1"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not Path("index/prepared.json").exists()
+
+
+def test_retinamnist_from_its_file(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 12), ("val", 6), ("test", 4)):
+        arrays[f"{part}_images"] = rng.integers(50, 200, (count, 128, 128, 3), np.uint8)
+        arrays[f"{part}_labels"] = (np.arange(count) % 5).reshape(-1, 1)
+    np.savez(tmp_path / "retinamnist_128.npz", **arrays)
+    assert prepare.main(["--dataset", "retinamnist", "--source", str(tmp_path), "--image-size", "32"]) == 0
+    assert len(data.read_index("index/train_set.pkl")) == 12 and len(data.read_index("index/val_set.pkl")) == 6
+
+
+def test_the_real_idrid_photographs():
+    if not IDRID.is_dir():
+        pytest.skip(f"the real photographs are not here: {IDRID}")
+    done = run("--dataset", "idrid", "--source", str(IDRID), "--image-size", "32")
+    assert done.returncode == 0, done.stderr
+    assert len(data.read_index("index/train_set.pkl")) == 405 and len(data.read_index("index/val_set.pkl")) == 102

@@ -1,0 +1,120 @@
+"""splits: whole patients on one side, published parts respected, hospitals as unequal as asked for."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import splits
+from datasets import Photo
+
+
+def make_photos(counts, per_patient=1, part=""):
+    """Photos with `counts[grade]` images of each grade, so many a patient, without files."""
+    grades = np.repeat(range(5), counts)
+    return [Photo(None, int(grade), f"patient {i // per_patient}", part, f"{i:05d}") for i, grade in enumerate(grades)]
+
+
+def grades_of(photos):
+    return [sum(photo.grade == grade for photo in photos) for grade in range(5)]
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_a_fifth_of_each_grade_is_held_out():
+    train, val = splits.choose_validation(make_photos([500, 50, 360, 20, 70]), False, rng())
+    assert grades_of(val) == [100, 10, 72, 4, 14]
+    assert len(train) == 800 and not {photo.name for photo in train} & {photo.name for photo in val}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=30, max_size=120), st.integers(1, 5), st.integers(0, 99))
+def test_a_patient_is_never_on_both_sides(grades, per_patient, seed):
+    photos = [Photo(None, grade, str(i // per_patient), "", str(i)) for i, grade in enumerate(grades)]
+    train, val = splits.choose_validation(photos, False, np.random.default_rng(seed))
+    assert not {photo.patient for photo in train} & {photo.patient for photo in val}
+    assert len(train) + len(val) == len(photos)
+    assert abs(len(val) - 0.2 * len(photos)) <= per_patient
+
+
+def test_published_parts_are_kept_and_a_patient_of_both_is_taken_from_training():
+    train = make_photos([4, 0, 4, 0, 0], part="train")
+    val = [Photo(None, 1, "patient 0", "val", "v0"), Photo(None, 1, "patient 99", "val", "v1")]
+    test = [Photo(None, 1, "patient 98", "test", "t0")]
+    kept, validation = splits.choose_validation(train + val + test, False, rng())
+    assert kept == train[1:] and validation == val
+
+
+def test_balanced_is_the_thesis_draw_from_all_parts_of_ddr():
+    photos = make_photos([3000, 630, 4477, 236, 913], part="train") + make_photos([3266, 0, 0, 0, 0], part="test")
+    photos = [photo._replace(patient=str(i)) for i, photo in enumerate(photos)]
+    train, val = splits.choose_validation(photos, True, rng())
+    assert (len(train), len(val)) == (10_000, 2_522)
+    assert grades_of(train)[0] == 5_060 and sum(grades_of(train)[1:]) == 4_940
+
+
+def test_one_side_without_images_is_refused():
+    with pytest.raises(ValueError, match="found 2 images to train on and 0 to validate: expected some of each"):
+        splits.choose_validation(make_photos([2, 0, 0, 0, 0], part="train"), False, rng())
+
+
+def test_iid_gives_every_client_the_same_grades():
+    clients = splits.split(make_photos([450, 45, 324, 18, 63]), "iid", 3, rng())
+    assert [grades_of(client) for client in clients] == [[150, 15, 108, 6, 21]] * 3
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=20, max_size=90), st.integers(1, 7), st.integers(0, 9))
+def test_every_image_goes_to_one_client_and_the_shared_ones_to_all(grades, num_clients, share):
+    photos = [Photo(None, grade, str(i), "", str(i)) for i, grade in enumerate(grades)]
+    clients = splits.split(photos, "iid", num_clients, rng(), share=share)
+    sizes = [len(client) for client in clients]
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == len(photos) + share * (num_clients - 1)
+    everywhere = set.intersection(*({photo.name for photo in client} for client in clients))
+    assert len(everywhere) == (share if num_clients > 1 else len(photos))
+    assert set().union(*({photo.name for photo in client} for client in clients)) == {photo.name for photo in photos}
+    for client in clients:
+        assert len({photo.name for photo in client}) == len(client)
+
+
+def test_the_shared_images_have_the_grades_proportions():
+    clients = splits.split(make_photos([450, 45, 324, 18, 63]), "noniid", 3, rng(), share=100)
+    shared = set.intersection(*(set(client) for client in clients))
+    assert len(shared) == 100
+    assert np.abs(np.array(grades_of(shared)) - [50, 5, 36, 2, 7]).max() <= 1
+
+
+def test_noniid_is_the_thesis_table():
+    clients = splits.split(make_photos([5060, 500, 3500, 240, 700]), "noniid", 3, rng())
+    assert [grades_of(client)[0] for client in clients] == [3000, 1000, 1060]
+    assert [sum(grades_of(client)[1:]) for client in clients] == [500, 300, 4140]
+
+
+def test_a_small_alpha_is_more_unequal_than_a_large_one():
+    def spread(alpha):
+        clients = splits.split(make_photos([450, 45, 324, 18, 63]), "dirichlet", 4, rng(), alpha=alpha)
+        assert sum(map(len, clients)) == 900 and min(map(len, clients)) >= 10
+        return np.std([grades_of(client)[0] / len(client) for client in clients])
+
+    assert spread(0.1) > 3 * spread(100)
+
+
+@pytest.mark.parametrize("how", ["iid", "noniid", "dirichlet"])
+def test_the_same_seed_splits_alike_and_another_otherwise(how):
+    photos = make_photos([450, 45, 324, 18, 63])
+    once, again = (splits.split(photos, how, 3, np.random.default_rng(5), share=20) for _ in range(2))
+    assert once == again != splits.split(photos, how, 3, np.random.default_rng(6), share=20)
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="5 training images are too few for 0 shared ones and 6 clients"):
+        splits.split(make_photos([5, 0, 0, 0, 0]), "iid", 6, rng())
+    with pytest.raises(ValueError, match="5 training images are too few for 4 shared ones and 3 clients"):
+        splits.split(make_photos([5, 0, 0, 0, 0]), "iid", 3, rng(), share=4)
+    with pytest.raises(ValueError, match="worker1 would get none of 3 images"):
+        splits.split(make_photos([0, 0, 3, 0, 0]), "noniid", 3, rng())
+    with pytest.raises(ValueError, match="alpha 0.001 leaves a client with fewer than"):
+        splits.split(make_photos([30, 0, 0, 0, 0]), "dirichlet", 3, rng(), alpha=0.001)
