@@ -243,8 +243,8 @@ def write_indexes(workers, train, val, made_from):
     """index/worker1.pkl ..., train_set.pkl and val_set.pkl; then prepared.json, which declares them complete."""
     MADE_FROM.parent.mkdir(exist_ok=True)
     MADE_FROM.unlink(missing_ok=True)
-    for old in MADE_FROM.parent.glob("worker*.pkl"):
-        old.unlink()
+    for old in (*MADE_FROM.parent.glob("worker*.pkl"), MADE_FROM.with_name("split.png")):
+        old.unlink(missing_ok=True)
     for number, records in enumerate(workers, start=1):
         data.write_index(MADE_FROM.with_name(f"worker{number}.pkl"), records)
     data.write_index(MADE_FROM.with_name("train_set.pkl"), train)
