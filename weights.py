@@ -264,26 +264,28 @@ def fedavg(paths, num_examples, layout, target):
     layout        the server's own weight file, whose layout the result takes (may be `target` itself)
     float64, one slab of one tensor at a time, cast to float32 once. Returns the SHA-256 of the result.
     """
-    merged = temporary(target)
-    shutil.copyfile(layout, merged)
-    with ExitStack() as stack:
-        result = stack.enter_context(open(merged, "r+b", buffering=0))
-        uploads = [stack.enter_context(open(path, "rb", buffering=0)) for path in paths]
-        # plain files and offsets: an HDF5 library that holds 48 files open holds 70 MB
-        for (own, shape), *others in zip(_offsets(merged), *map(_offsets, paths), strict=True):
-            for first, count in _slabs(shape):
-                total = np.zeros(count, np.float64)
-                for n, file, (offset, _) in zip(num_examples, uploads, others, strict=True):
-                    file.seek(offset + 4 * first)
-                    total += n * np.fromfile(file, "<f4", count).astype(np.float64)
-                result.seek(own + 4 * first)
-                result.write((total / sum(num_examples)).astype("<f4").tobytes())
-    digest = sha256_of(merged)
-    publish(merged, target)
-    return digest
+    with replacing(target) as merged:
+        shutil.copyfile(layout, merged)
+        with ExitStack() as stack:
+            result = stack.enter_context(open(merged, "r+b", buffering=0))
+            uploads = [stack.enter_context(open(path, "rb", buffering=0)) for path in paths]
+            # plain files and offsets: an HDF5 library that holds 48 files open holds 70 MB
+            for (own, shape), *places in zip(_offsets(merged), *map(_offsets, paths), strict=True):
+                for first, count in _slabs(shape):
+                    total = np.zeros(count, np.float64)
+                    for n, file, (offset, _) in zip(num_examples, uploads, places, strict=True):
+                        file.seek(offset + 4 * first)
+                        total += n * np.fromfile(file, "<f4", count).astype(np.float64)
+                    result.seek(own + 4 * first)
+                    result.write((total / sum(num_examples)).astype("<f4").tobytes())
+        return sha256_of(merged)
 
 
 def _offsets(path):
     """[(offset in the file, shape)] of every tensor, in order."""
     with h5py.File(path, "r") as file:
         return [(dataset.id.get_offset(), dataset.shape) for _, _, dataset in tensors(file)]
+
+
+if __name__ == "__main__":
+    Checker.serve(json.loads(sys.argv[1]))
