@@ -1,9 +1,11 @@
 """The gRPC service: reads, checks and stores what comes over the wire, and leaves every decision to `Rounds`."""
 
+import ctypes
 import itertools
 import threading
 import time
 from concurrent import futures
+from contextlib import contextmanager
 
 import grpc
 
@@ -15,6 +17,7 @@ from rounds import Refused
 STALL_S = 30  # an upload or download without progress for so long is ended
 FIRST_MESSAGE_S = 10  # a peer that has not said who it is may hold a thread no longer
 MESSAGE_BYTES = 2 << 20
+TURNS, TURN_S = 3, 5  # streams that move a piece at a time; how long one waits politely
 REMEMBERED_CONNECTIONS = 1000
 
 
@@ -23,10 +26,12 @@ def create_server(rounds, listen, max_examples=10_000_000):
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"--listen {listen!r} is not HOST:PORT, as in localhost:50051")
+    limit_arenas()
     servicer = FedMLServicer(rounds, max_examples)
     workers = 2 * len(rounds.clients) + 4  # waiters, take-overs, downloads
     server = grpc.server(futures.ThreadPoolExecutor(workers), options=[
         ("grpc.so_reuseport", 0),  # or a second server would share the port in silence
+        ("grpc.http2.bdp_probe", 0),  # or streams that wait for their turn would buffer megabytes each
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000)])
@@ -42,6 +47,14 @@ def create_server(rounds, listen, max_examples=10_000_000):
     return server, f"{host}:{bound}"
 
 
+def limit_arenas():
+    """glibc gives every few threads a heap of their own, and pieces of 1 MiB leave each of them full of holes."""
+    try:
+        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
+    except (OSError, AttributeError):
+        pass  # another C library
+
+
 class FedMLServicer(todo_pb2_grpc.FedMLServicer):
     def __init__(self, rounds, max_examples):
         self.rounds, self.max_examples, self.say = rounds, max_examples, rounds.say
@@ -51,6 +64,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
         self.fetched = {}  # connection of an old peer -> round that it last fetched; the oldest first
         self.streams = set()  # that are moving bytes now
         self.uploading = {}  # client -> its newest half-sent Stream
+        self.turns = threading.Semaphore(TURNS)
         self.lock = threading.Lock()
 
     def getWeight(self, request, context):
@@ -72,9 +86,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
             else:
                 self.remember(context.peer(), number)
             cut = weights.blob_messages if asked.get("fedml-accept") == "blob" else weights.base64_messages
-            for message in cut(file):
-                yield message
-                stream.progress()
+            yield from stream.watch(cut(file))
 
     def remember(self, connection, number):
         """The thesis demo's client names no round: its upload belongs to what the same connection last fetched."""
@@ -147,7 +159,8 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 digest = weights.spool(stream.watch(messages), written, self.max_bytes)
             if announced not in (None, digest):
                 raise ValueError(f"what arrived has SHA-256 {digest[:16]}..., announced was {announced[:16]}...")
-            self.check(written)
+            with self.turn():
+                self.check(written)
             return written, digest
         except BaseException as error:
             written.unlink(missing_ok=True)
@@ -156,6 +169,17 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
             if isinstance(error, ValueError):
                 raise Refused("INVALID_ARGUMENT", f"{client}: {error}") from None
             raise
+
+    @contextmanager
+    def turn(self):
+        """Few streams move a piece, or are checked, at the same time: 48 clients would fill the memory. A turn is a
+        courtesy, taken after a while in any case: a stalled stream holds up no one else."""
+        had_turn = self.turns.acquire(timeout=TURN_S)
+        try:
+            yield
+        finally:
+            if had_turn:
+                self.turns.release()
 
 
 def named_round(asked):
@@ -194,13 +218,16 @@ class Stream:
             if self.servicer.uploading.get(self.client) is self:
                 del self.servicer.uploading[self.client]
 
-    def progress(self):
-        self.last = time.monotonic()
-
     def watch(self, messages):
-        for message in messages:
-            self.progress()
-            yield message
+        """The same messages, each within a turn."""
+        messages = iter(messages)
+        while True:
+            with self.servicer.turn():
+                self.last = time.monotonic()
+                if (message := next(messages, None)) is None:
+                    return
+                self.last = time.monotonic()
+                yield message
 
 
 def watch_streams(servicer):

@@ -47,8 +47,8 @@ def test_no_message_is_larger_than_the_seed_accepts(tmp_path, content):
 
 def test_blob_goes_in_pieces_of_a_mebibyte_and_names_the_client_once(tmp_path, content):
     messages = list(weights.blob_messages(tmp_path / "file.h5", "client001", 300))
-    assert [len(message.blob) for message in messages] == [1 << 20, 1 << 20, len(content) - (2 << 20)]
-    assert [(message.clientname, message.clientsize) for message in messages] == [("client001", 300), ("", 0), ("", 0)]
+    assert [len(message.blob) for message in messages] == [0, 1 << 20, 1 << 20, len(content) - (2 << 20)]
+    assert [(message.clientname, message.clientsize) for message in messages] == [("client001", 300), *[("", 0)] * 3]
     weights.spool(messages, tmp_path / "back.h5", len(content))
     assert (tmp_path / "back.h5").read_bytes() == content
 
