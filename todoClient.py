@@ -165,7 +165,7 @@ def ClientgetWeight(stub, site):
 
 
 def train(site, task):
-    """Trains on the site's own images; publishes client_weights.h5, state.json and history.csv, in this order."""
+    """Trains on the site's own images; publishes client_weights.h5, history.csv and state.json, in this order."""
     site.prepare(task)
     weights.check(site.weights, model.shapes(site.network))
     model.load(site.network, site.weights)
@@ -176,10 +176,10 @@ def train(site, task):
         f"({row['seconds']:.1f} s)"))
     model.save(site.network, site.weights)
     before = site.state["history"] if site.state["run"] == task["run"] else []
-    site.save(run=task["run"], round=task["round"], rounds=task["rounds"],
-              trained={**site.settings, "sha256": files.sha256_of(site.weights)},
-              history=[row for row in before if row["round"] < task["round"]] + rows)
-    files.publish_rows(site.arguments.client_dir / "history.csv", HISTORY_COLUMNS, site.state["history"])
+    history = [row for row in before if row["round"] < task["round"]] + rows
+    files.publish_rows(site.arguments.client_dir / "history.csv", HISTORY_COLUMNS, history)
+    site.save(run=task["run"], round=task["round"], rounds=task["rounds"], history=history,
+              trained={**site.settings, "sha256": files.sha256_of(site.weights)})
     site.sent = False
 
 

@@ -5,8 +5,9 @@ import json
 import threading
 import time
 
+import numpy as np
 import pytest
-from conftest import Call, metrics, read_weights, until, write_weights
+from conftest import Call, metrics, random_tensors, read_weights, until, write_weights
 
 import files
 import rounds
@@ -80,6 +81,18 @@ def test_the_order_of_arrival_does_not_matter(make_run):
             call.result()
         found.add(files.sha256_of(run.weights))
     assert len(found) == 1 and run.holds(*((name, place + 7, place) for place, name in enumerate(names)))
+
+
+def test_even_where_a_sum_depends_on_its_order(make_run):
+    names, large = ["client001", "client002", "client003"], [np.ones_like(tensor) for tensor in random_tensors(0)]
+    uploads = [[1e20 * tensor for tensor in large], large, [-1e20 * tensor for tensor in large]]
+    run = make_run(clients=names, rounds=6)
+    for order in itertools.permutations(range(3)):
+        calls = [run.delivered(names[place], uploads[place]) for place in order[:2]]
+        calls.append(run.deliver(names[order[2]], uploads[order[2]]))
+        for call in calls:
+            call.result()
+        assert not any(tensor.any() for tensor in read_weights(run.weights))  # (1e20 + 1) - 1e20, in the names' order
 
 
 def test_answers_come_only_after_evaluation_and_history(make_run):
