@@ -131,6 +131,7 @@ class TrainingBatches:
     """
 
     def __init__(self, images, labels, batch_size, seed, client, augment=True):
+        """images: uint8 (n, size, size, 3), or anything float32 (n, ...) that is passed on as it is, without augmentation."""
         self.images, self.labels, self.batch_size, self.augment = images, labels, batch_size, augment
         self.seed, self.client_number = seed, zlib.crc32(client.encode())
         self.round_number, self.epoch = 0, 0
@@ -153,22 +154,22 @@ class TrainingBatches:
         """tf.data.Dataset of (float32 (b, size, size, 3) in 0..1, float32 (b,))."""
         import tensorflow as tf
 
-        size = self.images.shape[1]
+        shape = self.images.shape[1:]
         raw = tf.data.Dataset.from_generator(self._epoch, output_signature=(
-            tf.TensorSpec((None, size, size, 3), tf.uint8), tf.TensorSpec((None,), tf.float32),
+            tf.TensorSpec((None, *shape), self.images.dtype), tf.TensorSpec((None,), tf.float32),
             tf.TensorSpec((None, 8), tf.float32)))
 
         def prepare(images, labels, transforms):
-            images = tf.cast(images, tf.float32) / 255.0
+            if images.dtype == tf.uint8:
+                images = tf.cast(images, tf.float32) / 255.0
             if self.augment:
                 images = tf.raw_ops.ImageProjectiveTransformV3(
-                    images=images, transforms=transforms, output_shape=[size, size], fill_value=0.0,
+                    images=images, transforms=transforms, output_shape=shape[:2], fill_value=0.0,
                     interpolation="BILINEAR", fill_mode="NEAREST")
             return images, labels
 
         batches = raw.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
-        steps = -(-len(self.images) // self.batch_size)
-        return batches.apply(tf.data.experimental.assert_cardinality(steps))
+        return batches.apply(tf.data.experimental.assert_cardinality(-(-len(self.images) // self.batch_size)))
 
 
 def random_transforms(rng, n, image_size):
