@@ -136,6 +136,12 @@ class TrainingBatches:
         self.seed, self.client_number = seed, zlib.crc32(client.encode())
         self.round_number, self.epoch = 0, 0
 
+    def of(self, images):
+        """The same batches of something else that belongs to each image, as it is."""
+        other = TrainingBatches(images, self.labels, self.batch_size, self.seed, "", augment=False)
+        other.client_number = self.client_number
+        return other
+
     def start(self, round_number, epoch):
         """Chooses which epoch the next pass over `dataset` is."""
         self.round_number, self.epoch = round_number, epoch

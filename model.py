@@ -4,6 +4,7 @@ The network's one output is P(healthy), as in the thesis (Keras sorts the class 
 healthy). The DR score is 1 - P(healthy); AUC, sensitivity and specificity are those of finding DR.
 """
 
+import hashlib
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 
 import data
+import weights
 from files import publish, temporary
 
 ARCHS = {"drcnn": 128, "vgg16": 224}  # architecture: default image size, pixels a side
@@ -64,7 +66,12 @@ def build(arch, image_size, seed=0):
     if arch not in ARCHS:
         raise ValueError(f"architecture {arch!r} is unknown, expected one of {', '.join(ARCHS)}")
     keras.utils.set_random_seed(seed)
-    network = {"drcnn": drcnn, "vgg16": vgg16}[arch](image_size)
+    return compiled({"drcnn": drcnn, "vgg16": vgg16}[arch](image_size))
+
+
+def compiled(network):
+    import keras
+
     network.compile(optimizer=keras.optimizers.Adam(), loss="binary_crossentropy", metrics=["accuracy"],
                     jit_compile=False)  # compiling for each batch shape costs more than it gains on a small network
     return network
@@ -97,6 +104,58 @@ def vgg16(image_size):
     return Model(base.input, layers.Dense(1, activation="sigmoid", name="dense_1")(x), name="vgg16")
 
 
+def base_of(network):
+    """The convolutions of a vgg16, up to its features."""
+    from keras import Model
+
+    if network.name != "vgg16":
+        raise ValueError(f"--freeze-base and ImageNet weights are for --arch vgg16, this network is {network.name}")
+    return Model(network.input, network.get_layer("block5_pool").output)
+
+
+def initialize(network, source):
+    """Initial weights from `source`: "none" (random), "imagenet", or a weight file of the network or of VGG16's base."""
+    from keras import applications
+
+    if source == "imagenet":
+        base = base_of(network)
+        try:
+            known = applications.VGG16(include_top=False, weights="imagenet", input_shape=network.input_shape[1:])
+        except Exception as error:
+            raise ValueError(f"ImageNet weights could not be fetched ({error}): put vgg16_weights_tf_dim_ordering_tf_kernels_"
+                             "notop.h5 into ~/.keras/models, or give that file as --weights FILE") from None
+        base.set_weights(known.get_weights())
+    elif source != "none":
+        whole = len(weights.shapes_of(source)) == len(shapes(network))
+        part = network if whole else base_of(network)
+        weights.check(source, shapes(part))
+        load(part, source)
+
+
+def freeze_base(network):
+    """Leaves only the two dense layers of a vgg16 to be trained (thesis: "most layers are set as non-trainable")."""
+    base_of(network).trainable = False
+    compiled(network)
+
+
+def on_features(network, batches):
+    """(the dense layers as a network of their own, batches of the base's features): for a frozen base without augmentation
+    the features of an image never change, so they are computed once. The layers are shared with `network`."""
+    from keras import Input, Model
+
+    base = base_of(network)
+    digest = hashlib.sha256(b"".join(np.asarray(weight).tobytes() for weight in base.weights)).digest()
+    if getattr(batches, "features_of", None) != digest:  # the base is another than in the last round, or this is the first
+        features = x = Input(base.output.shape[1:])
+        for layer in network.layers[-3:]:
+            x = layer(x)
+        batches.head = compiled(Model(features, x, name=network.name))
+        pixels = data.evaluation_batches(batches.images)
+        batches.features = batches.of(np.concatenate([base.predict_on_batch(batch) for batch in pixels]))
+        batches.features_of = digest
+    return batches.head, batches.features
+
+
 def learning_rate(arch, round_number):
     """Adam's rate in a round (counted from 1). vgg16's is the thesis's schedule; drcnn starts higher and falls faster, or
     its threshold, and with it the accuracy, jumps from round to round while the AUC no longer does."""
@@ -126,6 +185,8 @@ def train(network, batches, round_number, epochs, report=print):
 
     The compiled step and the pipeline survive from round to round; Adam's slots are set to zero instead of rebuilt.
     """
+    if network.name == "vgg16" and not network.layers[1].trainable and not batches.augment:
+        network, batches = on_features(network, batches)
     for slot in network.optimizer.variables:
         slot.assign(np.zeros(slot.shape, slot.dtype))
     network.optimizer.learning_rate = learning_rate(network.name, round_number)

@@ -80,6 +80,8 @@ def parse(argv):
     add("--client-dir", type=Path, metavar="DIR", help="weights, state, history (default: the name)")
     add("--rounds", type=at_least(1), default=100, help="only for a server that names none (default: %(default)s)")
     add("--threads", type=at_least(0), default=0, metavar="N", help="of TensorFlow (default: 0, all cores)")
+    add("--freeze-base", action="store_true", help="train only the dense layers of a vgg16")
+    add("--no-augmentation", action="store_true", help="train on the images as they are, without rotation and flips")
     add("--give-up-after", type=seconds, default=600, metavar="S", help="of a server that is away (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
@@ -112,7 +114,8 @@ class Site:
             "run": None, "round": 0, "rounds": 0, "trained": None, "history": []}
         self.threads = arguments.threads or model.default_threads()
         self.settings = {"threads": self.threads, "seed": arguments.seed, "epochs": arguments.epochs,
-                         "batch_size": arguments.batch_size, "num_examples": len(self.records)}
+                         "batch_size": arguments.batch_size, "freeze_base": arguments.freeze_base,
+                         "no_augmentation": arguments.no_augmentation, "num_examples": len(self.records)}
         self.network = self.batches = None
         self.sent = False  # whether the open round's weights went out whole at least once
 
@@ -139,9 +142,11 @@ class Site:
         if self.network is None or (self.network.name, self.network.input_shape[1]) != (task["arch"], task["image_size"]):
             model.configure(self.arguments.seed, self.threads)
             self.network = model.build(task["arch"], task["image_size"])
+            if self.arguments.freeze_base:
+                model.freeze_base(self.network)
             images = data.load_images(self.records, task["image_size"], files.temporary(self.weights.with_name("images.npy")))
             self.batches = data.TrainingBatches(images, data.healthy(self.records), self.arguments.batch_size,
-                                                self.arguments.seed, self.name)
+                                                self.arguments.seed, self.name, not self.arguments.no_augmentation)
 
 
 def ClientgetWeight(stub, site):

@@ -22,7 +22,8 @@ from script import at_least, exit_on_signals, fail, seconds
 from script import say as say_as
 
 LAST_ANSWER_S = 30  # how long a finished server stays for clients that have not heard its last answer
-NEW_RUN = {"clients": ["client001", "client002", "client003"], "rounds": 10, "arch": "drcnn", "image_size": None, "seed": 0}
+NEW_RUN = {"clients": ["client001", "client002", "client003"], "rounds": 10, "arch": "drcnn", "image_size": None, "seed": 0,
+           "weights": "none"}
 
 
 def main(argv=None):
@@ -50,6 +51,7 @@ def parse(argv):
     add("--arch", choices=["drcnn", "vgg16"], help="the network (default: drcnn)")
     add("--image-size", type=at_least(16), metavar="PIXELS", help="a side (default: 128 for drcnn, 224 for vgg16)")
     add("--seed", type=at_least(0), help="of the initial weights (default: 0)")
+    add("--weights", metavar="none|imagenet|FILE", help="to start from (default: none, random)")
     add("--server-dir", type=Path, default=Path("server"), metavar="DIR", help="weights, state, history (default: server)")
     add("--index-dir", type=Path, default=Path("index"), metavar="DIR", help="where val_set.pkl lies (default: index)")
     add("--fresh", action="store_true", help="begin a new run; the old one's files are moved aside")
@@ -102,7 +104,7 @@ def load(arguments):
 
 def resume(arguments, state):
     """The state as it was left. Raises ValueError where the flags contradict it."""
-    for flag in ("clients", "arch", "image_size", "seed"):
+    for flag in ("clients", "arch", "image_size", "seed", "weights"):
         asked = getattr(arguments, flag)
         if asked is not None and asked != state[flag]:
             raise ValueError(f"--{flag.replace('_', '-')} is {asked}, but the run in {arguments.server_dir} has {state[flag]}: "
@@ -127,7 +129,9 @@ def begin(arguments):
         f"clients {', '.join(choices['clients'])}")
     model.configure(choices["seed"])
     path = arguments.server_dir / "server_weight.h5"
-    model.save(model.build(choices["arch"], size, choices["seed"]), path)
+    network = model.build(choices["arch"], size, choices["seed"])
+    model.initialize(network, choices["weights"])
+    model.save(network, path)
     state = new_state(secrets.token_hex(8), weights_sha256=files.sha256_of(path), **choices)
     files.save_state(arguments.server_dir / "state.json", state)
     return state

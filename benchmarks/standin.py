@@ -56,6 +56,10 @@ def build(arch, image_size, seed=0):
     return SimpleNamespace(name=arch, input_shape=(None, image_size, image_size, 3), weights=None)
 
 
+def initialize(network, source):
+    pass
+
+
 def shapes(network):
     import weights
 

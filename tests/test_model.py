@@ -137,3 +137,60 @@ def test_evaluation_is_kerass(tmp_path):
 def test_an_unknown_network_is_named():
     with pytest.raises(ValueError, match="'resnet' is unknown, expected one of drcnn, vgg16"):
         model.build("resnet", 32)
+
+
+@pytest.fixture(scope="module")
+def small_vgg16():
+    return model.build("vgg16", 32, seed=1)
+
+
+def test_a_frozen_base_stays_and_its_features_are_computed_once(small_vgg16, monkeypatch):
+    model.freeze_base(small_vgg16)
+    start = small_vgg16.get_weights()
+    images = np.random.default_rng(7).integers(0, 256, (10, 32, 32, 3), np.uint8)
+    labels = (np.arange(10) % 2).astype(np.float32)
+
+    def trained(batches):
+        small_vgg16.set_weights(start)
+        for round_number in (1, 2):
+            model.train(small_vgg16, batches, round_number, 1, lambda row: None)
+        return small_vgg16.get_weights()
+
+    plain = data.TrainingBatches(images, labels, 4, 0, "client001", augment=False)
+    looked = []
+    real = data.evaluation_batches
+    monkeypatch.setattr(data, "evaluation_batches", lambda images: (looked.append(len(images)), real(images))[1])
+    quick = trained(plain)
+    assert looked == [10]  # once for two rounds
+    monkeypatch.setattr(model, "on_features", lambda network, batches: (network, batches))
+    slow = trained(data.TrainingBatches(images, labels, 4, 0, "client001", augment=False))
+    for number, (before, one, other) in enumerate(zip(start, quick, slow, strict=True)):
+        assert np.array_equal(before, one) == (number < 26)
+        assert np.allclose(one, other, atol=1e-6)
+
+
+def test_initial_weights_come_from_a_file_of_the_network_or_of_its_base(small_vgg16, tmp_path):
+    model.save(small_vgg16, tmp_path / "whole.h5")
+    base = model.base_of(small_vgg16)
+    model.save(base, tmp_path / "base.h5")
+    for name, same in [("whole.h5", 30), ("base.h5", 26), ("none", 0)]:
+        network = model.build("vgg16", 32, seed=2)
+        model.initialize(network, name if name == "none" else tmp_path / name)
+        equal = [np.array_equal(a, b) for a, b in zip(network.get_weights(), small_vgg16.get_weights(), strict=True) if a.any()]
+        assert sum(equal) == sum(1 for a in small_vgg16.get_weights()[:same] if a.any())
+    with pytest.raises(ValueError, match="tensors, the model"):
+        model.save(model.build("drcnn", 32), tmp_path / "other.h5")
+        model.initialize(model.build("vgg16", 32), tmp_path / "other.h5")
+
+
+def test_imagenet_weights_offline_name_the_file_and_its_place(small_vgg16, monkeypatch):
+    import keras
+
+    def offline(**options):
+        raise OSError("URL fetch failure")
+
+    monkeypatch.setattr(keras.applications, "VGG16", offline)
+    with pytest.raises(ValueError, match="URL fetch failure.*notop.h5 into ~/.keras/models, or give that file as --weights FILE"):
+        model.initialize(small_vgg16, "imagenet")
+    with pytest.raises(ValueError, match="for --arch vgg16, this network is drcnn"):
+        model.initialize(model.build("drcnn", 32), "imagenet")
