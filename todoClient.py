@@ -26,6 +26,7 @@ from generated import todo_pb2, todo_pb2_grpc
 from script import at_least, exit_on_signals, fail, say, seconds
 
 HISTORY_COLUMNS = "round,epoch,loss,accuracy,num_examples,seconds".split(",")
+SETTINGS = "threads", "seed", "epochs", "batch_size", "freeze_base", "no_augmentation"  # what was trained follows from these
 REPORT_EVERY_S = 30
 CONNECT_S = 10  # an attempt that lasted longer than a connection may take had a server at its other end
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10
@@ -112,10 +113,8 @@ class Site:
         self.records = data.read_index(arguments.index)
         self.state = files.load_state(arguments.client_dir / "state.json") or {
             "run": None, "round": 0, "rounds": 0, "trained": None, "history": []}
-        self.threads = arguments.threads or model.default_threads()
-        self.settings = {"threads": self.threads, "seed": arguments.seed, "epochs": arguments.epochs,
-                         "batch_size": arguments.batch_size, "freeze_base": arguments.freeze_base,
-                         "no_augmentation": arguments.no_augmentation, "num_examples": len(self.records)}
+        arguments.threads = arguments.threads or model.default_threads()
+        self.settings = {name: getattr(arguments, name) for name in SETTINGS} | {"num_examples": len(self.records)}
         self.network = self.batches = None
         self.sent = False  # whether the open round's weights went out whole at least once
 
@@ -130,7 +129,7 @@ class Site:
         trained = self.state["trained"]
         if trained is None or trained["sha256"] != files.sha256_of(self.weights):
             return False
-        changed = [f"{name} was {trained[name]}, is {value}" for name, value in self.settings.items() if trained[name] != value]
+        changed = [f"{name} was {trained.get(name)}, is {now}" for name, now in self.settings.items() if trained.get(name) != now]
         if changed:
             self.say(f"round {self.state['round']}: trained before with other settings ({'; '.join(changed)}): training again")
         return not changed
@@ -140,7 +139,7 @@ class Site:
         import data
 
         if self.network is None or (self.network.name, self.network.input_shape[1]) != (task["arch"], task["image_size"]):
-            model.configure(self.arguments.seed, self.threads)
+            model.configure(self.arguments.seed, self.arguments.threads)
             self.network = model.build(task["arch"], task["image_size"])
             if self.arguments.freeze_base:
                 model.freeze_base(self.network)
