@@ -263,6 +263,20 @@ def test_at_the_limit_those_who_are_there_are_merged_and_the_missing_named(make_
     refused(run.deliver("client002", 2, round_number=1), "FAILED_PRECONDITION", "over")
 
 
+def test_a_set_that_was_frozen_at_the_limit_stays_so_after_a_crash(make_run, clock):
+    run = make_run(clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60)
+    run.merge = lambda *_: 1 / 0
+    calls = [run.delivered("client003", 3), run.delivered("client001", 1)]
+    clock.now += 61
+    run.rounds.wake()
+    for call in calls:
+        refused(call, "INTERNAL")
+    run.merge = run.average
+    run.start()
+    refused(run.deliver("client002", 2, round_number=1), "FAILED_PRECONDITION", "over")
+    assert run.holds(("client001", 1, 1), ("client003", 1, 3)) and run.rounds.round == 2
+
+
 def test_at_the_limit_with_too_few_the_server_stops_and_tells_everyone(make_run, clock):
     run = make_run(clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60)
     call = run.delivered("client001", 1)
