@@ -5,12 +5,11 @@
     python3 prepare.py --split noniid --share 100               # unequal hospitals with 100 images in common
     python3 prepare.py --check                                  # exit 0 if index/ was made like this, 10 if not
 
-Stopped and started again with the same choices, it goes on with the pictures that are missing. index/prepared.json
-tells what the index was made from; it is removed first and written last: an index without it is not complete.
+Started again with the same choices, it goes on with the pictures that are missing. index/prepared.json tells what the
+index was made from; it is removed first and written last: an index without it is not complete.
 """
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -31,36 +30,34 @@ import fundus
 import overview
 import photos
 import splits
-import thesis_index
-from files import clean, publish_text, temporary
+from files import clean, publish_text, sha256_of, temporary
 from script import at_least, exit_on_signals, fail
 
-MADE_FROM = Path("index/prepared.json")
-NOT_AS_CHOSEN = 10  # exit code of --check
-FEW = 50  # for up to so many pictures, starting processes takes longer than it saves
+PREPARED = Path("index/prepared.json")
 
 
 def main(argv=None):
     args = parse(argv)
-    choices = choices_of(args)
     try:
+        made_from = choices_of(args)
         if args.check:
-            return check(choices, args.skip_broken)
+            return check(made_from, args.skip_broken)
+        found = find(args)
+        PREPARED.unlink(missing_ok=True)
+        found, made_from["skipped"] = make_pictures(found, made_from, args.skip_broken)
         if args.index_from:
-            workers, train, val = thesis_index.import_indexes(args.index_from, args.source)
-            size = photos.open_image(train[0]["dir"]).width
-            details = {"skipped": [], "num_clients": len(workers), "image_size": size}
+            made_from["num_clients"] = len([file for file in args.index_from if "worker" in Path(file).stem])
+            everyone = {photo.name: photo for photo in found if photo.part != "val_set"}
+            sets = {"train_set": list(everyone.values())}
+            for part in (Path(file).stem for file in args.index_from):
+                sets[part] = [photo for photo in found if photo.part == part]
         else:
-            found = draw_list(args) if args.dataset == "synthetic" else load(args)
-            MADE_FROM.unlink(missing_ok=True)
-            found, skipped = make_pictures(found, choices, args.skip_broken)
             train, val = splits.choose_validation(found, args.balanced, np.random.default_rng([args.seed, 1]))
             rng = np.random.default_rng([args.seed, 2])
             workers = splits.split(train, args.split, args.num_clients, rng, args.alpha, args.share)
-            *workers, train, val = (as_records(part, args) for part in (*workers, train, val))
-            details = {"skipped": skipped}
-        write_indexes(workers, train, val, {**choices, **details})
-        show(workers, train, val)
+            sets = {f"worker{number}": photos for number, photos in enumerate(workers, start=1)}
+            sets.update(train_set=train, val_set=val)
+        write(sets, made_from)
     except (ValueError, OSError, BrokenProcessPool) as error:
         return fail("prepare.py", error)
     return 0
@@ -69,22 +66,20 @@ def main(argv=None):
 def parse(argv):
     parser = argparse.ArgumentParser(description="Prepare a data set: pictures in preprocessed/, indexes in index/.")
     add = parser.add_argument
-    add("--dataset", default="synthetic", help="synthetic is drawn (the default), the others are photographs",
-        choices=("synthetic", "idrid", "ddr", "aptos", "eyepacs", "folder", "retinamnist"))
+    add("--dataset", default="synthetic", choices=("synthetic", *datasets.LOADERS), help="drawn, or photographs")
     add("--source", metavar="DIR", help="folder of the unpacked data set")
     add("--image-size", type=at_least(16), default=128, help="pixels a side (128)")
     add("--seed", type=at_least(0), default=0, help="of drawing and splitting (0)")
     add("--num-train", type=at_least(10), default=900, help="synthetic images to train on (900)")
     add("--num-val", type=at_least(10), default=300, help="synthetic images to validate on (300)")
     add("--num-clients", type=at_least(1), default=3, help="number of indexes worker1.pkl, worker2.pkl ... (3)")
-    add("--split", choices=("iid", "noniid", "dirichlet"), default="iid",
-        help="iid (default): the same grades everywhere; noniid: the thesis's; dirichlet: see --alpha")
+    add("--split", choices=("iid", "noniid", "dirichlet"), default="iid", help="iid, the thesis's noniid, by --alpha")
     add("--alpha", type=float, default=0.5, help="of --split dirichlet: the smaller, the more unequal (0.5)")
     add("--share", type=at_least(0), default=0, metavar="N", help="training images that every client gets (0)")
-    add("--balanced", action="store_true", help="ddr only: the thesis's draw of 10,000 to train on, 2,522 to validate")
+    add("--balanced", action="store_true", help="ddr: the thesis's draw of 10,000 to train on, 2,522 to validate")
     add("--skip-broken", action="store_true", help="leave unreadable images out instead of stopping")
-    add("--index-from", nargs="+", metavar="FILE", help="import worker1.pkl ... val_set.pkl of the thesis: pandas "
-        "pickles, which are code, so only files that you trust; --source is then the folder of their pictures")
+    add("--index-from", nargs="+", metavar="FILE", help="worker1.pkl ... val_set.pkl of the thesis, their pictures in "
+        "--source; pandas pickles are code: only files that you trust")
     add("--check", action="store_true", help="only tell whether index/ was made from these choices (exit 0 or 10)")
     args = parser.parse_args(argv)
     if not args.source and not args.index_from and args.dataset not in ("synthetic", "retinamnist"):
@@ -104,24 +99,16 @@ def choices_of(args):
     if args.index_from:
         files = [str(Path(file).resolve()) for file in args.index_from]
         return {"dataset": "imported", "preprocessing": "imported", "source": source, "index_from": files}
-    drawn = args.dataset == "synthetic"
-    plain = ("dataset", "image_size", "seed", "num_clients", "split", "share", "balanced")
-    here, code = Path(__file__).parent, ("fundus.py",) if drawn else ("photos.py", "datasets.py")
-    return {
-        **{name: getattr(args, name) for name in plain},
-        "alpha": args.alpha if args.split == "dirichlet" else None,
-        "preprocessing": "drawn" if drawn else "graham",
-        "source": None if drawn else source,
-        "num_train": args.num_train if drawn else None,
-        "num_val": args.num_val if drawn else None,
-        "code": hashlib.sha256(b"".join((here / name).read_bytes() for name in code)).hexdigest()[:12],
-    }
+    choices = {name: value for name, value in vars(args).items() if name not in ("check", "skip_broken", "index_from")}
+    code = "".join(sha256_of(module.__file__)[:6] for module in (fundus, photos, datasets))
+    return {**choices, "source": source, "alpha": args.alpha if args.split == "dirichlet" else None, "code": code,
+            "preprocessing": "drawn" if args.dataset == "synthetic" else "graham"}
 
 
 def check(choices, skip_broken):
     """Exit code 0 where index/ was made from the choices and is whole; else 10, with a line that says why."""
     try:
-        made = json.loads(MADE_FROM.read_text(encoding="utf-8"))
+        made = json.loads(PREPARED.read_text(encoding="utf-8"))
         problems = [f"it was made with {name} {made.get(name)}, not {value}"
                     for name, value in choices.items() if made.get(name) != value]
         if made["skipped"] and not skip_broken:
@@ -133,85 +120,61 @@ def check(choices, skip_broken):
         problems = [f"it is not complete ({error})"]
     if problems:
         print(f"index/ has to be made anew: {problems[0]}")
-    return NOT_AS_CHOSEN if problems else 0
+    return 10 if problems else 0
 
 
-def draw_list(args):
-    """The synthetic images to draw, as a list of Photo without a path, the grades in GRADE_SHARES' proportions."""
+def find(args):
+    """A list of Photo; those to be drawn have no path, and their grades are in GRADE_SHARES' proportions."""
+    if args.index_from:
+        return datasets.thesis_index(args.index_from, args.source)
+    if args.dataset != "synthetic":
+        found = datasets.load(args.dataset, args.source, args.image_size)
+        kept = [photo for photo in found if photo.part != "test" or args.balanced]
+        if len(kept) < len(found):
+            print(f"{len(found) - len(kept)} images of the published test part are left alone, to test with at the end")
+        return kept
     rng, found = np.random.default_rng([args.seed, 0]), []
     for part, count in (("train", args.num_train), ("val", args.num_val)):
         ends = np.round(np.cumsum(fundus.GRADE_SHARES) * count)
-        grades = rng.permutation(np.searchsorted(ends, np.arange(count), side="right"))
+        grades = rng.permutation(np.searchsorted(ends, np.arange(count), side="right")).tolist()
         names = [f"{part}_{number:05d}" for number in range(count)]
-        found += [datasets.Photo(None, int(grade), name, part, name) for name, grade in zip(names, grades, strict=True)]
-    return found
-
-
-def load(args):
-    found = datasets.load(args.dataset, args.source, args.image_size)
-    aside = sum(photo.part == "test" for photo in found)
-    if aside and not args.balanced:
-        print(f"{aside} images of the published test part are left alone, so that you can test with them at the end")
-        found = [photo for photo in found if photo.part != "test"]
+        found += [datasets.Photo(None, grade, name, part, name) for name, grade in zip(names, grades, strict=True)]
     return found
 
 
 def make_pictures(found, choices, skip_broken):
-    """Make preprocessed/DATASET/NAME.png of every Photo that has none yet; (those that worked, names of the others).
-
-    Raises ValueError where photographs cannot be read, having named them, unless they may be skipped.
-    """
+    """Make preprocessed/DATASET/NAME.png of every Photo that has none yet; (those that worked, names of the others)."""
     folder = Path("preprocessed") / choices["dataset"]
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
-    deciding = ("source", "image_size", "code") + (("seed", "num_train", "num_val") if found[0].path is None else ())
-    made_from = json.dumps({name: choices[name] for name in deciding}, indent=1) + "\n"
-    if not (folder / "made_from.json").exists() or (folder / "made_from.json").read_text() != made_from:
-        for old in folder.glob("*.png"):
-            old.unlink()
-        publish_text(folder / "made_from.json", made_from)
-    jobs = [(photo, folder / f"{photo.name}.png", choices["image_size"], [choices["seed"], 0, number])
-            for number, photo in enumerate(found) if not up_to_date(folder / f"{photo.name}.png", photo.path)]
-    print(f"{folder}: {len(found) - len(jobs)} pictures are there, {len(jobs)} to make", flush=True)
-    problems = dict(filter(None, progress(run(jobs), len(jobs))))
+    deciding = ["source", "image_size", "code"] + ["seed", "num_train", "num_val"] * (choices["preprocessing"] == "drawn")
+    made_from, stamp = json.dumps([choices.get(name) for name in deciding]), folder / "made_from.json"
+    if not stamp.exists() or stamp.read_text() != made_from:
+        publish_text(stamp, made_from)  # which is now newer than all pictures
+    jobs, unique = [], {photo.name: photo for photo in found}
+    for number, photo in enumerate(unique.values()):
+        target = folder / f"{photo.name}.png"
+        try:
+            outdated = target.stat().st_mtime < max(path.stat().st_mtime for path in (stamp, photo.path or stamp))
+        except FileNotFoundError:
+            outdated = True
+        if outdated:
+            jobs.append((photo, target, choices, number))
+    print(f"{folder}: {len(unique) - len(jobs)} pictures are there, {len(jobs)} to make", flush=True)
+    problems, started, steps = {}, time.monotonic(), 100 if sys.stdout.isatty() else 10
+    spawn = multiprocessing.get_context("spawn")
+    many = len(jobs) > 50  # for fewer, starting processes takes longer than it saves
+    with ProcessPoolExecutor(mp_context=spawn, initializer=end_with_parent) if many else ThreadPoolExecutor(1) as pool:
+        for done, problem in enumerate(pool.map(make_picture, jobs, chunksize=8), start=1):
+            problems.update(problem)
+            if done * steps // len(jobs) > (done - 1) * steps // len(jobs):
+                rate, end = done / (time.monotonic() - started), "\r" if done < len(jobs) else "\n"
+                print(f"  {done} of {len(jobs)} pictures, {rate:.0f} a second", end=end, flush=True)
     for name, sentence in problems.items():
         print(f"unreadable: {name}: {sentence}", file=sys.stderr)
     if problems and not skip_broken:
         raise ValueError(f"{len(problems)} of {len(found)} images cannot be used: mend them, or give --skip-broken")
     return [photo for photo in found if photo.name not in problems], sorted(problems)
-
-
-def up_to_date(target, original):
-    """Whether a picture is there and no older than the photograph that it was made from."""
-    if original is None or not original.exists():
-        return original is None and target.exists()
-    return target.exists() and target.stat().st_mtime >= original.stat().st_mtime
-
-
-def make_picture(job):
-    """Make one picture. Returns None, or (name, what is wrong with the photograph)."""
-    photo, target, image_size, seed = job
-    try:
-        if photo.path is None:
-            image, _ = fundus.draw(photo.grade, np.random.default_rng(seed), image_size)
-        else:
-            image = photos.preprocess(photos.open_image(photo.path), image_size)
-    except ValueError as error:
-        return photo.name, str(error)
-    written = temporary(target)
-    Image.fromarray(image).save(written)
-    os.replace(written, target)
-    return None
-
-
-def run(jobs):
-    """The results of make_picture, in order, from a process a processor."""
-    if len(jobs) <= FEW:
-        yield from map(make_picture, jobs)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=end_with_parent) as pool:
-        yield from pool.map(make_picture, jobs, chunksize=8)
 
 
 def end_with_parent():
@@ -221,44 +184,46 @@ def end_with_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def progress(results, total):
-    """Pass results on and tell how far it is: in a terminal on one line, elsewhere a line each tenth."""
-    started, terminal = time.monotonic(), sys.stdout.isatty()
-    for done, result in enumerate(results, start=1):
-        if terminal or done * 10 // total > (done - 1) * 10 // total:
-            rate = done / (time.monotonic() - started)
-            end = "\r" if terminal and done < total else "\n"
-            print(f"  {done} of {total} pictures, {rate:.0f} a second", end=end, flush=True)
-        yield result
+def make_picture(job):
+    """Make one picture. Returns {}, or {name: what is wrong with the photograph}."""
+    photo, target, choices, number = job
+    try:
+        if photo.path is None:
+            rng = np.random.default_rng([choices["seed"], 0, number])
+            image, _ = fundus.draw(photo.grade, rng, choices["image_size"])
+        elif choices["preprocessing"] == "imported":
+            image = np.asarray(photos.open_image(photo.path))
+        else:
+            image = photos.preprocess(photos.open_image(photo.path), choices["image_size"])
+    except ValueError as error:
+        return {photo.name: str(error)}
+    written = temporary(target)
+    Image.fromarray(image).save(written)
+    os.replace(written, target)
+    return {}
 
 
-def as_records(found, args):
-    """What the index says of each Photo, in the order of their names."""
-    return [{"picture": f"{photo.name}.png", "label": photo.grade, "new_label": str(photo.grade == 0),
-             "dir": f"preprocessed/{args.dataset}/{photo.name}.png"}
-            for photo in sorted(found, key=lambda photo: photo.name)]
-
-
-def write_indexes(workers, train, val, made_from):
-    """index/worker1.pkl ..., train_set.pkl and val_set.pkl; then prepared.json, which declares them complete."""
-    MADE_FROM.parent.mkdir(exist_ok=True)
-    MADE_FROM.unlink(missing_ok=True)
-    for old in (*MADE_FROM.parent.glob("worker*.pkl"), MADE_FROM.with_name("split.png")):
+def write(sets, made_from):
+    """The indexes; then prepared.json, which declares them complete; then a table and two pictures that show them."""
+    index, figure = PREPARED.parent, PREPARED.with_name("split.png")
+    sheet = Path("preprocessed") / made_from["dataset"] / "contact_sheet.png"
+    if not all(sets.values()):
+        raise ValueError(f"{' and '.join(name for name in sets if not sets[name])} would be without images")
+    index.mkdir(exist_ok=True)
+    for old in (figure, *index.glob("worker*.pkl")):
         old.unlink(missing_ok=True)
-    for number, records in enumerate(workers, start=1):
-        data.write_index(MADE_FROM.with_name(f"worker{number}.pkl"), records)
-    data.write_index(MADE_FROM.with_name("train_set.pkl"), train)
-    data.write_index(MADE_FROM.with_name("val_set.pkl"), val)
-    publish_text(MADE_FROM, json.dumps(made_from, indent=1) + "\n")
-
-
-def show(workers, train, val):
-    """The table of grades, the contact sheet and the figure of the split."""
-    named = {f"worker{number}": records for number, records in enumerate(workers, start=1)}
-    print(overview.table({**named, "training": train, "validation": val}))
-    sheet, figure = Path(train[0]["dir"]).with_name("contact_sheet.png"), MADE_FROM.with_name("split.png")
-    overview.save_contact_sheet(sheet, train + val)
-    drawn = overview.save_split_figure(figure, workers)
+    records = {}
+    for name, found in sets.items():
+        records[name] = [{"picture": f"{photo.name}.png", "label": photo.grade, "new_label": str(photo.grade == 0),
+                          "dir": (sheet.parent / f"{photo.name}.png").as_posix()}
+                         for photo in sorted(found, key=lambda photo: photo.name)]
+        data.write_index(index / f"{name}.pkl", records[name])
+    with Image.open(records["val_set"][0]["dir"]) as picture:
+        made_from["image_size"] = picture.width
+    publish_text(PREPARED, json.dumps(made_from, indent=1) + "\n")
+    print(overview.table(records))
+    overview.save_contact_sheet(sheet, records["train_set"] + records["val_set"])
+    drawn = overview.save_split_figure(figure, [own for name, own in records.items() if name.startswith("worker")])
     print(f"look at {sheet} and {figure}" if drawn else f"look at {sheet}; {figure} needs matplotlib and was not drawn")
 
 

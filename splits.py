@@ -10,17 +10,14 @@ THESIS_HEALTHY, THESIS_DISEASED = np.array([3000, 1000, 1060]) / 5060, np.array(
 
 
 def choose_validation(photos, balanced, rng):
-    """(train, val) lists: the published parts where there are any, else a part of each grade, held out by patient.
-
-    A patient of the validation part is taken out of the training part; the published test part is left alone.
-    """
-    if balanced or not any(photo.part for photo in photos):
-        held_out = hold_out(photos, BALANCED if balanced else VALIDATION, rng)
-        train, val = [p for p in photos if p.patient not in held_out], [p for p in photos if p.patient in held_out]
+    """(train, val): the published parts where there are any, else a part of each grade; no patient is in both."""
+    published = any(photo.part for photo in photos) and not balanced
+    if published:
+        patients = {photo.patient for photo in photos if photo.part == "val"}
     else:
-        val = [photo for photo in photos if photo.part == "val"]
-        patients = {photo.patient for photo in val}
-        train = [photo for photo in photos if photo.part == "train" and photo.patient not in patients]
+        patients = hold_out(photos, BALANCED if balanced else VALIDATION, rng)
+    val = [p for p in photos if p.patient in patients and (p.part == "val" or not published)]
+    train = [p for p in photos if p.patient not in patients and (p.part == "train" or not published)]
     if not train or not val:
         raise ValueError(f"found {len(train)} images to train on and {len(val)} to validate: expected some of each")
     return train, val
@@ -30,11 +27,10 @@ def hold_out(photos, parts, rng):
     """The set of patients who make up parts[grade] of the images of each grade; a patient counts as the worst image."""
     patients = {}
     for photo in photos:
-        patients.setdefault(photo.patient, []).append(photo)
-    worst = {patient: max(photo.grade for photo in theirs) for patient, theirs in patients.items()}
+        patients.setdefault(photo.patient, []).append(photo.grade)
     chosen, due = set(), 0.0
     for grade, part in enumerate(parts):
-        group = [patient for patient in patients if worst[patient] == grade]
+        group = [patient for patient, grades in patients.items() if max(grades) == grade]
         due += part * sum(len(patients[patient]) for patient in group)  # what rounding left over is carried on
         for i in rng.permutation(len(group)):
             if due < 0.5:
@@ -47,49 +43,35 @@ def hold_out(photos, parts, rng):
 def split(photos, how, num_clients, rng, alpha=0.5, share=0):
     """Divide training photos among clients: "iid", "noniid" or "dirichlet"; then add `share` of them to every client.
 
-    iid: every client gets the grades in the same proportions. noniid: the thesis's, for three clients. dirichlet:
-    of each grade the clients get parts drawn from Dirichlet(alpha), more unequal for a smaller alpha (Hsu et al. 2019).
-    The shared images (Zhao et al. 2018) have the grades' proportions too and are taken out before the division.
+    noniid: the thesis's, for three clients. dirichlet: of each grade, parts from Dirichlet(alpha) (Hsu et al. 2019).
+    The shared images (Zhao et al. 2018) are in the grades' proportions, and taken out before the division.
     """
     if share + num_clients > len(photos):
         raise ValueError(f"{len(photos)} training images are too few for {share} shared ones and {num_clients} clients")
-    photos = by_grade(photos, rng)
+    # Shuffled, then ordered by grade: every n-th one of these is a fair sample.
+    photos = sorted((photos[i] for i in rng.permutation(len(photos))), key=lambda photo: photo.grade)
     common = set(np.linspace(0, len(photos) - 1, share).round().astype(int).tolist())
     shared = [photos[i] for i in sorted(common)]
     photos = [photo for i, photo in enumerate(photos) if i not in common]
-    if how == "iid":
-        clients = [photos[first::num_clients] for first in range(num_clients)]
-    elif how == "noniid":
-        healthy = deal([photo for photo in photos if photo.grade == 0], THESIS_HEALTHY, rng)
-        diseased = deal([photo for photo in photos if photo.grade > 0], THESIS_DISEASED, rng)
-        clients = [healthy[k] + diseased[k] for k in range(num_clients)]
-    else:
-        clients = split_dirichlet(photos, num_clients, rng, alpha)
-    for number, client in enumerate(clients, start=1):
-        if not client:
-            raise ValueError(f"worker{number} would get none of {len(photos)} images: take fewer clients")
-    return [client + shared for client in clients]
-
-
-def split_dirichlet(photos, num_clients, rng, alpha):
-    fewest = min(10, max(1, len(photos) // (4 * num_clients)))
-    for _ in range(1000):
-        clients = [[] for _ in range(num_clients)]
-        for grade in range(5):
-            graded = [photo for photo in photos if photo.grade == grade]
-            for client, more in zip(clients, deal(graded, rng.dirichlet([alpha] * num_clients), rng), strict=True):
-                client += more
+    fewest, attempts = (min(10, max(1, len(photos) // (4 * num_clients))), 1000) if how == "dirichlet" else (1, 1)
+    for _ in range(attempts):
+        clients = divide(photos, how, num_clients, rng, alpha)
         if min(map(len, clients)) >= fewest:
-            return clients
-    raise ValueError(f"alpha {alpha} leaves a client with fewer than {fewest} images 1000 times: take a larger --alpha")
+            return [client + shared for client in clients]
+    if how == "dirichlet":
+        raise ValueError(f"alpha {alpha} leaves a client with fewer than {fewest} images 1000 times: take a larger one")
+    raise ValueError(f"worker{clients.index([]) + 1} would get none of {len(photos)} images: take fewer clients")
 
 
-def by_grade(photos, rng):
-    """Shuffled, then ordered by grade: every n-th one of these is a fair sample."""
-    return sorted((photos[i] for i in rng.permutation(len(photos))), key=lambda photo: photo.grade)
-
-
-def deal(photos, parts, rng):
-    """Shuffle photos into lists of these parts of them (numbers that add up to 1)."""
-    ends = np.round(np.cumsum(parts)[:-1] * len(photos)).astype(int)
-    return [[photos[i] for i in chosen] for chosen in np.split(rng.permutation(len(photos)), ends)]
+def divide(photos, how, num_clients, rng, alpha):
+    if how == "iid":
+        return [photos[first::num_clients] for first in range(num_clients)]
+    clients = [[] for _ in range(num_clients)]
+    for grades in ((0,), (1, 2, 3, 4)) if how == "noniid" else ((0,), (1,), (2,), (3,), (4,)):
+        group = [photo for photo in photos if photo.grade in grades]
+        thesis = THESIS_DISEASED if grades[0] else THESIS_HEALTHY
+        parts = thesis if how == "noniid" else rng.dirichlet([alpha] * num_clients)
+        ends = np.round(np.cumsum(parts)[:-1] * len(group)).astype(int)
+        for client, chosen in zip(clients, np.split(rng.permutation(len(group)), ends), strict=True):
+            client += [group[i] for i in chosen]
+    return clients

@@ -68,7 +68,7 @@ def test_the_drawn_set_is_what_the_index_says(capsys):
         assert record["new_label"] == str(record["label"] == 0)
     assert [sum(record["label"] == grade for record in sets["train_set"]) for grade in range(5)] == [12, 1, 9, 0, 2]
     out = capsys.readouterr().out
-    assert "proliferative  healthy     DR  total" in out and "worker3" in out and "validation" in out
+    assert "proliferative  healthy     DR  total" in out and "worker3" in out and "val_set" in out
     assert Image.open("preprocessed/synthetic/contact_sheet.png").size == (12 * 128, 5 * 128)
 
 
@@ -233,7 +233,7 @@ def test_many_pictures_are_made_by_several_processes_in_the_same_bits():
     argv = ["--num-train", "70", "--num-val", "10", "--image-size", "16"]
     done = run(*argv)
     assert done.returncode == 0, done.stderr
-    assert "80 of 80 pictures" in done.stdout and len(done.stdout.splitlines()) < 25
+    assert "80 of 80 pictures" in done.stdout and done.stdout.count("\n") < 25
     together = snapshot()
     for path in Path("preprocessed/synthetic").glob("*_0*.png"):
         if int(path.stem[-2:]) % 2:
@@ -242,15 +242,15 @@ def test_many_pictures_are_made_by_several_processes_in_the_same_bits():
     assert snapshot() == together
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopped_at_any_instant_it_is_not_complete_leaves_no_process_and_goes_on(how):
-    argv = ["--num-train", "400", "--num-val", "10", "--image-size", "32"]
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL])
+def test_stopped_at_any_instant_it_is_not_complete_leaves_no_process_and_goes_on(how, capfd):
+    argv = ["--num-train", "110", "--num-val", "10", "--image-size", "16"]
     process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), *argv], start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     pictures = Path("preprocessed/synthetic")
     try:
         deadline = time.monotonic() + 60
-        while len(list(pictures.glob("*.png"))) < 20:
+        while len(list(pictures.glob("*.png"))) < 8:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         os.kill(process.pid, how)
@@ -268,12 +268,12 @@ def test_stopped_at_any_instant_it_is_not_complete_leaves_no_process_and_goes_on
         if process.poll() is None:
             process.kill()
     kept = len(list(pictures.glob("*.png")))
-    assert 20 <= kept < 410 and not Path("index/prepared.json").exists()
+    assert 8 <= kept < 120 and not Path("index/prepared.json").exists()
     for path in pictures.glob("*.png"):
         Image.open(path).load()
-    again = run(*argv)
-    assert again.returncode == 0 and f"{kept} pictures are there, {410 - kept} to make" in again.stdout
-    assert len(list(pictures.glob("*.png"))) == 411 and not list(pictures.glob(".*"))  # and the contact sheet
+    assert prepare.main(argv) == 0
+    assert f"{kept} pictures are there, {120 - kept} to make" in capfd.readouterr().out
+    assert len(list(pictures.glob("*.png"))) == 121 and not list(pictures.glob(".*"))  # and the contact sheet
 
 
 def test_a_failure_on_the_way_leaves_an_index_that_is_not_complete(monkeypatch, capsys):
@@ -299,9 +299,90 @@ def test_retinamnist_from_its_file(tmp_path):
     assert len(data.read_index("index/train_set.pkl")) == 12 and len(data.read_index("index/val_set.pkl")) == 6
 
 
+@pytest.mark.slow
 def test_the_real_idrid_photographs():
     if not IDRID.is_dir():
         pytest.skip(f"the real photographs are not here: {IDRID}")
     done = run("--dataset", "idrid", "--source", str(IDRID), "--image-size", "32")
     assert done.returncode == 0, done.stderr
     assert len(data.read_index("index/train_set.pkl")) == 405 and len(data.read_index("index/val_set.pkl")) == 102
+
+
+# --- --index-from: the thesis's pickled DataFrames ------------------------------------------------------------
+
+
+@pytest.fixture
+def pandas():
+    return pytest.importorskip("pandas", reason="pandas is not installed")
+
+
+@pytest.fixture
+def thesis(tmp_path, pandas):
+    """Their repository with pictures, beside the empty project; writes an index of theirs."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(8):
+        noise = np.random.default_rng(number).integers(0, 256, (20, 20, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "pictures" / f"007-000{number}-000.jpg")
+
+    def write(name, numbers, **changes):
+        columns = {
+            "picture": [f"007-000{n}-000.jpg" for n in numbers],
+            "label": [n % 3 for n in numbers],
+            "dir": [f"/home/them/DR/preprocessed/007-000{n}-000.jpg" for n in numbers],
+            "new_label": [str(n % 3 == 0) for n in numbers],
+        }
+        pandas.DataFrame({**columns, **changes}).to_pickle(tmp_path / f"{name}.pkl")
+        return str(tmp_path / f"{name}.pkl")
+
+    write.pictures = str(tmp_path / "pictures")
+    return write
+
+
+def test_an_import_becomes_our_index_with_the_pictures_in_the_project(thesis):
+    files = [thesis("worker1", [0, 1, 2]), thesis("worker2", [3, 4]), thesis("val_set", [5, 6])]
+    choices = ["--index-from", *files, "--source", thesis.pictures]
+    assert prepare.main(choices) == 0
+    assert [record["label"] for record in data.read_index("index/worker1.pkl")] == [0, 1, 2]
+    assert [record["new_label"] for record in data.read_index("index/val_set.pkl")] == ["False", "True"]
+    assert len(data.read_index("index/train_set.pkl")) == 5
+    assert all(Path(record["dir"]).exists() for record in data.read_index("index/train_set.pkl"))
+    made = json.loads(Path("index/prepared.json").read_text())
+    assert made["dataset"] == "imported" and made["num_clients"] == 2 and made["image_size"] == 20
+    assert prepare.main([*choices, "--check"]) == 0
+    assert prepare.main(["--check"]) == 10
+
+
+def test_a_dir_within_the_project_needs_no_source(thesis, tmp_path):
+    Path("preprocessed").mkdir()
+    for number in range(3):
+        (tmp_path / "pictures" / f"007-000{number}-000.jpg").rename(f"preprocessed/{number}.jpg")
+    files = [thesis("worker1", [0, 1], dir=["preprocessed/0.jpg", "preprocessed/1.jpg"]),
+             thesis("val_set", [2], dir=["preprocessed/2.jpg"])]
+    assert prepare.main(["--index-from", *files]) == 0
+    for record, number in zip(data.read_index("index/worker1.pkl"), (0, 1), strict=True):
+        assert (np.asarray(Image.open(record["dir"])) == np.asarray(Image.open(f"preprocessed/{number}.jpg"))).all()
+
+
+def test_what_does_not_fit_is_one_sentence(thesis, tmp_path, capsys):
+    def sentence_for(*files, source=thesis.pictures):
+        assert prepare.main(["--index-from", *files, *(["--source", source] if source else [])]) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "Traceback" not in err
+        return err
+
+    worker, val = thesis("worker1", [0, 1]), thesis("val_set", [2])
+    assert "/home/them" in sentence_for(worker, val, source=None)
+    assert "expected worker1, worker2 ..., val_set" in sentence_for(worker)
+    assert "expected worker1, worker2" in sentence_for(worker, thesis("worker3", [3]), val)
+    assert "007-0000-000.jpg is missing" in sentence_for(worker, val, source=str(tmp_path))
+    assert "the grade 7" in sentence_for(thesis("worker1", [0], label=[7]), val)
+    assert "do not fit together" in sentence_for(thesis("worker1", [0], new_label=["False"]), val)
+    assert "worker1 would be without images" in sentence_for(thesis("worker1", []), val)
+    (tmp_path / "worker1.pkl").write_bytes(b"no pickle")
+    assert "is no DataFrame with the columns picture, label, dir, new_label" in sentence_for(worker, val)
+
+
+def test_without_pandas_the_sentence_says_what_to_do(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert prepare.main(["--index-from", "worker1.pkl"]) == 1
+    assert "needs pandas: pip install pandas" in capsys.readouterr().err
