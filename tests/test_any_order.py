@@ -198,7 +198,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.settle()
 
     @rule(name=st.sampled_from(["merge", "evaluate"]), seeds=st.lists(st.integers(0, 2), min_size=3, max_size=3),
-          complete=st.booleans())
+          complete=st.sampled_from([True, True, False]))
     def hold(self, name, seeds, complete):
         """The merge or the evaluation takes long: of this round, or of the next that is complete."""
         self.gates[name] = False

@@ -1,0 +1,398 @@
+"""How server and client end: 0 finished, 1 refused or an error, 2 usage, 3 too few clients, 4 gave up, 5 never answered,
+130 Ctrl-C, 143 SIGTERM; within seconds, with a sentence, and with the port free."""
+
+import signal
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+from conftest import ROOT, free_port, make_data, port_is_free, start_server, until, write_weights
+
+import files
+import todoClient
+import todoServer
+import weights
+from generated import todo_pb2, todo_pb2_grpc
+
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+@pytest.fixture(scope="module")
+def shared_site(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("exit") / "site", clients=2, images=4, validation=4)
+
+
+@pytest.fixture
+def begun(shared_site, tmp_path):
+    """A function: the folder of a run that is begun but not served; no TensorFlow is needed to go on with it."""
+    def begin(clients=("client001", "client002"), rounds=2, **changes):
+        for name in ("preprocessed", "index"):
+            (tmp_path / name).symlink_to(shared_site / name)
+        (tmp_path / "server").mkdir()
+        write_weights(tmp_path / "server" / "server_weight.h5", 1)
+        from rounds import new_state
+        state = new_state("run0", clients, rounds, files.sha256_of(tmp_path / "server" / "server_weight.h5"),
+                          arch="drcnn", image_size=32, seed=0)
+        files.save_state(tmp_path / "server" / "state.json", {**state, **changes})
+        return tmp_path
+
+    return begin
+
+
+def deliver(address, site, client, seed=1, round_number=1):
+    """A future of the answer, as a client of ours sends."""
+    path = write_weights(site / f"{client}-{seed}.h5", seed)
+    stub = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
+    named = (("fedml-client", client), ("fedml-run", "run0"), ("fedml-round", str(round_number)),
+             ("fedml-sha256", files.sha256_of(path)))
+    return stub.sendWeight.future(weights.blob_messages(path, client, 3), metadata=named, timeout=60)
+
+
+def ended(process, code, timeout_s):
+    """Asserts that the process ends with this code within the time; for a busy machine, twice as much is let go."""
+    started = time.monotonic()
+    assert process.wait(4 * timeout_s + 5) == code, process.output
+    assert time.monotonic() - started < 2 * timeout_s, process.output
+
+
+# --- the server ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_ends_the_server_while_clients_wait(start, begun, number, code):
+    site = begun()
+    server, address = start_server(start, site)
+    call = deliver(address, site, "client001")
+    server.wait_for("client001 delivered .* waiting for client002, not seen yet")
+    server.signal(number)
+    ended(server, code, 2)
+    with pytest.raises(grpc.RpcError) as caught:
+        call.result()
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE and "goes on when it is started again" in caught.value.details()
+    assert port_is_free(int(address.rpartition(":")[2])) and "kept" in server.lines[-1] and "Traceback" not in server.output
+    server, address = start_server(start, site)  # what had arrived is there
+    call = deliver(address, site, "client002", 2)
+    server.wait_for("client002 delivered .* have all")
+    call.cancel()
+
+
+def holding(site, script, *patches):
+    """A script that is the real one but for the patches, which stand still where they must."""
+    path = site / f"{script}_that_holds.py"
+    path.write_text("\n".join(["import sys, time", f"sys.path.insert(0, {str(ROOT)!r})", *patches, f"import {script}",
+                               f"sys.exit({script}.main())"]))
+    return path
+
+
+HOLD_EVALUATE = """
+import model
+def evaluate(*_):
+    print("holding: evaluate", flush=True)
+    while True: time.sleep(0.1)
+model.evaluate, model.configure, model.build, model.load = evaluate, lambda *_: 0, lambda *_: 0, lambda *_: 0
+"""
+
+
+def test_a_signal_ends_the_server_while_it_evaluates(start, begun):
+    site = begun(clients=["client001"])
+    server = start(holding(site, "todoServer", HOLD_EVALUATE), "--listen", "localhost:0", cwd=site)
+    address = server.wait_for(r"listening on (\S+)")[1]
+    call = deliver(address, site, "client001")
+    server.wait_for("holding: evaluate")
+    server.signal(signal.SIGTERM)
+    ended(server, 143, 2)
+    with pytest.raises(grpc.RpcError):
+        call.result()
+    assert files.load_state(site / "server" / "state.json")["round"] == 2  # merged and committed, not yet answered
+    assert port_is_free(int(address.rpartition(":")[2]))
+
+
+def test_a_signal_ends_the_server_before_it_listens(start, begun):
+    site = begun(clients=["client001"])
+    server = start(holding(site, "todoServer", "import data\ndef slow(*_):\n    print('holding: data', flush=True)\n"
+                           "    time.sleep(1000)\ndata.load_images = slow"), cwd=site)
+    server.wait_for("holding: data")
+    server.signal(signal.SIGINT)
+    ended(server, 130, 2)
+    assert "Traceback" not in server.output
+
+
+def test_a_signal_while_a_stalled_client_uploads(start, begun):
+    site, go_on = begun(), threading.Event()
+    server, address = start_server(start, site)
+
+    def half():
+        yield todo_pb2.modelWeight(clientname="client001", clientsize=3, blob=b"\x89HDF" * 2500)
+        go_on.wait(60)
+
+    call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).sendWeight.future(half(), timeout=60)
+    until(lambda: list((site / "server" / "client001").glob(".*.tmp*")), "the first half is there")
+    server.signal(signal.SIGTERM)
+    ended(server, 143, 2)
+    go_on.set()
+    assert isinstance(call.exception(60), grpc.RpcError)
+    start_server(start, site)
+    assert not list((site / "server").rglob(".*.tmp*"))
+
+
+def test_too_few_clients_within_the_limit_is_exit_3(start, begun):
+    site = begun(clients=["client001", "client002", "client003"])
+    server, address = start_server(start, site, "--round-timeout", "2", "--min-clients", "2")
+    call = deliver(address, site, "client002")
+    assert server.wait(30) == 3
+    assert "have client002; waiting for client001, not seen yet; client003, not seen yet; 1 of at least 2" in server.output
+    with pytest.raises(grpc.RpcError) as caught:
+        call.result()
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE and "1 of at least 2" in caught.value.details()
+    assert port_is_free(int(address.rpartition(":")[2]))
+    assert list(files.load_state(site / "server" / "state.json")["uploads"]) == ["client002"]
+
+
+def test_with_all_gone_and_a_limit_the_server_is_gone_too(start, begun):
+    site = begun()
+    server, address = start_server(start, site, "--round-timeout", "1")
+    assert server.wait(30) == 3 and "have no one; waiting for client001, not seen yet; client002, not seen yet" in server.output
+    assert port_is_free(int(address.rpartition(":")[2]))
+
+
+def test_a_merge_that_fails_is_exit_1_and_everyone_is_told(start, begun):
+    site = begun(clients=["client001"])
+    full = "import weights\ndef fedavg(*_, **__): raise OSError(28, 'No space left on device')\nweights.fedavg = fedavg"
+    server = start(holding(site, "todoServer", full), "--listen", "localhost:0", cwd=site)
+    address = server.wait_for(r"listening on (\S+)")[1]
+    with pytest.raises(grpc.RpcError) as caught:
+        deliver(address, site, "client001").result()
+    assert caught.value.code() == grpc.StatusCode.INTERNAL and "No space left" in caught.value.details()
+    assert server.wait(20) == 1 and "No space left on device" in server.lines[-1] and "Traceback" not in server.output
+    state = files.load_state(site / "server" / "state.json")
+    assert state["frozen"] == ["client001"] and state["round"] == 1
+    # started again while the cause is still there: a sentence and exit 1, before anyone is served
+    server = start(holding(site, "todoServer", full), "--listen", "localhost:0", cwd=site)
+    assert server.wait(20) == 1 and "No space left on device" in server.lines[-1] and "listening" not in server.output
+
+
+@pytest.fixture
+def serve_in_vain(tmp_path, monkeypatch, capsys):
+    """A function: what a server says that ends with exit 1 before it listens."""
+    def serve(arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(todoServer, "exit_on_signals", lambda _: None)
+        assert todoServer.main(arguments) == 1
+        return capsys.readouterr().err
+
+    return serve
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--clients", "client001,client003"], "--clients is ['client001', 'client003'], but the run in server has ['client001', "),
+    (["--arch", "vgg16"], "--arch is vgg16, but the run in server has drcnn"),
+    (["--image-size", "64"], "--image-size is 64, but the run in server has 32"),
+    (["--seed", "7"], "--seed is 7, but the run in server has 0"),
+    (["--round-timeout", "5", "--min-clients", "3"], "--min-clients 3 is more than the run's 2 clients"),
+    (["--index-dir", "nowhere"], "nowhere/val_set.pkl is missing"),
+])
+def test_a_state_that_does_not_fit_the_flags_is_exit_1(serve_in_vain, begun, arguments, sentence):
+    site = begun()
+    before = (site / "server" / "state.json").read_bytes()
+    output = serve_in_vain(arguments)
+    assert sentence in output
+    if "the run in server has" in sentence:
+        assert "--fresh" in output
+    assert (site / "server" / "state.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["not json", '{"version": 99}', '{"a": 1}', "[]"])
+def test_a_damaged_state_is_exit_1_and_stays(serve_in_vain, begun, damage):
+    site = begun()
+    (site / "server" / "state.json").write_text(damage)
+    assert "--fresh" in serve_in_vain([])
+    assert (site / "server" / "state.json").read_text() == damage
+
+
+def test_weights_that_are_gone_are_exit_1(serve_in_vain, begun):
+    site = begun()
+    (site / "server" / "server_weight.h5").unlink()
+    output = serve_in_vain([])
+    assert "server_weight.h5 is missing" in output and "--fresh" in output
+
+
+@pytest.mark.parametrize("arguments", [["--min-clients", "2"], ["--rounds", "0"], ["--clients", "a,a"], ["--clients", "../a"],
+                                       ["--round-timeout", "-1"], ["--listen"], ["--listen", "here"]])
+def test_wrong_usage_is_exit_2(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        todoServer.main(arguments)
+    assert ended.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_fresh_moves_the_old_run_aside_and_says_where(start, begun):
+    site = begun()
+    old = (site / "server" / "state.json").read_bytes()
+    (site / "server" / ".gitkeep").touch()
+    begin = ("import model\nfrom conftest import write_weights\nmodel.configure = model.build = lambda *_: 0\n"
+             "model.save = lambda network, path: write_weights(path, 5)")
+    script = holding(site, "todoServer", f"sys.path.insert(0, {str(ROOT / 'tests')!r})", begin)
+    server = start(script, "--fresh", "--listen", "localhost:0", "--rounds", "3", cwd=site)
+    server.wait_for("listening on")
+    assert "the old run's files are in server/old-1" in server.output
+    assert (site / "server" / "old-1" / "state.json").read_bytes() == old and (site / "server" / ".gitkeep").exists()
+    state = files.load_state(site / "server" / "state.json")
+    assert state["run"] != "run0" and state["rounds"] == 3 and state["round"] == 1
+    server.kill()
+    server = start(script, "--fresh", "--listen", "localhost:0", cwd=site)
+    server.wait_for("listening on")
+    assert (site / "server" / "old-2").exists() and (site / "server" / "old-1" / "state.json").read_bytes() == old
+
+
+def test_a_finished_server_says_so_answers_repeats_and_is_exit_0(start, begun):
+    site = begun(clients=["client001"], rounds=1)
+    path = write_weights(site / "client001-1.h5", 1)
+    row = {"round": 1, "loss": 0.5}
+    files.save_state(site / "server" / "state.json", {
+        **files.load_state(site / "server" / "state.json"), "round": 2, "history": [row],
+        "counted": {"client001": {"round": 1, "num_examples": 3, "sha256": files.sha256_of(path)}}})
+    server, address = start_server(start, site)
+    assert "run run0 is finished (1 rounds); --rounds N goes on, --fresh begins a new one" in server.output
+    call = deliver(address, site, "client001")
+    assert call.result().value == 1 and dict(call.trailing_metadata())["fedml-done"] == "1"
+    assert server.wait(10) == 0 and "finished after 1 rounds" in server.lines[-1]
+    server, address = start_server(start, site, "--rounds", "2")  # it is extended
+    assert "resuming run run0 at round 2/2 from server/state.json" in server.output
+
+
+# --- the client ---------------------------------------------------------------------------------------------------
+
+HOLD_TRAIN = """
+import model
+from conftest import SHAPES, read_weights, write_weights
+class Network:
+    name, input_shape = "drcnn", (None, 32, 32, 3)
+def train(*_):
+    print("holding: train", flush=True)
+    while HOLD: time.sleep(0.1)
+    return []
+model.configure, model.build, model.load, model.train = lambda *_: 0, lambda *_: Network(), lambda *_: 0, train
+model.shapes, model.save = lambda _: SHAPES, lambda network, path: write_weights(path, 1)
+import todoClient
+todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05
+"""
+
+
+def client_script(site, hold=False):
+    return holding(site, "todoClient", f"sys.path.insert(0, {str(ROOT / 'tests')!r})", f"HOLD = {hold}", HOLD_TRAIN)
+
+
+@pytest.mark.parametrize(("number", "code", "where"), [
+    (*SIGNALS[0], "training"), (*SIGNALS[1], "training"), (*SIGNALS[1], "waiting for the answer"),
+    (*SIGNALS[0], "waiting for the server")])
+def test_a_signal_ends_the_client_with_its_files_whole(start, begun, number, code, where):
+    site = begun()
+    address = f"localhost:{free_port()}"
+    if where != "waiting for the server":
+        server, address = start_server(start, site)
+    client = start(client_script(site, where == "training"), "--name", "client001", "--server", address, cwd=site)
+    if where == "training":
+        client.wait_for("holding: train")
+    elif where == "waiting for the answer":
+        server.wait_for("client001 delivered")
+    else:
+        client.wait_for("no server answers there yet")
+    client.signal(number)
+    ended(client, code, 2)
+    assert "start it again" in client.lines[-1] and "Traceback" not in client.output
+    assert not list((site / "client001").glob(".*.tmp*"))
+    for path in (site / "client001").glob("*.h5"):
+        weights.check(path, weights.shapes_of(site / "server" / "server_weight.h5"))
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--name", "client009", "--index", "index/worker1.pkl"], "server refused: client 'client009' is not one of this run's"),
+    (["--name", "client001", "--index", "index/worker9.pkl"], "index/worker9.pkl is missing"),
+])
+def test_a_client_that_is_refused_or_has_no_images_is_exit_1(start, begun, arguments, sentence):
+    site = begun()
+    _, address = start_server(start, site)
+    client = start(client_script(site), *arguments, "--server", address, cwd=site)
+    assert client.wait(30) == 1 and sentence in client.lines[-1] and "Traceback" not in client.output
+
+
+@pytest.mark.parametrize("arguments", [[], ["--name", "hospital"], ["--name", "../x1"], ["--name", "a1", "--epochs", "0"]])
+def test_wrong_usage_of_the_client_is_exit_2(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        todoClient.main(arguments)
+    assert ended.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_stays_away_is_exit_4(start, begun):
+    site = begun()
+    client = start(client_script(site), "--name", "client001", "--server", f"localhost:{free_port()}", "--give-up-after", "1",
+                   cwd=site)
+    assert client.wait(30) == 4 and "did not answer for 1 s" in client.lines[-1]
+
+
+def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_next_start(start, begun):
+    site = begun(rounds=1)
+    server, address = start_server(start, site)
+    client = start(client_script(site), "--name", "client001", "--server", address, "--give-up-after", "1", cwd=site)
+    server.wait_for("client001 delivered")
+    server.kill()
+    assert client.wait(30) == 5 and "delivered and never answered" in client.lines[-1]
+    # both come back: it is delivered again, not trained again
+    server, address = start_server(start, site, port=address.rpartition(":")[2])
+    client = start(client_script(site, hold=True), "--name", "client001", "--server", address, cwd=site)
+    server.wait_for("client001 delivered .* again, replacing")
+    assert "training" not in client.output
+
+
+def test_a_client_with_other_threads_trains_again_and_says_so(start, begun):
+    site = begun(rounds=1)
+    server, address = start_server(start, site)
+    for threads, words in ((1, "training on 4 images"), (2, "trained before with other settings (threads was 1, is 2)")):
+        client = start(client_script(site), "--name", "client001", "--server", address, "--threads", threads, cwd=site)
+        before = len(server.lines)
+        server.wait_for("client001 delivered", start=before)
+        client.kill()
+        assert words in client.output and "holding: train" in client.output
+
+
+def test_weights_of_another_run_are_dropped_with_a_line(start, begun):
+    site = begun(rounds=1)
+    server, address = start_server(start, site)
+    client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
+    server.wait_for("client001 delivered")
+    client.kill()
+    path = site / "client001" / "state.json"
+    files.save_state(path, {**files.load_state(path), "run": "another"})
+    client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
+    server.wait_for("client001 delivered .* again")
+    assert "these weights do not count (client001 delivers for run 'another'" in client.output
+    assert "round 1/1: training on 4 images" in client.output
+
+
+def test_a_second_client_of_the_name_ends_the_first_with_a_sentence(start, begun):
+    site = begun()
+    server, address = start_server(start, site)
+    first = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
+    server.wait_for("client001 delivered")
+    second = start(client_script(site), "--name", "client001", "--server", address, "--client-dir", "elsewhere", cwd=site)
+    assert first.wait(30) == 1 and "client001 has delivered again on another connection" in first.lines[-1]
+    assert second.process.poll() is None
+
+
+def test_a_busy_port_is_exit_1(start, begun):
+    site = begun()
+    _, address = start_server(start, site)
+    second = start("todoServer.py", "--listen", address, cwd=site)
+    assert second.wait(30) == 1 and "is another server running there" in second.lines[-1]
+
+
+def test_no_script_loads_tensorflow_before_it_needs_it(start, begun):
+    begun()
+    import subprocess
+    code = "import todoServer, todoClient, service, sys; assert not {'tensorflow', 'keras'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
