@@ -5,39 +5,52 @@ import itertools
 import threading
 import time
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import grpc
 
 import files
+import tls
 import weights
 from generated import todo_pb2, todo_pb2_grpc
 from rounds import Refused
 
 STALL_S = 30  # an upload or download without progress for so long is ended
-FIRST_MESSAGE_S = 10  # a peer that has not said who it is may hold a thread no longer
-MESSAGE_BYTES = 2 << 20
+FIRST_MESSAGE_S = 1  # a peer that has not said who it is, and has fetched nothing, may hold a thread no longer
+IDLE_S = 3600  # a connection without a call; the thesis demo's client keeps its own while it trains
+MESSAGE_BYTES, METADATA_BYTES, STREAMS = 2 << 20, 8 << 10, 16  # of one message, of one call, of one connection
 TURNS, TURN_S = 3, 5  # streams that move a piece at a time; how long one waits politely
 REMEMBERED_CONNECTIONS = 1000
 
 
-def create_server(rounds, listen, max_examples=10_000_000):
-    """A started gRPC server and the HOST:PORT it is bound to. Raises ValueError where it cannot bind."""
+def create_server(rounds, listen, max_examples=10_000_000, credentials=None, serve_unnamed=True):
+    """A started gRPC server and the HOST:PORT it is bound to. Raises ValueError where it cannot bind.
+
+    credentials    from tls.server_credentials; None is plaintext
+    serve_unnamed  whether peers are served that name nobody, neither in metadata nor by a certificate (the thesis demo's)
+    """
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"--listen {listen!r} is not HOST:PORT, as in localhost:50051")
     limit_arenas()
-    servicer = FedMLServicer(rounds, max_examples)
-    workers = 2 * len(rounds.clients) + 4  # waiters, take-overs, downloads
+    servicer = FedMLServicer(rounds, max_examples, serve_unnamed)
+    workers = 2 * len(rounds.clients) + 4 + servicer.places  # waiters, take-overs, downloads; and who names nobody
     server = grpc.server(futures.ThreadPoolExecutor(workers), options=[
         ("grpc.so_reuseport", 0),  # or a second server would share the port in silence
         ("grpc.http2.bdp_probe", 0),  # or streams that wait for their turn would buffer megabytes each
-        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_concurrent_streams", STREAMS),
+        ("grpc.max_metadata_size", METADATA_BYTES), ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+        ("grpc.max_connection_idle_ms", IDLE_S * 1000), ("grpc.server_handshake_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000)])
-    todo_pb2_grpc.add_FedMLServicer_to_server(servicer, server)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("todoPackage.FedML", {
+        "sendWeight": grpc.stream_unary_rpc_method_handler(
+            servicer.sendWeight, todo_pb2.modelWeight.FromString, todo_pb2.myResponse.SerializeToString),
+        # as a stream, or gRPC itself would hold a thread until the one message comes, which says nothing
+        "getWeight": grpc.stream_stream_rpc_method_handler(
+            servicer.getWeight, todo_pb2.void.FromString, todo_pb2.modelWeight.SerializeToString)})])
     try:
-        bound = server.add_insecure_port(listen)
+        bound = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
     except RuntimeError:
         bound = 0
     if not bound:
@@ -56,8 +69,8 @@ def limit_arenas():
 
 
 class FedMLServicer(todo_pb2_grpc.FedMLServicer):
-    def __init__(self, rounds, max_examples):
-        self.rounds, self.max_examples, self.say = rounds, max_examples, rounds.say
+    def __init__(self, rounds, max_examples, serve_unnamed):
+        self.rounds, self.max_examples, self.serve_unnamed, self.say = rounds, max_examples, serve_unnamed, rounds.say
         self.path = rounds.folder / "server_weight.h5"
         self.check = weights.Checker(weights.shapes_of(self.path))
         self.max_bytes = int(1.1 * self.path.stat().st_size)
@@ -65,19 +78,19 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
         self.streams = set()  # that are moving bytes now
         self.uploading = {}  # client -> its newest half-sent Stream
         self.turns = threading.Semaphore(TURNS)
+        self.places = len(rounds.clients) + 1
+        self.unnamed = threading.Semaphore(self.places)
         self.lock = threading.Lock()
 
-    def getWeight(self, request, context):
+    def getWeight(self, requests, context):
         asked = dict(context.invocation_metadata())
-        client = asked.get("fedml-client")
-        try:
-            if client is not None:
-                self.enrolled(client)
-            number, digest, file = self.rounds.fetch(self.path, client)
-        except Refused as refused:
-            self.refuse(context, refused)
+        with self.refusals(context), self.place(client := self.identify(context, asked.get("fedml-client"))):
+            yield from self.download(client, asked, context)
+
+    def download(self, client, asked, context):
+        number, digest, file = self.rounds.fetch(self.path, client)
         with file, Stream(self, context, STALL_S) as stream:
-            if client is not None:
+            if "fedml-client" in asked:
                 state = self.rounds.state
                 self.say(f"{client} fetches the {'result' if self.rounds.done else f'weights of round {number}'}")
                 context.send_initial_metadata((
@@ -86,7 +99,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
             else:
                 self.remember(context.peer(), number)
             cut = weights.blob_messages if asked.get("fedml-accept") == "blob" else weights.base64_messages
-            yield from stream.watch(cut(file))
+            yield from stream.watch(cut(file), polite=client is not None)
 
     def remember(self, connection, number):
         """The thesis demo's client names no round: its upload belongs to what the same connection last fetched."""
@@ -98,29 +111,61 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
 
     def sendWeight(self, request_iterator, context):
         asked = dict(context.invocation_metadata())
-        try:
+        with self.refusals(context):
+            named = self.identify(context, asked.get("fedml-client"))
             run, number = named_round(asked)
             number = self.fetched.get(context.peer()) if run is None else number
-            client, num_examples, messages = self.first_message(request_iterator, context, asked.get("fedml-client"))
+            with self.place(named):
+                client, num_examples, messages = self.first_message(request_iterator, context, named)
             announced = asked.get("fedml-sha256")
             self.rounds.admit(client, run, number, announced)
-            written, digest = self.store(client, messages, context, announced)
             try:
-                context.add_callback(self.rounds.wake)  # a client that goes away wakes the call that waits for it
-                done = self.rounds.deliver(client, num_examples, digest, written, run, number, context.is_active)
-            finally:
-                written.unlink(missing_ok=True)
-        except Refused as refused:
-            self.refuse(context, refused)
-        except OSError as error:
-            self.refuse(context, Refused("INTERNAL", f"{client}: the server could not store the upload: {error}; send again"))
+                written, digest = self.store(client, messages, context, announced)
+                try:
+                    context.add_callback(self.rounds.wake)  # a client that goes away wakes the call that waits for it
+                    done = self.rounds.deliver(client, num_examples, digest, written, run, number, context.is_active)
+                finally:
+                    written.unlink(missing_ok=True)
+            except OSError as error:
+                raise Refused("INTERNAL", f"{client}: the server could not store the upload: {error}; send again") from None
         context.set_trailing_metadata((("fedml-round", str(self.rounds.round)), *[("fedml-done", "1")] * done))
         return todo_pb2.myResponse(value=1)
 
-    def refuse(self, context, refused):
-        if not self.rounds.over:  # once the server stops, everyone is told the same
-            self.say(f"refused: {refused.sentence} ({refused.code})")
-        context.abort(grpc.StatusCode[refused.code], refused.sentence)
+    @contextmanager
+    def refusals(self, context):
+        try:
+            yield
+        except Refused as refused:
+            if not self.rounds.over:  # once the server stops, everyone is told the same
+                self.say(f"refused: {refused.sentence} ({refused.code})")
+            context.abort(grpc.StatusCode[refused.code], refused.sentence)
+
+    def identify(self, context, named):
+        """Who calls: the enrolled client that its metadata or its certificate names, and both the same; None of a peer that
+        names nobody."""
+        certified = tls.certified_names(context)
+        if certified is not None:
+            named = named or next((name for name in certified if name in self.rounds.clients), "".join(certified[:1]))
+            if named not in certified:
+                raise Refused("PERMISSION_DENIED", f"{named[:80]!r} came with the certificate of {', '.join(certified)[:200]}, "
+                                                   "expected one in its own name")
+        if named is not None:
+            self.enrolled(named)
+        elif not self.serve_unnamed:
+            raise Refused("UNAUTHENTICATED", "a peer that names nobody is served only on the server's own machine, with "
+                                             "--insecure, or by its certificate (--tls-ca)")
+        return named
+
+    @contextmanager
+    def place(self, client):
+        """Peers that name nobody have places of their own, and few: who takes them all delays no one who is enrolled."""
+        if client is None and not self.unnamed.acquire(blocking=False):
+            raise Refused("RESOURCE_EXHAUSTED", f"{self.places} peers that name nobody are here already: try again later")
+        try:
+            yield
+        finally:
+            if client is None:
+                self.unnamed.release()
 
     def enrolled(self, client):
         if client not in self.rounds.clients:
@@ -130,9 +175,8 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
 
     def first_message(self, request_iterator, context, named):
         """(client, num_examples, all messages) of an upload by an enrolled client, before anything is stored."""
-        if named is not None:
-            self.enrolled(named)
-        with Stream(self, context, FIRST_MESSAGE_S if named is None else STALL_S):
+        limit_s = FIRST_MESSAGE_S if named is None and context.peer() not in self.fetched else STALL_S
+        with Stream(self, context, limit_s, named):
             try:
                 first = next(request_iterator, None)
             except grpc.RpcError:
@@ -217,11 +261,11 @@ class Stream:
             if self.servicer.uploading.get(self.client) is self:
                 del self.servicer.uploading[self.client]
 
-    def watch(self, messages):
+    def watch(self, messages, polite=True):
         """The same messages, each within a turn."""
         messages = iter(messages)
         while True:
-            with self.servicer.turn():
+            with self.servicer.turn() if polite else nullcontext():
                 self.last = time.monotonic()
                 if (message := next(messages, None)) is None:
                     return

@@ -21,6 +21,7 @@ import grpc
 
 import files
 import model
+import tls
 import weights
 from generated import todo_pb2, todo_pb2_grpc
 from script import at_least, exit_on_signals, fail, say, seconds
@@ -84,7 +85,9 @@ def parse(argv):
     add("--freeze-base", action="store_true", help="train only the dense layers of a vgg16")
     add("--no-augmentation", action="store_true", help="train on the images as they are, without rotation and flips")
     add("--give-up-after", type=seconds, default=600, metavar="S", help="of a server that is away (default: %(default)s)")
+    tls.add_arguments(add, "that signed the server's certificate: speak TLS", "this client's certificate, in its --name")
     arguments = parser.parse_args(argv)
+    tls.check_arguments(parser, arguments, arguments.server, bool(arguments.tls_ca))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
         parser.error(f"--name {arguments.name[:80]!r}: expected letters, digits, '.', '_', '-', at most 64")
     number = re.search(r"\d+$", arguments.name)
@@ -240,6 +243,8 @@ def keep_trying(attempt, site):
             raise gave_up(site)
         if not said or now - said >= REPORT_EVERY_S:
             said = now
+            if code == grpc.StatusCode.UNAVAILABLE and (why := tls.explain(site.arguments)):
+                raise ValueError(why)
             reason = "no server answers there yet" if "connect" in sentence.lower() else sentence or code.name
             site.say(f"waiting for the server at {site.arguments.server} ({reason}); "
                      f"giving up in {give_up_s - (now - away_since):.0f} s")
@@ -263,7 +268,7 @@ def connect(site):
     if site.state["run"]:  # a server of ours: it lets us knock while everyone trains, the thesis demo's would hang up
         options += [("grpc.keepalive_time_ms", 8000), ("grpc.keepalive_timeout_ms", 8000),
                     ("grpc.http2.max_pings_without_data", 0)]
-    return grpc.insecure_channel(site.arguments.server, options)
+    return tls.channel(site.arguments, options)
 
 
 @contextmanager

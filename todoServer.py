@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 import files
+import tls
 from rounds import Refused, Rounds, TooFewClients, new_state
 from script import at_least, exit_on_signals, fail, seconds
 from script import say as say_as
@@ -35,9 +36,14 @@ def main(argv=None):
         rounds = open_rounds(arguments, state, examples)
         from service import create_server
 
-        server, address = create_server(rounds, arguments.listen, arguments.max_examples)
+        local, credentials = tls.is_this_machine(arguments.listen), tls.server_credentials(arguments)
+        server, address = create_server(rounds, arguments.listen, arguments.max_examples, credentials,
+                                        serve_unnamed=local or arguments.insecure)
     except (ValueError, OSError) as error:
         return fail("server", error)
+    if not (local or arguments.tls_cert and arguments.tls_ca):
+        say("warning: " + ("without --tls-ca a client is whoever says its name" if arguments.tls_cert else
+                           "plaintext: who is on the way reads and changes the weights, and a client is whoever says its name"))
     say(f"listening on {address}")
     return serve(server, rounds)
 
@@ -61,7 +67,10 @@ def parse(argv):
         help="after --round-timeout, merge with N or more, else stop (default: all)")
     add("--max-examples", type=at_least(1), default=10_000_000, metavar="N",
         help="refuse a client that says it has more (default: %(default)s)")
+    tls.add_arguments(add, "that signed the clients' certificates: each client must show its own, in its name (mutual TLS)",
+                      "the server's certificate, for TLS")
     arguments = parser.parse_args(argv)
+    tls.check_arguments(parser, arguments, arguments.listen, bool(arguments.tls_cert))
     if arguments.min_clients and not arguments.round_timeout:
         parser.error("--min-clients needs --round-timeout: without a limit the server waits for all clients")
     if arguments.clients is not None:
