@@ -64,7 +64,7 @@ trap 'stop 130' INT
 trap 'stop 143' TERM
 trap 'stop $?' EXIT
 
-log=server/log.txt
+log=run_local.log  # not in server/: --fresh moves away what is there
 : > $log
 $python todoServer.py --listen localhost:0 --clients "$names" $fresh "${server[@]}" > >(tee -a $log) 2>&1 &
 pids+=($!)
@@ -83,12 +83,12 @@ while [ ${#pids[@]} -gt 0 ]; do
     for pid in "${pids[@]}"; do
         if kill -0 "$pid" 2> /dev/null; then
             running+=("$pid")
-        elif ! wait "$pid"; then
-            wait "$pid"
-            code=$?
-            echo "run_local: a process ended with $code (its words are above): stopping the others" >&2
-            stop $code
+            continue
         fi
+        wait "$pid" && continue
+        code=$?
+        echo "run_local: a process ended with $code (its words are above): stopping the others" >&2
+        stop $code
     done
     pids=("${running[@]}")
     sleep 0.2
