@@ -19,9 +19,10 @@ for name in "$@"; do
     [ ! -e "$dir/$name.key" ] && [ ! -e "$dir/$name.pem" ] || fail "$dir/$name.key or .pem is there already: nothing is overwritten"
 done
 mkdir -p "$dir"
+new="-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
 
 sign() { # NAME SAN USAGE
-    openssl req -new -newkey rsa:3072 -nodes -keyout "$dir/$1.key" -subj "/CN=${1:0:64}" 2> /dev/null |
+    openssl req -new $new -keyout "$dir/$1.key" -subj "/CN=${1:0:64}" 2> /dev/null |
         openssl x509 -req -CA "$dir/ca.pem" -CAkey "$dir/ca.key" -set_serial "0x$(openssl rand -hex 16)" -days "$days" -sha256 \
             -extfile <(printf '%s\n' "subjectAltName=$2" "extendedKeyUsage=$3" basicConstraints=critical,CA:FALSE \
                 keyUsage=critical,digitalSignature) -out "$dir/$1.pem" 2> /dev/null || fail "openssl could not make $dir/$1.pem"
@@ -29,7 +30,7 @@ sign() { # NAME SAN USAGE
 
 if [ ! -e "$dir/ca.key" ]; then
     [ ! -e "$dir/ca.pem" ] && [ ! -e "$dir/server.pem" ] || fail "$dir holds certificates, but not the CA's key: choose another DIR"
-    openssl req -x509 -newkey rsa:3072 -nodes -keyout "$dir/ca.key" -out "$dir/ca.pem" -days $((10 * days)) -sha256 \
+    openssl req -x509 $new -keyout "$dir/ca.key" -out "$dir/ca.pem" -days $((10 * days)) -sha256 \
         -subj "/CN=private CA of $host" -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign 2> /dev/null
     if [[ $host =~ ^[0-9.]+$ || $host == *:* ]]; then san=IP:$host; else san=DNS:$host; fi
     sign server "$san,DNS:localhost" serverAuth
