@@ -25,6 +25,9 @@ def main(argv=None):
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation (0)")
     add("--arch", choices=list(model.ARCHS), default="drcnn", help="the network (drcnn)")
     add("--image-size", type=at_least(16), metavar="PIXELS", help="a side (128 for drcnn, 224 for vgg16)")
+    add("--weights", default="none", metavar="none|imagenet|FILE", help="to start from (none: random)")
+    add("--freeze-base", action="store_true", help="train only the dense layers of a vgg16")
+    add("--no-augmentation", action="store_true", help="train on the images as they are, without rotation and flips")
     add("--index", type=Path, metavar="FILE", help="the images to train on (INDEX_DIR/train_set.pkl)")
     add("--index-dir", type=Path, default=Path("index"), metavar="DIR", help="where val_set.pkl lies (index)")
     add("--out", type=Path, default=Path("central"), metavar="DIR", help="weights and history (central)")
@@ -44,7 +47,11 @@ def train_and_evaluate(args, image_size):
     images, val_images = (data.load_images(part, image_size, files.temporary(args.out / "images.npy")) for part in (train, val))
     model.configure(args.seed, args.threads)
     network, rows = model.build(args.arch, image_size, args.seed), []
-    batches = data.TrainingBatches(images, data.healthy(train), args.batch_size, args.seed, args.out.name)
+    model.initialize(network, args.weights)
+    if args.freeze_base:
+        model.freeze_base(network)
+    batches = data.TrainingBatches(images, data.healthy(train), args.batch_size, args.seed, args.out.name,
+                                   not args.no_augmentation)
     for number in range(1, args.rounds + 1):
         started = time.monotonic()
         model.train(network, batches, number, args.epochs, report=lambda row: None)

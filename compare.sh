@@ -2,18 +2,22 @@
 # Is federation worth it? The same number of passes centrally, federated on an IID and on a non-IID split, and at the
 # largest client alone; writes compare.csv and, for both splits, a report with the four curves.
 #   ./compare.sh                                     drawn images, ten rounds: about ten minutes on 2 cores
-#   ./compare.sh --seed 1 --dataset idrid --source DIR --rounds 20 --arch NAME --image-size PIXELS --epochs N --batch-size N
-# Flags of prepare.py go there (--num-train, --share ...). It works in compare-SEED/; server/ and index/ stay as they are.
+#   ./compare.sh --seed 1 --dataset idrid --source DIR --rounds 20 --arch vgg16 --epochs 2 --batch-size 8
+# Also --image-size, --weights, --freeze-base, --no-augmentation. Flags of prepare.py go there (--num-train, --share ...).
+# It works in compare-SEED/; server/ and index/ stay as they are.
 set -euo pipefail
 cd "$(dirname "$0")"
 home=$PWD seed=0 prepare=() server=() client=() pids=()
 while [ $# -gt 0 ]; do
-    if [[ $1 = --balanced || $1 = --skip-broken ]]; then prepare+=("$1"); shift; continue; fi
+    case $1 in
+    --balanced | --skip-broken) prepare+=("$1"); shift; continue ;;
+    --freeze-base | --no-augmentation) client+=("$1"); shift; continue ;;
+    esac
     [[ $1 = --?* && $# -gt 1 ]] || { echo "compare: error: $1 is unknown or has no value; see the head of compare.sh" >&2; exit 2; }
+    [[ $1 = --source || $1 = --weights && -e $2 ]] && set -- "$1" "$(realpath -- "$2")" "${@:3}"  # it works elsewhere
     case $1 in
     --seed) seed=$2 ;;
-    --source) prepare+=("$1" "$(realpath -- "$2")") ;;
-    --rounds | --arch) server+=("$1" "$2") ;;
+    --rounds | --arch | --weights) server+=("$1" "$2") ;;
     --epochs | --batch-size) client+=("$1" "$2") ;;
     --image-size) prepare+=("$1" "$2") server+=("$1" "$2") ;;
     *) prepare+=("$1" "$2") ;;

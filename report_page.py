@@ -180,7 +180,8 @@ def clients(run):
         with picture(cells, "Images by grade") as axes:
             graded = zip(GRADES, zip(*here.values(), strict=True), strict=True)
             draw_stacked(axes, list(here), dict(graded), GRADE_COLOURS)
-    text = '<p class="quiet">The clients trained on these images: compare the clients with each other.</p>'
+    text = ('<p class="quiet">The clients trained on these images: compare the clients with each other. Of more than '
+            f"{run['client_images']} images of a client, every n-th was looked at.</p>")
     return box("clients", "The merged model at each client", grid([*cells, table(*rows) + text], least=480))
 
 
@@ -212,4 +213,4 @@ def comparison(run):
         accuracy = rows[-1]["accuracy"]
         lasts.append((escape(name), shown("accuracy", accuracy, *wilson(accuracy, len(run["val"]))),
                       *(f"{rows[-1][metric]:.3f}" for metric in METRICS[1:])))
-    return box("comparison", "Is federation worth it?", grid([*cells, table(*lasts)]))
+    return box("comparison", "Is federation worth it?", grid(cells), f"<div>{table(*lasts)}</div>")

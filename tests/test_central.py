@@ -39,6 +39,8 @@ def test_it_starts_from_the_servers_weights(here, monkeypatch):
     assert files.sha256_of("central/central_weight.h5") == files.sha256_of("server/server_weight.h5")
     assert run("--seed", "8") == 0
     assert files.sha256_of("central/central_weight.h5") != files.sha256_of("server/server_weight.h5")
+    assert run("--seed", "8", "--weights", "server/server_weight.h5") == 0
+    assert files.sha256_of("central/central_weight.h5") == files.sha256_of("server/server_weight.h5")
 
 
 def test_it_trains_as_a_client_trains(here):
@@ -66,9 +68,16 @@ def test_the_history_is_the_servers_kind_and_says_what_the_weights_do(here):
         assert float(rows[-1][name]) == pytest.approx(value, abs=1e-6), name
 
 
-def test_one_workers_index_is_a_client_alone(here):
+def test_one_workers_index_is_a_client_alone(here, monkeypatch):
+    monkeypatch.setattr(model, "train", lambda network, batches, *more, **names: trained_on.append(len(batches.images)))
+    trained_on = []
     assert run("--index", "index/worker2.pkl", "--out", "alone") == 0
-    assert {row["num_examples"] for row in history(here / "alone")} == {"10"}
+    assert {row["num_examples"] for row in history(here / "alone")} == {"10"} and trained_on == [10, 10]
+
+
+def test_freezing_is_for_vgg16(here, capsys):
+    assert run("--freeze-base") == 1
+    assert "--freeze-base and ImageNet weights are for --arch vgg16" in capsys.readouterr().err
 
 
 def test_a_missing_index_is_one_sentence(here, capsys):
