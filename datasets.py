@@ -49,23 +49,20 @@ def read_labels(table, image, grade, highest=4, **layout):
         raise ValueError(f"{table} is missing: is --source the folder into which the archive was unpacked?")
     with open(table, encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file, restval="", skipinitialspace=True, **layout)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        for column in (image, grade):
+            if column not in columns:
+                found = ", ".join(filter(None, columns)) or "nothing"
+                raise ValueError(f"{table} has no column {column!r}: found {found}")
         try:
             lines = [{name: str(cell).strip() for name, cell in line.items()} for line in reader]
         except csv.Error as error:
             raise ValueError(f"{table} is no CSV file: {error}") from None
-    for column in (image, grade):
-        if column not in reader.fieldnames:
-            found = ", ".join(filter(None, reader.fieldnames)) or "nothing"
-            raise ValueError(f"{table} has no column {column!r}: found {found}")
-    lines = [line for line in lines if line[image] or line[grade]]
-    return [(line[image], grade_of(line[grade], table, line[image], highest), line) for line in lines]
-
-
-def grade_of(text, table, image, highest=4):
-    if text not in [str(grade) for grade in range(highest + 1)]:
-        raise ValueError(f"{table} gives {image!r} the grade {text!r}, expected a whole number 0 to {highest}")
-    return int(text)
+    lines = [(line[image], line[grade], line) for line in lines if line[image] or line[grade]]
+    for name, cell, _ in lines:
+        if cell not in list("012345")[: highest + 1]:
+            raise ValueError(f"{table} gives {name!r} the grade {cell!r}, expected a whole number 0 to {highest}")
+    return [(name, int(cell), line) for name, cell, line in lines]
 
 
 def ddr(source, _):
@@ -131,7 +128,9 @@ def retinamnist(source, image_size):
             path = archive.with_suffix("") / f"{part}_{number:04d}.png"
             if not path.exists():
                 Image.fromarray(image).save(path)
-            photos.append(Photo(path, grade_of(str(label), archive, path.name), path.name, part, f"{number:04d}"))
+            if label not in range(5):
+                raise ValueError(f"{archive} gives {path.name} the grade {label}, expected a whole number 0 to 4")
+            photos.append(Photo(path, int(label), path.name, part, f"{number:04d}"))
     return photos
 
 

@@ -24,9 +24,10 @@ LESIONS = {  # fewest and most of each, for grades 0..4
 FINENESS = 3  # shapes are drawn this many times finer than the picture
 CIRCLE = np.exp(2j * np.pi * np.arange(18) / 18)
 # Red, green and blue of what lies on the retina. Blood lets light through, so it multiplies; deposits cover.
-ARTERY, VEIN, BLOOD = (0.90, 0.60, 0.62), (0.72, 0.40, 0.46), (0.74, 0.22, 0.28)
-EXUDATE, COTTON_WOOL = (1.00, 0.88, 0.45), (0.98, 0.84, 0.62)
-DISC, CUP, HAZE = (1.00, 0.72, 0.42), (1.00, 0.92, 0.72), (0.75, 0.70, 0.55)
+ARTERY, VEIN, BLOOD, MACULA, EXUDATE, COTTON_WOOL, DISC, CUP, HAZE = np.float32([
+    (0.90, 0.60, 0.62), (0.72, 0.40, 0.46), (0.74, 0.22, 0.28), (0.45, 0.10, 0.10), (1.00, 0.88, 0.45),
+    (0.98, 0.84, 0.62), (1.00, 0.72, 0.42), (1.00, 0.92, 0.72), (0.75, 0.70, 0.55)])[:, :, None, None]
+FAIR, DARKER, MOTTLED = np.float32([(0.90, 0.50, 0.28), (0.14, 0.17, 0.17), (0.3, 0.9, 0.9)])[:, :, None, None]
 
 
 def draw(grade, rng, image_size=128, lesions=True):
@@ -52,16 +53,12 @@ def draw(grade, rng, image_size=128, lesions=True):
     return take_photograph(retina, camera_rng, field), mask
 
 
-def rgb(values):
-    return np.float32(values)[:, None, None]
-
-
 def absorb(picture, alpha, colour):
-    return picture * (1 - alpha * (1 - rgb(colour)))
+    return picture * (1 - alpha * (1 - colour))
 
 
 def cover(picture, alpha, colour):
-    return picture + alpha * (rgb(colour) - picture)
+    return picture + alpha * (colour - picture)
 
 
 def distances(image_size, field, point=0j, stretch=1.0):
@@ -99,17 +96,17 @@ def spot(rng, point, radius, length=1.0, direction=0.0):
 
 def draw_background(eye, rng, image_size, field):
     """The retina without vessels: pigment, choroid, macula and optic disc; a picture of reflectances."""
-    colour = rgb((0.90, 0.50, 0.28)) - rng.uniform() * rgb((0.14, 0.17, 0.17))  # fair to dark
+    colour = FAIR - rng.uniform() * DARKER
     # Mottled in the very colours of the lesions, or else the mean colour of a region would tell them from afar.
     mottle = sum(size * smooth_noise(rng, image_size, bumps) for bumps, size in ((3, 0.08), (8, 0.08), (24, 0.03)))
     cast = np.stack([smooth_noise(rng, image_size, 5) for _ in range(3)])
-    retina = colour * (1 + mottle * rgb((0.3, 0.9, 0.9)) + 0.02 * cast)
+    retina = colour * (1 + mottle * MOTTLED + 0.02 * cast)
     from_fovea = distances(image_size, field, eye["fovea"])
     macula = rng.uniform(0.25, 0.45) * np.exp(-((from_fovea / 0.20) ** 2)) + 0.2 * np.exp(-((from_fovea / 0.06) ** 2))
     from_disc = distances(image_size, field, eye["disc"], stretch=1.12)
     from_cup = distances(image_size, field, eye["disc"] + 0.02 * eye["temporal"], stretch=1.12)
     nerve_fibres = 1 + 0.15 * np.exp(-((from_disc / 0.35) ** 2))  # they shine around the disc
-    retina = absorb(retina, macula, (0.45, 0.1, 0.1)) * nerve_fibres
+    retina = absorb(retina, macula, MACULA) * nerve_fibres
     retina = cover(retina, 0.47 + 0.47 * np.tanh((eye["radius"] - from_disc) / 0.015), DISC)
     return cover(retina, 0.4 + 0.4 * np.tanh((eye["radius"] * rng.uniform(0.35, 0.6) - from_cup) / 0.02), CUP)
 
@@ -190,12 +187,11 @@ def take_photograph(retina, rng, field):
     image_size = retina.shape[1]
     lamp = distances(image_size, field, complex(*rng.normal(0, 0.22, 2)))  # the light is never quite centred
     light = rng.uniform(0.6, 1.0) * (1 - rng.uniform(0.1, 0.3) * lamp**2 + 0.05 * smooth_noise(rng, image_size, 2))
-    picture = retina * light * rgb(rng.normal(1, (0.03, 0.06, 0.12)))
-    radius = distances(image_size, field)
+    picture = retina * light * np.float32(rng.normal(1, (0.03, 0.06, 0.12)))[:, None, None]
+    radius, axis = distances(image_size, field), np.arange(image_size) + 0.5 - image_size / 2
     picture = cover(picture, rng.uniform(0, 0.12) * (radius**2) ** 2, HAZE)  # stray light at the rim
     inside = np.clip((1 - radius) * field + 0.5, 0, 1)
-    cut = rng.choice((0.85, 1.0, 1.0)) * field  # some sensors are lower than the circle
-    inside[np.abs(np.arange(image_size) + 0.5 - image_size / 2) > cut] = 0
+    inside[np.abs(axis) > rng.choice((0.85, 1.0, 1.0)) * field] = 0  # some sensors are lower than the circle
     pixels = (255 * np.clip(picture * inside, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
     soft = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6) * image_size / 128))
     noise = rng.uniform(1, 4) * rng.standard_normal(pixels.shape, np.float32) * inside[..., None]

@@ -11,13 +11,12 @@ COLUMNS, CELL = 12, 128  # pictures in a row of the contact sheet, and pixels a 
 def table(sets):
     """Text: a row for each of `sets`, a dict from a name to a list of records; grades, healthy, DR, total."""
     headings = (*GRADES, "healthy", "DR", "total")
-    rows = [("", headings)]
+    lines = [f"{'':12}" + "".join(f"  {heading:>5}" for heading in headings)]
     for name, records in sets.items():
-        counts = count(records)
-        rows.append((name, (*counts, counts[0], sum(counts[1:]), sum(counts))))
-    widths = [max(5, len(heading)) for heading in headings]
-    return "\n".join(f"{name:12}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-                     for name, cells in rows)
+        none, *dr = count(records)
+        cells = zip(headings, (none, *dr, none, sum(dr), none + sum(dr)), strict=True)
+        lines.append(f"{name:12}" + "".join(f"  {cell:{max(5, len(heading))}}" for heading, cell in cells))
+    return "\n".join(lines)
 
 
 def count(records):

@@ -51,12 +51,11 @@ def stretch(image, image_size):
     image = image.resize((image.width, image_size), Image.Resampling.BOX)
     field = field_of_view(image)
     edges = np.pad([field.argmax(axis=1), image.width - field[:, ::-1].argmax(axis=1)], ((0, 0), (4, 4)), "edge")
-    # The median of nine rows, so that one row's stray pixel does not move that row.
-    edges = np.median(np.lib.stride_tricks.sliding_window_view(edges, 9, axis=1), axis=2)
+    edges = np.lib.stride_tricks.sliding_window_view(edges, 9, axis=1)  # of nine rows, against stray pixels
+    edges = np.median(edges, axis=2)
     square = Image.new("RGB", (image_size, image_size))
     for row, (left, right) in enumerate(edges.T.tolist()):
-        strip = image.resize((image_size, 1), Image.Resampling.BOX, (left, row, right, row + 1))
-        square.paste(strip, (0, row))
+        square.paste(image.resize((image_size, 1), Image.Resampling.BOX, (left, row, right, row + 1)), (0, row))
     return np.asarray(square)
 
 

@@ -46,11 +46,11 @@ def main(argv=None):
         PREPARED.unlink(missing_ok=True)
         found, made_from["skipped"] = make_pictures(found, made_from, args.skip_broken)
         if args.index_from:
-            made_from["num_clients"] = len([file for file in args.index_from if "worker" in Path(file).stem])
+            parts = [Path(file).stem for file in args.index_from]
+            sets = {part: [photo for photo in found if photo.part == part] for part in parts}
             everyone = {photo.name: photo for photo in found if photo.part != "val_set"}
-            sets = {"train_set": list(everyone.values())}
-            for part in (Path(file).stem for file in args.index_from):
-                sets[part] = [photo for photo in found if photo.part == part]
+            sets.setdefault("train_set", list(everyone.values()))
+            made_from["num_clients"] = len(sets) - 2
         else:
             train, val = splits.choose_validation(found, args.balanced, np.random.default_rng([args.seed, 1]))
             rng = np.random.default_rng([args.seed, 2])
@@ -137,28 +137,27 @@ def find(args):
     for part, count in (("train", args.num_train), ("val", args.num_val)):
         ends = np.round(np.cumsum(fundus.GRADE_SHARES) * count)
         grades = rng.permutation(np.searchsorted(ends, np.arange(count), side="right")).tolist()
-        names = [f"{part}_{number:05d}" for number in range(count)]
-        found += [datasets.Photo(None, grade, name, part, name) for name, grade in zip(names, grades, strict=True)]
+        found += [datasets.Photo(None, grade, f"{part} {number}", part, f"{part}_{number:05d}")
+                  for number, grade in enumerate(grades)]
     return found
 
 
 def make_pictures(found, choices, skip_broken):
     """Make preprocessed/DATASET/NAME.png of every Photo that has none yet; (those that worked, names of the others)."""
-    folder = Path("preprocessed") / choices["dataset"]
+    folder, drawn = Path("preprocessed") / choices["dataset"], choices["preprocessing"] == "drawn"
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
-    deciding = ["source", "image_size", "code"] + ["seed", "num_train", "num_val"] * (choices["preprocessing"] == "drawn")
+    deciding = ("source", "image_size", "code", *(("seed", "num_train", "num_val") if drawn else ()))
     made_from, stamp = json.dumps([choices.get(name) for name in deciding]), folder / "made_from.json"
     if not stamp.exists() or stamp.read_text() != made_from:
-        publish_text(stamp, made_from)  # which is now newer than all pictures
+        for old in folder.glob("*.png"):
+            old.unlink()
+        publish_text(stamp, made_from)
     jobs, unique = [], {photo.name: photo for photo in found}
     for number, photo in enumerate(unique.values()):
         target = folder / f"{photo.name}.png"
-        try:
-            outdated = target.stat().st_mtime < max(path.stat().st_mtime for path in (stamp, photo.path or stamp))
-        except FileNotFoundError:
-            outdated = True
-        if outdated:
+        original = photo.path or stamp
+        if not (target.exists() and original.exists() and original.stat().st_mtime <= target.stat().st_mtime):
             jobs.append((photo, target, choices, number))
     print(f"{folder}: {len(unique) - len(jobs)} pictures are there, {len(jobs)} to make", flush=True)
     problems, started, steps = {}, time.monotonic(), 100 if sys.stdout.isatty() else 10

@@ -8,6 +8,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,6 +165,26 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+def test_retinamnist_asks_keras_for_the_published_file(tmp_path, monkeypatch):
+    retinamnist_archive(tmp_path / "retinamnist_128.npz")
+    asked = []
+
+    def get_file(name, url, file_hash, hash_algorithm):
+        asked.append((name, url, file_hash, hash_algorithm))
+        if name != "retinamnist_128.npz":
+            raise OSError("no network")
+        return str(tmp_path / name)
+
+    monkeypatch.setitem(sys.modules, "keras", SimpleNamespace(utils=SimpleNamespace(get_file=get_file)))
+    assert len(datasets.load("retinamnist", None, 128)) == 13
+    with pytest.raises(ValueError, match=r"retinamnist_224.npz cannot be downloaded from .* \(no network\).* --source the file"):
+        datasets.load("retinamnist", None, 224)
+    place = "https://zenodo.org/records/10519652/files/retinamnist_{}.npz?download=1"
+    assert asked == [("retinamnist_128.npz", place.format(128), "e48e916a24454daf90583d4e6efb1a18", "md5"),
+                     ("retinamnist_224.npz", place.format(224), "eae7e3b6f3fcbda4ae613ebdcbe35348", "md5")]
+
+
+@pytest.mark.slow
 def test_retinamnist_is_downloaded_once_and_checked(tmp_path):
     """From a server on this machine: a wrong checksum, a right one, then offline with and without the file."""
     web, home = tmp_path / "web", tmp_path / "home"

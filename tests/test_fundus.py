@@ -87,7 +87,7 @@ def test_left_and_right_eyes_are_drawn():
     assert 15 < on_the_right < 45
 
 
-@pytest.mark.parametrize("count, size", [(450, 32), pytest.param(900, 128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count, size", [(300, 32), pytest.param(900, 128, marks=pytest.mark.slow)])
 def test_colour_thumbnails_do_not_tell_the_grade(count, size):
     """Ridge-penalised logistic regression on 8 x 8 colour thumbnails, fitted by Newton's method."""
     images, grades = drawn_set(count, seed=1, image_size=size)
