@@ -160,14 +160,14 @@ def make_pictures(found, choices, skip_broken):
         if not (target.exists() and original.exists() and original.stat().st_mtime <= target.stat().st_mtime):
             jobs.append((photo, target, choices, number))
     print(f"{folder}: {len(unique) - len(jobs)} pictures are there, {len(jobs)} to make", flush=True)
-    problems, started, steps = {}, time.monotonic(), 100 if sys.stdout.isatty() else 10
-    spawn = multiprocessing.get_context("spawn")
+    problems, started, terminal = {}, time.monotonic(), sys.stdout.isatty()
+    steps, spawn = 100 if terminal else 10, multiprocessing.get_context("spawn")
     many = len(jobs) > 50  # for fewer, starting processes takes longer than it saves
     with ProcessPoolExecutor(mp_context=spawn, initializer=end_with_parent) if many else ThreadPoolExecutor(1) as pool:
         for done, problem in enumerate(pool.map(make_picture, jobs, chunksize=8), start=1):
             problems.update(problem)
             if done * steps // len(jobs) > (done - 1) * steps // len(jobs):
-                rate, end = done / (time.monotonic() - started), "\r" if done < len(jobs) else "\n"
+                rate, end = done / (time.monotonic() - started), "\r" if terminal and done < len(jobs) else "\n"
                 print(f"  {done} of {len(jobs)} pictures, {rate:.0f} a second", end=end, flush=True)
     for name, sentence in problems.items():
         print(f"unreadable: {name}: {sentence}", file=sys.stderr)

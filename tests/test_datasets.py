@@ -177,7 +177,7 @@ def test_retinamnist_asks_keras_for_the_published_file(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "keras", SimpleNamespace(utils=SimpleNamespace(get_file=get_file)))
     assert len(datasets.load("retinamnist", None, 128)) == 13
-    with pytest.raises(ValueError, match=r"retinamnist_224.npz cannot be downloaded from .* \(no network\).* --source the file"):
+    with pytest.raises(ValueError, match=r"_224.npz cannot be downloaded from .* \(no network\).* give --source the file"):
         datasets.load("retinamnist", None, 224)
     place = "https://zenodo.org/records/10519652/files/retinamnist_{}.npz?download=1"
     assert asked == [("retinamnist_128.npz", place.format(128), "e48e916a24454daf90583d4e6efb1a18", "md5"),
