@@ -11,6 +11,7 @@ A pickle is code: it is read with an unpickler that knows plain containers, stri
 import io
 import os
 import pickle
+import pickletools
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -20,6 +21,7 @@ import numpy as np
 
 COLUMNS = {"picture": str, "label": int, "dir": str, "new_label": str}
 GRADES = 5
+INDEX_BYTES = 64 << 20  # of half a million images
 MEMORY_BYTES = 4 << 30  # decoded images above this go to a file, and the operating system keeps what fits
 
 
@@ -37,6 +39,17 @@ class PlainUnpickler(pickle.Unpickler):
         raise NotPlain("it refers to an object outside itself, and only plain values are admitted")
 
 
+def load_plain(content):
+    """What the bytes of a pickle say, where that is plain. Raises NotPlain, or what a damaged pickle raises."""
+    tuples = 0
+    for place, (operation, argument, _) in enumerate(pickletools.genops(content)):
+        tuples += operation.name.startswith("TUPLE")
+        # a place in the memo takes the memory up to it, a key that is a deep tuple crashes Python, a huge number has no text
+        if tuples > 1000 or operation.name in ("LONG", "LONG4") or operation.name.endswith("PUT") and argument > place:
+            raise NotPlain(f"it is made to cost memory or a crash (operation {operation.name})")
+    return PlainUnpickler(io.BytesIO(content)).load()
+
+
 def write_index(path, records):
     """Writes `records`, a list of dicts with the keys of COLUMNS, as an index."""
     columns = {name: [record[name] for record in records] for name in COLUMNS}
@@ -51,7 +64,11 @@ def read_index(path):
     Raises ValueError, with the path, on anything that is not a well-formed index.
     """
     try:
-        columns = PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
+        with open(path, "rb") as file:
+            content = file.read(INDEX_BYTES + 1)
+        if len(content) > INDEX_BYTES:
+            raise NotPlain(f"it is larger than {INDEX_BYTES:,} bytes")
+        columns = load_plain(content)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: make it with `python3 prepare.py`") from None
     except NotPlain as error:

@@ -200,9 +200,9 @@ def test_wrong_usage(certs, capsys, script, given, sentence):
     assert re.search(sentence, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("address, local", [("localhost:1", True), ("127.0.0.1:1", True), ("127.9.9.9:1", True),
-                                            ("[::1]:1", True), ("0.0.0.0:1", False), ("[::]:1", False), (":1", False), ("192.0.2.1:1", False),
-                                            ("[::ffff:192.0.2.1]:1", False), ("nowhere.invalid:1", False)])
+@pytest.mark.parametrize("address, local", [
+    ("localhost:1", True), ("127.0.0.1:1", True), ("127.9.9.9:1", True), ("[::1]:1", True), ("0.0.0.0:1", False),
+    ("[::]:1", False), (":1", False), ("192.0.2.1:1", False), ("[::ffff:192.0.2.1]:1", False), ("nowhere.invalid:1", False)])
 def test_what_is_this_machine(address, local):
     assert tls.is_this_machine(address) is local
 

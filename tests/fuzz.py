@@ -1,0 +1,244 @@
+"""Damaged input for all that reads what others wrote: the chunk reader, the index's unpickler, the check of HDF5 files.
+
+    python3 tests/fuzz.py --inputs 120000        # or --seconds 300; --seed N for others
+    python3 tests/fuzz.py --only chunks,index
+
+Each input follows from the seed and its number. Whatever it is: a ValueError with a sentence or something well-formed, no
+crash, no hang, no file outside the scratch folder, no memory that grows. The HDF5 library does crash and hang on some files;
+that is why they are checked in a process of its own, and counted here. The default tests run a short one.
+"""
+
+import argparse
+import base64
+import collections
+import faulthandler
+import hashlib
+import json
+import os
+import pickle
+import random
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import h5py
+import numpy as np
+from conftest import write_weights
+from google.protobuf.message import DecodeError
+
+import data
+import weights
+from generated import todo_pb2
+
+INPUT_S, MEMORY_BYTES = 10, 600 << 20
+SHARES = {"chunks": 0.45, "index": 0.4, "hdf5": 0.15}  # of the inputs
+INTERESTING = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40, (1 << 64) - 1]
+
+
+def mutated(rng, content, others=()):
+    """One to eight of: a byte, a bit, a number, a cut, a piece doubled, moved or from another input."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
+        place, length = rng.randrange(len(content) + 1), rng.choice([1, 2, 4, 8, rng.randrange(1, 200)])
+        match rng.randrange(7):
+            case 0:
+                content[place : place + 1] = bytes([rng.randrange(256)])
+            case 1 if place < len(content):
+                content[place] ^= 1 << rng.randrange(8)
+            case 2:
+                size = rng.choice([1, 2, 4, 8])
+                number = rng.choice(INTERESTING) % (1 << 8 * size)
+                content[place : place + size] = number.to_bytes(size, rng.choice(["little", "big"]))
+            case 3:
+                del content[place : place + length]
+            case 4:
+                content[place:place] = content[place : place + length] * rng.choice([1, 2, 50])
+            case 5:
+                other = rng.choice([content, *others])
+                start = rng.randrange(len(other) + 1)
+                content[place:place] = other[start : start + length]
+            case 6:
+                del content[rng.choice([place, len(content) - min(length, len(content))]) :]
+    return bytes(content)
+
+
+class Chunks:
+    """weights.spool on streams whose messages were damaged on the wire, or cut, ordered and named otherwise."""
+
+    def __init__(self, folder):
+        self.path, self.good = folder / "spooled.h5", folder / "good.h5"
+        write_weights(self.good, 3)
+        self.content = self.good.read_bytes()
+
+    def stream(self, rng):
+        size, whole = rng.choice([3, 299, 3000, 4000]), self.content[: rng.choice([0, 10, 3000, len(self.content)])]
+        base64_form = rng.random() < 0.6
+        pieces = base64.b64encode(whole) if base64_form else whole
+        pieces = [pieces[start : start + size] for start in range(0, len(pieces), size)][:60]
+        messages = [todo_pb2.modelWeight(**{"model" if base64_form else "blob": piece}) for piece in pieces]
+        for message in messages[: None if base64_form else 1]:
+            message.clientname, message.clientsize = "client001/client_weights.h5", 3
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            if not messages:
+                break
+            place = rng.randrange(len(messages))
+            match rng.randrange(5):
+                case 0:
+                    messages.insert(rng.randrange(len(messages)), messages.pop(place))
+                case 1:
+                    messages.insert(place, messages[rng.randrange(len(messages))])
+                case 2:
+                    messages[place] = todo_pb2.modelWeight()
+                case 3:
+                    messages.pop(place)
+                case 4:
+                    try:
+                        messages[place] = todo_pb2.modelWeight.FromString(
+                            mutated(rng, messages[place].SerializeToString()))
+                    except DecodeError:
+                        pass  # gRPC ends such a call itself
+        return messages
+
+    def __call__(self, rng):
+        messages, most = self.stream(rng), rng.choice([0, 5000, 1 << 20])
+        if messages:
+            try:
+                weights.client_of(messages[0].clientname)
+            except ValueError:
+                pass
+        digest = weights.spool(iter(messages), self.path, most)
+        blobs = b"".join(message.blob for message in messages)
+        expected = blobs or base64.b64decode("".join(message.model for message in messages), validate=True)
+        assert self.path.read_bytes() == expected and digest == hashlib.sha256(expected).hexdigest()
+        assert 0 < len(expected) <= most
+
+
+class Index:
+    """data.read_index on damaged pickles of every protocol, and on a few that are bombs."""
+
+    def __init__(self, folder):
+        self.path, n = folder / "worker1.pkl", 40
+        columns = {"picture": [f"{k}.png" for k in range(n)], "label": [2 * (k % 2) for k in range(n)],
+                   "dir": [f"preprocessed/{k}.png" for k in range(n)], "new_label": [str(k % 2 == 0) for k in range(n)]}
+        others = [{"a": (1, 2.5, None, True), "b": {3, 4}, "c": [frozenset([5]), b"6", 1 << 70]}, os.mkdir, range(3)]
+        self.seeds = [pickle.dumps(value, protocol) for value in [columns] * 3 + others for protocol in range(6)]
+        self.bombs = [
+            b"\x80\x04" + b"]" + b"r" + (0x7FFFFFFF).to_bytes(4, "little") + b".",  # a memo of 16 GB
+            b"\x80\x04]p99999999999999999999\n.", b"\x80\x04]r\xff\xff\xff\xff.",
+            b"\x80\x04})" + b"\x85" * 2_000_000 + b"K\x01s.",  # a key that is a tuple two million deep
+            b"\x80\x04" + b"]" * 1_000_000 + b"a" * 999_999 + b".", b"\x80\x04\x8b\xff\xff\xff\x7f.",
+            b"\x80\x04\x8e" + (1 << 62).to_bytes(8, "little"), b"\x80\x04\x95" + (1 << 62).to_bytes(8, "little") + b"].",
+            b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little"), b"I" + b"9" * 1_000_000 + b"\n.", b"(" * 2_000_000,
+            b"\x80\x04(" + b"]" + b"2" * 1_000_000 + b"l.",
+            pickle.dumps({**columns, "label": [1 << 80_000] * n}), pickle.dumps({**columns, "dir": ["a" * 1_000_000] * n}),
+        ]
+
+    def __call__(self, rng):
+        content = self.bombs.pop() if self.bombs else mutated(rng, rng.choice(self.seeds), self.seeds)
+        self.path.write_bytes(content)
+        try:
+            records = data.read_index(self.path)
+        except ValueError as error:
+            assert str(self.path) in str(error) and "\n" not in str(error) and len(str(error)) < 1500, error
+            raise
+        assert all(set(record) == set(data.COLUMNS) and 0 <= record["label"] < data.GRADES for record in records) and records
+
+
+class Hdf5:
+    """weights.Checker on damaged weight files."""
+
+    def __init__(self, folder):
+        self.path, good = folder / "upload.h5", folder / "good_hdf5.h5"
+        self.seeds = [write_weights(good, 5, root=root).read_bytes() for root in ("", "model_weights")]
+        self.check, self.crashed = weights.Checker(weights.shapes_of(good)), 0
+
+    def __call__(self, rng):
+        self.path.write_bytes(mutated(rng, rng.choice(self.seeds)))
+        try:
+            self.check(self.path)
+        except ValueError as error:
+            assert len(str(error)) < 1500
+            self.crashed += "crashed or did not end" in str(error)
+            raise
+        pid = os.fork()  # what was accepted is readable without a crash
+        if not pid:
+            with h5py.File(self.path, "r") as file:
+                os._exit(0 if all(np.isfinite(dataset[()]).all() for _, _, dataset in weights.tensors(file)) else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def guard(folder):
+    """From here on, every file that Python opens to write, or moves, lies in `folder`."""
+    on = [True]
+
+    def hook(event, arguments):
+        if not on:
+            return
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            where = arguments[0]
+        elif event in ("os.mkdir", "os.rename", "os.remove", "os.symlink", "os.link", "os.chmod"):
+            where = arguments[-1] if event == "os.rename" else arguments[0]
+        else:
+            return
+        if not isinstance(where, int) and not str(Path(os.fsdecode(where)).absolute()).startswith((str(folder), os.devnull)):
+            print(f"{event} outside the folder: {where!r}", flush=True)
+            os._exit(9)
+
+    sys.addaudithook(hook)
+    return on.clear
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=120_000)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default=",".join(SHARES))
+    arguments = parser.parse_args(argv)
+    weights.CHECK_S = 3
+    with tempfile.TemporaryDirectory() as name:
+        outer, inner = Path(name), Path(name) / "a" / "scratch"
+        inner.mkdir(parents=True)
+        os.chdir(inner)
+        targets = {key: kind(inner) for key, kind in (("chunks", Chunks), ("index", Index), ("hdf5", Hdf5))
+                   if key in arguments.only.split(",")}
+        files = set(os.listdir(inner)) | {"upload.h5", "worker1.pkl", "spooled.h5"}
+        unguard = guard(inner)
+        counts, slowest, began = collections.Counter(), collections.Counter(), time.monotonic()
+        for number in range(arguments.inputs):
+            rng = random.Random(f"{arguments.seed} {number}")
+            key = rng.choices(list(targets), [SHARES[key] for key in targets])[0]
+            started = time.monotonic()
+            if started - began > arguments.seconds:
+                break
+            faulthandler.dump_traceback_later(60, exit=True)
+            try:
+                targets[key](rng)
+                counts[key, "accepted"] += 1
+            except ValueError:
+                counts[key, "refused"] += 1
+            except BaseException:
+                print(f"--seed {arguments.seed}, input {number} ({key})", flush=True)
+                raise
+            slowest[key] = max(slowest[key], time.monotonic() - started)
+            assert slowest[key] < INPUT_S, f"input {number} ({key}) took {slowest[key]:.1f} s"
+            if number % 1000 == 0:
+                assert set(os.listdir(inner)) <= files and os.listdir(outer) == ["a"] and os.listdir(outer / "a") == ["scratch"]
+        faulthandler.cancel_dump_traceback_later()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        assert peak < MEMORY_BYTES, f"peak memory {peak:,} bytes"
+        unguard()
+        os.chdir("/")
+    for key, target in targets.items():
+        print(f"{key}: {counts[key, 'accepted']} accepted, {counts[key, 'refused']} refused, slowest {slowest[key]:.2f} s" +
+              (f", {target.crashed} crashes or hangs of the library, contained" if key == "hdf5" else ""))
+    print(json.dumps({"inputs": sum(counts.values()), "seconds": round(time.monotonic() - began), "peak_mb": peak >> 20}))
+
+
+if __name__ == "__main__":
+    main()
