@@ -337,9 +337,9 @@ def start():
         each.process.wait(10)
 
 
-def start_server(start, cwd, *arguments, port=0, **options):
+def start_server(start, cwd, *arguments, port=0, script="todoServer.py", **options):
     """(Started, its HOST:PORT), once it listens."""
-    server = start("todoServer.py", "--listen", f"localhost:{port}", *arguments, cwd=cwd, **options)
+    server = start(script, "--listen", f"localhost:{port}", *arguments, cwd=cwd, **options)
     return server, server.wait_for(r"listening on (\S+)")[1]
 
 
@@ -350,3 +350,66 @@ def port_is_free(port):
     except OSError:
         return True
     return False
+
+
+# --- the real scripts without TensorFlow --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def shared_site(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("shared") / "site", clients=3, images=4, validation=4)
+
+
+@pytest.fixture
+def begun(shared_site, tmp_path):
+    """A function: the folder of a run that is begun but not served; todoServer.py goes on with it, without TensorFlow until
+    it evaluates."""
+    def begin(clients=("client001", "client002"), rounds=2):
+        for name in ("preprocessed", "index"):
+            (tmp_path / name).symlink_to(shared_site / name)
+        (tmp_path / "server").mkdir()
+        digest = files.sha256_of(write_weights(tmp_path / "server" / "server_weight.h5", 1))
+        state = new_state("run0", clients, rounds, digest, arch="drcnn", image_size=32, seed=0)
+        files.save_state(tmp_path / "server" / "state.json", state)
+        return tmp_path
+
+    return begin
+
+
+def holding(site, script, *patches):
+    """A file: the script as it is, but for patches (Python text) that are run before."""
+    path = site / f"{script}_patched.py"
+    path.write_text("\n".join(["import sys, time", f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]", *patches,
+                               f"import {script}", f"sys.exit({script}.main())"]))
+    return path
+
+
+def client_script(site, training_s=0):
+    """todoClient.py whose training takes so long and always gives the same weights, without TensorFlow."""
+    return holding(site, "todoClient", f"TRAINING_S = {training_s}", """
+import model
+from conftest import SHAPES, write_weights
+class Network:
+    name, input_shape = "drcnn", (None, 32, 32, 3)
+def train(*_):
+    print("training now", flush=True)
+    time.sleep(TRAINING_S)
+    return []
+model.configure, model.build, model.load, model.train = lambda *_: 0, lambda *_: Network(), lambda *_: 0, train
+model.shapes, model.save = lambda _: SHAPES, lambda network, path: write_weights(path, 1)
+import todoClient
+todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05
+""")
+
+
+NO_EVALUATION = """
+import model
+from conftest import metrics
+model.configure = model.build = model.load = lambda *_: 0
+model.evaluate = lambda *_: metrics()
+"""
+
+
+def server_script(site):
+    """todoServer.py whose evaluation is nothing, without TensorFlow."""
+    return holding(site, "todoServer", NO_EVALUATION)

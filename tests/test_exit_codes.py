@@ -8,7 +8,7 @@ import time
 
 import grpc
 import pytest
-from conftest import ROOT, free_port, make_data, port_is_free, start_server, until, write_weights
+from conftest import ROOT, client_script, free_port, holding, port_is_free, start_server, until, write_weights
 
 import files
 import todoClient
@@ -17,28 +17,6 @@ import weights
 from generated import todo_pb2, todo_pb2_grpc
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
-
-
-@pytest.fixture(scope="module")
-def shared_site(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("exit") / "site", clients=2, images=4, validation=4)
-
-
-@pytest.fixture
-def begun(shared_site, tmp_path):
-    """A function: the folder of a run that is begun but not served; no TensorFlow is needed to go on with it."""
-    def begin(clients=("client001", "client002"), rounds=2, **changes):
-        for name in ("preprocessed", "index"):
-            (tmp_path / name).symlink_to(shared_site / name)
-        (tmp_path / "server").mkdir()
-        write_weights(tmp_path / "server" / "server_weight.h5", 1)
-        from rounds import new_state
-        state = new_state("run0", clients, rounds, files.sha256_of(tmp_path / "server" / "server_weight.h5"),
-                          arch="drcnn", image_size=32, seed=0)
-        files.save_state(tmp_path / "server" / "state.json", {**state, **changes})
-        return tmp_path
-
-    return begin
 
 
 def deliver(address, site, client, seed=1, round_number=1):
@@ -76,14 +54,6 @@ def test_a_signal_ends_the_server_while_clients_wait(start, begun, number, code)
     call = deliver(address, site, "client002", 2)
     server.wait_for("client002 delivered .* have all")
     call.cancel()
-
-
-def holding(site, script, *patches):
-    """A script that is the real one but for the patches, which stand still where they must."""
-    path = site / f"{script}_that_holds.py"
-    path.write_text("\n".join(["import sys, time", f"sys.path.insert(0, {str(ROOT)!r})", *patches, f"import {script}",
-                               f"sys.exit({script}.main())"]))
-    return path
 
 
 HOLD_EVALUATE = """
@@ -232,9 +202,9 @@ def test_fresh_moves_the_old_run_aside_and_says_where(start, begun):
     site = begun()
     old = (site / "server" / "state.json").read_bytes()
     (site / "server" / ".gitkeep").touch()
-    begin = ("import model\nfrom conftest import write_weights\nmodel.configure = model.build = lambda *_: 0\n"
-             "model.save = lambda network, path: write_weights(path, 5)")
-    script = holding(site, "todoServer", f"sys.path.insert(0, {str(ROOT / 'tests')!r})", begin)
+    script = holding(site, "todoServer", "import model\nfrom conftest import write_weights",
+                     "model.configure = model.build = model.initialize = lambda *_: 0",
+                     "model.save = lambda network, path: write_weights(path, 5)")
     server = start(script, "--fresh", "--listen", "localhost:0", "--rounds", "3", cwd=site)
     server.wait_for("listening on")
     assert "the old run's files are in server/old-1" in server.output
@@ -265,26 +235,6 @@ def test_a_finished_server_says_so_answers_repeats_and_is_exit_0(start, begun):
 
 # --- the client ---------------------------------------------------------------------------------------------------
 
-HOLD_TRAIN = """
-import model
-from conftest import SHAPES, read_weights, write_weights
-class Network:
-    name, input_shape = "drcnn", (None, 32, 32, 3)
-def train(*_):
-    print("holding: train", flush=True)
-    while HOLD: time.sleep(0.1)
-    return []
-model.configure, model.build, model.load, model.train = lambda *_: 0, lambda *_: Network(), lambda *_: 0, train
-model.shapes, model.save = lambda _: SHAPES, lambda network, path: write_weights(path, 1)
-import todoClient
-todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05
-"""
-
-
-def client_script(site, hold=False):
-    return holding(site, "todoClient", f"sys.path.insert(0, {str(ROOT / 'tests')!r})", f"HOLD = {hold}", HOLD_TRAIN)
-
-
 @pytest.mark.parametrize(("number", "code", "where"), [
     (*SIGNALS[0], "training"), (*SIGNALS[1], "training"), (*SIGNALS[1], "waiting for the answer"),
     (*SIGNALS[0], "waiting for the server")])
@@ -293,9 +243,9 @@ def test_a_signal_ends_the_client_with_its_files_whole(start, begun, number, cod
     address = f"localhost:{free_port()}"
     if where != "waiting for the server":
         server, address = start_server(start, site)
-    client = start(client_script(site, where == "training"), "--name", "client001", "--server", address, cwd=site)
+    client = start(client_script(site, 1000 * (where == "training")), "--name", "client001", "--server", address, cwd=site)
     if where == "training":
-        client.wait_for("holding: train")
+        client.wait_for("training now")
     elif where == "waiting for the answer":
         server.wait_for("client001 delivered")
     else:
@@ -344,7 +294,7 @@ def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_ne
     assert client.wait(30) == 5 and "delivered and never answered" in client.lines[-1]
     # both come back: it is delivered again, not trained again
     server, address = start_server(start, site, port=address.rpartition(":")[2])
-    client = start(client_script(site, hold=True), "--name", "client001", "--server", address, cwd=site)
+    client = start(client_script(site, 1000), "--name", "client001", "--server", address, cwd=site)
     server.wait_for("client001 delivered .* again, replacing")
     assert "training" not in client.output
 
@@ -357,7 +307,7 @@ def test_a_client_with_other_threads_trains_again_and_says_so(start, begun):
         before = len(server.lines)
         server.wait_for("client001 delivered", start=before)
         client.kill()
-        assert words in client.output and "holding: train" in client.output
+        assert words in client.output and "training now" in client.output
 
 
 def test_weights_of_another_run_are_dropped_with_a_line(start, begun):
