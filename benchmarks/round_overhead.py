@@ -33,6 +33,7 @@ def main(argv=None):
     parser.add_argument("--megabytes", type=float, default=84.6)
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more warms up (default: 5)")
     parser.add_argument("--forms", default="blob,base64", help="of the wire, to be measured (default: %(default)s)")
+    parser.add_argument("--tls", action="store_true", help="blob under mutual TLS too, in turn with plaintext")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start.h5"
@@ -40,7 +41,23 @@ def main(argv=None):
         results = {"floor": bare_rounds(Path(folder) / "floor", start, arguments)}
         for form in arguments.forms.split(","):
             results[form] = real_rounds(Path(folder) / form, start, arguments, form)
-    report(results, arguments)
+        report(results, arguments)
+        if arguments.tls:
+            tls_to_plain(Path(folder), start, arguments)
+
+
+def tls_to_plain(folder, start, arguments):
+    """In turn, three times each: what encryption and certificates cost."""
+    names = [f"client{number + 1:03}" for number in range(arguments.clients)]
+    made = [HERE.parent / "make_certs.sh", folder / "certs", "localhost", *names]
+    subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
+    seconds = {"plain": [], "tls": []}
+    for turn in range(3):
+        for form in seconds:
+            result = real_rounds(folder / f"{form}{turn}", start, arguments, certs=folder / "certs" if form == "tls" else None)
+            seconds[form].extend(result["seconds"])
+    plain, tls = (statistics.median(seconds[form]) for form in ("plain", "tls"))
+    print(f"plaintext {plain:.2f} s, mutual TLS {tls:.2f} s a round\nratio_tls_to_plain {tls / plain:.2f}")
 
 
 class Peak:
@@ -84,18 +101,23 @@ def index_of_one(folder):
         data.write_index(folder / "index" / f"{name}.pkl", [record])
 
 
-def real_rounds(folder, weights, arguments, form="blob"):
+def tls_flags(certs, name):
+    files = {"--tls-ca": "ca.pem", "--tls-cert": f"{name}.pem", "--tls-key": f"{name}.key"}
+    return [each for flag, file in files.items() for each in (flag, certs / file)] if certs else []
+
+
+def real_rounds(folder, weights, arguments, form="blob", certs=None):
     """{"seconds": of each counted round, "server": bytes above the level after the first download, "client": above idle}"""
     index_of_one(folder)
     names = [f"client{number + 1:03}" for number in range(arguments.clients)]
     environment = {"BENCHMARK_WEIGHTS": str(weights), "BENCHMARK_BASE64": str(int(form == "base64"))}
     server = start([HERE / "standin.py", "todoServer", "--listen", "localhost:0", "--clients", ",".join(names), "--image-size",
-                    "16", "--rounds", arguments.rounds + 1], folder, **environment)
+                    "16", "--rounds", arguments.rounds + 1, *tls_flags(certs, "server")], folder, **environment)
     memory = Peak(server)
     lines = iter(server.stdout)
     address = next(found[1] for line in lines if (found := re.search(r"listening on (\S+)", line)))
-    clients = [start([HERE / "standin.py", "todoClient", "--name", name, "--server", address, "--index", "index/worker1.pkl"],
-                     folder, **environment) for name in names]
+    clients = [start([HERE / "standin.py", "todoClient", "--name", name, "--server", address, "--index", "index/worker1.pkl",
+                      *tls_flags(certs, name)], folder, **environment) for name in names]
     peaks = [Peak(client) for client in clients]
     waiting = set(names)
 
