@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 import grpc
 
 import files
-import tls
 import weights
 from generated import todo_pb2, todo_pb2_grpc
 from rounds import Refused
@@ -26,7 +25,7 @@ REMEMBERED_CONNECTIONS = 1000
 def create_server(rounds, listen, max_examples=10_000_000, credentials=None, serve_unnamed=True):
     """A started gRPC server and the HOST:PORT it is bound to. Raises ValueError where it cannot bind.
 
-    credentials    from tls.server_credentials; None is plaintext
+    credentials    from tls.credentials; None is plaintext
     serve_unnamed  whether peers are served that name nobody, neither in metadata nor by a certificate (the thesis demo's)
     """
     host, _, port = listen.rpartition(":")
@@ -143,8 +142,9 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
     def identify(self, context, named):
         """Who calls: the enrolled client that its metadata or its certificate names, and both the same; None of a peer that
         names nobody."""
-        certified = tls.certified_names(context)
-        if certified is not None:
+        shown = context.auth_context()
+        if "x509_pem_cert" in shown:  # and gRPC found it good: the names in its SAN, else its CN
+            certified = [name.decode("utf-8", "replace") for name in shown.get("peer_dns") or shown.get("x509_common_name", [])]
             named = named or next((name for name in certified if name in self.rounds.clients), "".join(certified[:1]))
             if named not in certified:
                 raise Refused("PERMISSION_DENIED", f"{named[:80]!r} came with the certificate of {', '.join(certified)[:200]}, "

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import grpc
 
-PROBE_S = 2
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # how an HTTP/2 client begins, with empty settings
-CA_UNKNOWN = (18, 19, 20, 21)  # OpenSSL's X509_V_ERR_* of a chain that leads elsewhere
 
 
 def add_arguments(add, ca, cert):
@@ -43,22 +41,19 @@ def is_this_machine(address):
     return all(ipaddress.ip_address(place[4][0].partition("%")[0]).is_loopback for place in found)
 
 
-def pem(arguments):
-    """(CA, certificate, key), bytes or None; read anew for each connection, so that renewed ones count."""
-    return (path and path.read_bytes() for path in (arguments.tls_ca, arguments.tls_cert, arguments.tls_key))
-
-
-def server_credentials(arguments):
-    """For add_secure_port, None for plaintext. With a CA every client has to show a certificate that it signed."""
-    ca, cert, key = pem(arguments)
-    return cert and grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
+def credentials(arguments, of_server=False):
+    """The files as gRPC wants them, None for plaintext. A server with a CA demands certificates that it signed."""
+    ca, cert, key = (path and path.read_bytes() for path in (arguments.tls_ca, arguments.tls_cert, arguments.tls_key))
+    if of_server:
+        return cert and grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
+    return ca and grpc.ssl_channel_credentials(ca, key, cert)
 
 
 def channel(arguments, options):
-    ca, cert, key = pem(arguments)
-    if ca is None:  # nor does plaintext leave this machine through a proxy
-        return grpc.insecure_channel(arguments.server, [*options, ("grpc.enable_http_proxy", 0)])
-    return grpc.secure_channel(arguments.server, grpc.ssl_channel_credentials(ca, key, cert), options)
+    """To --server; the files are read anew, so that renewed ones count."""
+    if secure := credentials(arguments):
+        return grpc.secure_channel(arguments.server, secure, options)
+    return grpc.insecure_channel(arguments.server, [*options, ("grpc.enable_http_proxy", 0)])  # nor out through a proxy
 
 
 def context(arguments, verify=True):
@@ -84,8 +79,8 @@ def explain(arguments):
             if greets(server, context(arguments)) is not False:
                 return None
             time.sleep(0.5)
-    except ssl.SSLCertVerificationError as error:
-        why = f"the CA in {arguments.tls_ca} did not sign it" if error.verify_code in CA_UNKNOWN else error.verify_message
+    except ssl.SSLCertVerificationError as error:  # 18 to 21: X509_V_ERR_* of a chain that leads elsewhere
+        why = f"the CA in {arguments.tls_ca} did not sign it" if 18 <= error.verify_code <= 21 else error.verify_message
         return f"the certificate of {server} is not accepted: {why}"
     except ssl.SSLError:
         return f"{server} speaks plaintext, this client TLS" if greets(server) else None
@@ -100,7 +95,7 @@ def greets(server, context=None):
     host, _, port = server.rpartition(":")
     host, greeting = host.strip("[]"), None
     try:
-        with socket.create_connection((host, port), PROBE_S) as plain:
+        with socket.create_connection((host, port), timeout=2) as plain:
             connection = context.wrap_socket(plain, server_hostname=host) if context else plain
             greeting = b""
             connection.sendall(PREFACE)
@@ -111,11 +106,3 @@ def greets(server, context=None):
     except OSError as error:  # a reset is how one hangs up on what one has not read
         return None if greeting is None or not isinstance(error, ConnectionError) else False
     return greeting[3:4] == b"\4"  # a SETTINGS frame
-
-
-def certified_names(call):
-    """The names in the certificate that a call's peer showed (the SAN's DNS entries, else the CN); None without one."""
-    told = call.auth_context()
-    if "x509_pem_cert" not in told:
-        return None
-    return [name.decode("utf-8", "replace") for name in told.get("peer_dns") or told.get("x509_common_name", [])]

@@ -36,7 +36,7 @@ def main(argv=None):
         rounds = open_rounds(arguments, state, examples)
         from service import create_server
 
-        local, credentials = tls.is_this_machine(arguments.listen), tls.server_credentials(arguments)
+        local, credentials = tls.is_this_machine(arguments.listen), tls.credentials(arguments, of_server=True)
         server, address = create_server(rounds, arguments.listen, arguments.max_examples, credentials,
                                         serve_unnamed=local or arguments.insecure)
     except (ValueError, OSError) as error:

@@ -58,8 +58,8 @@ class Served:
 
     def __init__(self, folder, *flags, rounds=1, **options):
         self.run = Run(folder / "server", ["client001", "client002"], rounds=rounds)
-        self.server, self.address = service.create_server(
-            self.run.rounds, "localhost:0", credentials=tls.server_credentials(todoServer.parse(list(flags))), **options)
+        credentials = tls.credentials(todoServer.parse(list(flags)), of_server=True)
+        self.server, self.address = service.create_server(self.run.rounds, "localhost:0", credentials=credentials, **options)
 
     def stub(self, *flags):
         arguments = todoClient.parse(["--name", "client001", "--server", self.address, *flags])
