@@ -33,7 +33,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Admits what the pickle format itself can say (dict, list, tuple, set, str, int, float, bool, None), no classes."""
 
     def find_class(self, module, name):
-        raise NotPlain(f"it holds {module}.{name}, and only plain lists, strings and numbers are admitted")
+        raise NotPlain(f"it holds {f'{module}.{name}'[:200]!r}, and only plain lists, strings and numbers are admitted")
 
     def persistent_load(self, pid):
         raise NotPlain("it refers to an object outside itself, and only plain values are admitted")
