@@ -54,6 +54,7 @@ def train(network, batches, round_number, epochs, report):
 
 STAND_INS = {
     "configure": lambda seed, threads=None: None, "build": Network, "save": save, "train": train,
+    "initialize": lambda network, source: None,
     "load": lambda network, path: setattr(network, "tensors", read_weights(path)),
     "evaluate": lambda network, images, labels: metrics(), "shapes": lambda network: SHAPES}
 
