@@ -6,8 +6,6 @@ import ssl
 import time
 from pathlib import Path
 
-import grpc
-
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # how an HTTP/2 client begins, with empty settings
 
 
@@ -43,6 +41,8 @@ def is_this_machine(address):
 
 def credentials(arguments, of_server=False):
     """The files as gRPC wants them, None for plaintext. A server with a CA demands certificates that it signed."""
+    import grpc  # not for --help
+
     ca, cert, key = (path and path.read_bytes() for path in (arguments.tls_ca, arguments.tls_cert, arguments.tls_key))
     if of_server:
         return cert and grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
@@ -51,6 +51,8 @@ def credentials(arguments, of_server=False):
 
 def channel(arguments, options):
     """To --server; the files are read anew, so that renewed ones count."""
+    import grpc
+
     if secure := credentials(arguments):
         return grpc.secure_channel(arguments.server, secure, options)
     return grpc.insecure_channel(arguments.server, [*options, ("grpc.enable_http_proxy", 0)])  # nor out through a proxy
@@ -83,7 +85,7 @@ def explain(arguments):
         why = f"the CA in {arguments.tls_ca} did not sign it" if 18 <= error.verify_code <= 21 else error.verify_message
         return f"the certificate of {server} is not accepted: {why}"
     except ssl.SSLError:
-        return f"{server} speaks plaintext, this client TLS" if greets(server) else None
+        return f"{server} speaks plaintext, this client TLS" if arguments.tls_ca and greets(server) else None
     if not own:
         return f"{server} wants a certificate from this client: give --tls-cert and --tls-key"
     expired = ssl.cert_time_to_seconds(ssl._ssl._test_decode_cert(str(own))["notAfter"]) < time.time()
