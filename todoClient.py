@@ -266,7 +266,7 @@ def connect(site):
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", MESSAGE_BYTES),
                ("grpc.min_reconnect_backoff_ms", CONNECT_S * 1000)]
     if site.state["run"]:  # a server of ours: it lets us knock while everyone trains, the thesis demo's would hang up
-        options += [("grpc.keepalive_time_ms", 8000), ("grpc.keepalive_timeout_ms", 8000),
+        options += [("grpc.keepalive_time_ms", 8000), ("grpc.keepalive_timeout_ms", 20_000),
                     ("grpc.http2.max_pings_without_data", 0)]
     return tls.channel(site.arguments, options)
 
