@@ -169,6 +169,11 @@ class AnyOrder(RuleBasedStateMachine):
             self.refused(call, expected)
         self.settle()
 
+    @precondition(lambda self: self.oracle.frozen)
+    @rule(client=st.sampled_from(CLIENTS), seed=st.integers(0, 2), peer=st.sampled_from(["new", "silent", "unseen"]))
+    def deliver_while_merging(self, client, seed, peer):
+        self.deliver(client, 3, seed, peer, "fresh")
+
     @rule(clients=st.permutations(CLIENTS), seeds=st.lists(st.integers(0, 2), min_size=3, max_size=3))
     def all_deliver_at_once(self, clients, seeds):
         """Without waiting for one another. Who had delivered repeats: a change would or would not be before the freeze."""
@@ -212,8 +217,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.settle()
 
     @precondition(lambda self: self.oracle.minimum < 3)
-    @rule()
-    def time_is_over(self):
+    @rule(held=st.booleans())
+    def time_is_over(self, held):
+        self.gates["merge"] &= not held
         self.now += 61
         self.run.rounds.wake()
         if self.oracle.waits and len(self.oracle.uploads) < self.oracle.minimum:
@@ -360,7 +366,7 @@ def run_machine(examples, **options):
 
 
 def test_any_order():
-    run_machine(60, derandomize=True, database=None)
+    run_machine(45, derandomize=True, database=None)
 
 
 @pytest.mark.slow

@@ -132,13 +132,19 @@ def supervise(tmp_path_factory):
         each.close()
 
 
-def undisturbed(supervise, *arguments):
-    run = supervise("undisturbed", *arguments)
-    run.again()
-    return run.finish()
+@pytest.fixture
+def undisturbed(supervise):
+    """undisturbed(rounds, clients) begins such a run beside the other; its finish() gives the bits."""
+    def begin(*arguments):
+        run = supervise("undisturbed", *arguments)
+        run.again()
+        return run
+
+    return begin
 
 
-def test_killed_while_training_and_while_evaluating(supervise):
+def test_killed_while_training_and_while_evaluating(supervise, undisturbed):
+    other = undisturbed(2, CLIENTS[:1])
     run = supervise("killed", 2, CLIENTS[:1])
     for point in ("training-client001", "evaluating"):
         run.hold(point)
@@ -147,11 +153,12 @@ def test_killed_while_training_and_while_evaluating(supervise):
     run.again("client001")
     run.kill_at("evaluating", "server")
     run.again("server")
-    assert run.finish() == undisturbed(supervise, 2, CLIENTS[:1])
+    assert run.finish() == other.finish()
 
 
 @pytest.mark.slow
-def test_killed_at_every_named_point(supervise):
+def test_killed_at_every_named_point(supervise, undisturbed):
+    other = undisturbed(4)
     run = supervise("killed", 4)
     run.hold("training-client001")
     run.again("server", "client001")
@@ -189,12 +196,13 @@ def test_killed_at_every_named_point(supervise):
         run.hold(point)
         run.kill_at(point, "server")
         run.again("server")
-    assert run.finish() == undisturbed(supervise, 4)
+    assert run.finish() == other.finish()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
-def test_killed_at_random_instants(supervise, seed):
+def test_killed_at_random_instants(supervise, undisturbed, seed):
+    other = undisturbed(10)
     run, chance, kills = supervise("killed", 10), random.Random(seed), 0
     run.again()
     while kills < 10:
@@ -210,4 +218,4 @@ def test_killed_at_random_instants(supervise, seed):
         print(f"killed {victim} after {delay_s:.1f} s; the server's last line: {last}")
         run.again(victim)
     assert kills == 10, "the run was over too early"
-    assert run.finish() == undisturbed(supervise, 10)
+    assert run.finish() == other.finish()
