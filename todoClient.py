@@ -236,7 +236,7 @@ def keep_trying(attempt, site):
         if code in REFUSALS:
             raise ValueError(f"the server refused: {sentence} ({code.name})")
         now = time.monotonic()
-        if away_since is None or now - started > CONNECT_S + 1:
+        if away_since is None or now - started > 2 * CONNECT_S:
             away_since, said, pause_s = now, 0, FIRST_PAUSE_S
         give_up_s = site.arguments.give_up_after
         if now - away_since >= give_up_s:

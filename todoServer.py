@@ -197,7 +197,7 @@ def serve(server, rounds):
         except Refused:
             pass  # a signal stopped the rounds: its code is in the queue
         except Exception as error:
-            ends.put(fail("server", f"round {rounds.round} failed: {type(error).__name__}: {error}; what was delivered is "
+            ends.put(fail("server", f"round {rounds.answered + 1} failed: {type(error).__name__}: {error}; what was delivered is "
                                     "kept: start the server again when the cause is gone"))
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -114,6 +114,15 @@ def test_a_proxy_that_drops_idle_connections_is_not_noticed(start, behind_a_prox
 
 
 @pytest.mark.slow
+def test_a_server_that_takes_the_connection_and_says_nothing_is_given_up(start, begun):
+    site = begun()
+    with socket.create_server(("localhost", 0)) as listener:
+        client = start(client_script(site), "--name", "client001", "--server", f"localhost:{listener.getsockname()[1]}",
+                       "--give-up-after", "15", cwd=site)
+        assert client.wait(90) == 4 and "did not answer for 15 s" in client.lines[-1]
+
+
+@pytest.mark.slow
 def test_a_connection_that_goes_silent_is_left_for_a_new_one(start, behind_a_proxy):
     site, server, proxy = behind_a_proxy(rounds=1)
     first = take_part(start, site, proxy, "client001")
