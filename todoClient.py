@@ -132,7 +132,8 @@ class Site:
         trained = self.state["trained"]
         if trained is None or trained["sha256"] != files.sha256_of(self.weights):
             return False
-        changed = [f"{name} was {trained.get(name)}, is {now}" for name, now in self.settings.items() if trained.get(name) != now]
+        changed = [f"{name} was {trained.get(name)}, is {now}" for name, now in self.settings.items()
+                   if trained.get(name) != now]
         if changed:
             self.say(f"round {self.state['round']}: trained before with other settings ({'; '.join(changed)}): training again")
         return not changed

@@ -197,8 +197,8 @@ def serve(server, rounds):
         except Refused:
             pass  # a signal stopped the rounds: its code is in the queue
         except Exception as error:
-            ends.put(fail("server", f"round {rounds.answered + 1} failed: {type(error).__name__}: {error}; what was delivered is "
-                                    "kept: start the server again when the cause is gone"))
+            ends.put(fail("server", f"round {rounds.answered + 1} failed: {type(error).__name__}: {error}; what was "
+                                    "delivered is kept: start the server again when the cause is gone"))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: ends.put(128 + number))

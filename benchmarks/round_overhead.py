@@ -23,7 +23,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE))
 
-import bare
 import standin
 
 
@@ -140,8 +139,9 @@ def real_rounds(folder, weights, arguments, form="blob", certs=None):
     assert server.wait() == 0
     with open(folder / "server" / "history.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)][1:]
-    idle = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['']; import standin\n"
-                           "sys.modules['model'] = standin; import todoClient; print(open('/proc/self/statm').read().split()[1])",
+    idle = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['']\n"
+                           "import standin; sys.modules['model'] = standin; import todoClient\n"
+                           "print(open('/proc/self/statm').read().split()[1])",
                            str(HERE)], capture_output=True, text=True, check=True).stdout
     idle = int(idle) * os.sysconf("SC_PAGE_SIZE")
     return {"seconds": seconds, "server": memory.peak - memory.level, "client": max(peak.peak for peak in peaks) - idle}
@@ -163,8 +163,8 @@ def report(results, arguments):
     floor = statistics.median(results["floor"]["seconds"])
     moved = 2 * arguments.clients * arguments.megabytes
     print(f"{arguments.clients} clients, {arguments.megabytes:g} MB, medians of {arguments.rounds} rounds\n")
-    print("| form | seconds a round | MB of weights moved | MB on the wire | server peak above its level, MB | client peak above "
-          "idle, MB | ratio to the floor |")
+    print("| form | seconds a round | MB of weights moved | MB on the wire | server peak above its level, MB | "
+          "client peak above idle, MB | ratio to the floor |")
     print("|---|---|---|---|---|---|---|")
     for form, result in results.items():
         seconds = statistics.median(result["seconds"])

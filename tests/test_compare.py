@@ -89,7 +89,7 @@ def test_four_series_and_two_reports(compare, tmp_path):
 @pytest.mark.parametrize("victim", ["compare.sh", "todoClient.py"])
 def test_when_one_ends_early_all_end(compare, tmp_path, victim):
     """A signal to the script stops what it started; a client that is killed ends the comparison."""
-    process = compare(*FLAGS[:-1], "500")
+    process = compare(*FLAGS[:-1], "30")
     process.wait_for(r"listening on", 300)
     clients = until(lambda: three_clients(tmp_path), "three clients run")
     if victim == "compare.sh":

@@ -44,9 +44,11 @@ def columns(**changes):
 
 
 @pytest.mark.parametrize("content, reason", [
-    (pickle.dumps([1, 2]), "holds a list, expected a dict"), (b"", "not a readable pickle"), (b"\x80\x04junk", "not a readable"),
+    (pickle.dumps([1, 2]), "holds a list, expected a dict"), (b"", "not a readable pickle"),
+    (b"\x80\x04junk", "not a readable"),
     (pickle.dumps({"dir": ["a"]}), "has no column 'picture'"), (pickle.dumps(columns(dir=[])), "different lengths"),
-    (pickle.dumps({name: [] for name in RECORD}), "is empty"), (pickle.dumps(columns(label=["2"])), "'label' must be a list of int"),
+    (pickle.dumps({name: [] for name in RECORD}), "is empty"),
+    (pickle.dumps(columns(label=["2"])), "'label' must be a list of int"),
     (pickle.dumps(columns(label=[7])), "label 7 .* is no grade"), (pickle.dumps(columns(new_label=["True"])), "contradicts"),
     (pickle.dumps(columns(dir=["../secret.png"])), "leaves the project folder"),
     (pickle.dumps(columns(dir=["/etc/passwd"])), "leaves the project folder"),

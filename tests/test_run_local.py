@@ -31,7 +31,8 @@ def project(tmp_path):
 
 
 def run(project, *arguments):
-    return subprocess.run(["bash", "run_local.sh", *CHOICES, *arguments], cwd=project, capture_output=True, text=True, timeout=400)
+    command = ["bash", "run_local.sh", *CHOICES, *arguments]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=400)
 
 
 def processes_in(folder):
