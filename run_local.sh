@@ -72,8 +72,9 @@ until address=$(sed -n 's/^server: listening on //p' $log) && [ -n "$address" ];
     kill -0 "${pids[0]}" 2> /dev/null || { wait "${pids[0]}"; stop $?; }
     sleep 0.2
 done
+threads=$((($(getconf _NPROCESSORS_ONLN) + clients - 1) / clients))  # they share this machine
 for name in ${names//,/ }; do
-    $python todoClient.py --name "$name" --server "$address" "${client[@]}" &
+    $python todoClient.py --name "$name" --server "$address" --threads "$threads" "${client[@]}" &
     pids+=($!)
 done
 

@@ -5,11 +5,14 @@ import select
 import socket
 import threading
 
+import grpc
 import pytest
-from conftest import client_script, make_data, server_script, start_server
+from conftest import client_script, make_data, server_script, start_server, until, write_weights
 
 import files
 import service
+import weights
+from generated import todo_pb2, todo_pb2_grpc
 
 
 class Proxy:
@@ -135,9 +138,6 @@ def test_a_connection_that_goes_silent_is_left_for_a_new_one(start, behind_a_pro
 
 @pytest.mark.slow
 def test_a_stalled_upload_is_ended_after_30_s_and_meanwhile_the_others_go_on(start, begun):
-    import grpc
-
-    from generated import todo_pb2, todo_pb2_grpc
     assert service.STALL_S == 30
     site, go_on = begun(clients=["client001", "client002", "client003"], rounds=1), threading.Event()
     server, address = start_server(start, site, "--round-timeout", "60", "--min-clients", "2", script=server_script(site))
@@ -173,3 +173,27 @@ def test_memory_is_flat_over_100_rounds(start, tmp_path):
     for name in ("server", "client001", "client002"):
         assert used[name, 100] <= 1.05 * used[name, 10], used
     assert [process.wait(60) for process in [*clients, server]] == [0, 0, 0]
+
+
+def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(make_run):
+    """All but one client wait, and deliver once more: the last one still fetches and delivers."""
+    names = [f"client{number:03}" for number in range(1, 9)]
+    run = make_run(clients=names, rounds=1)
+    server, address = service.create_server(run.rounds, "localhost:0")
+    with grpc.insecure_channel(address) as channel:
+        stub = todo_pb2_grpc.FedMLStub(channel)
+        path = write_weights(run.folder / "upload.h5", 1)
+
+        def send(name):
+            named = (("fedml-client", name), ("fedml-run", "run0"), ("fedml-round", "1"), ("fedml-sha256", files.sha256_of(path)))
+            return stub.sendWeight.future(weights.blob_messages(path, name, 1), metadata=named, timeout=60)
+
+        calls = []
+        for _ in range(2):
+            before = set(run.rounds.waiting.values())
+            calls = [send(name) for name in names[:-1]]
+            until(lambda: len(set(run.rounds.waiting.values()) - before) == 7, "they wait")  # noqa: B023
+        assert list(stub.getWeight(todo_pb2.void(), metadata=(("fedml-client", names[-1]),), timeout=30))
+        assert send(names[-1]).result().value == 1
+        assert [call.result().value for call in calls] == [1] * 7
+    server.stop(0).wait()
