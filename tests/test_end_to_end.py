@@ -16,7 +16,7 @@ CLIENTS = ["client001", "client002", "client003"]
 def take_part(start, site, rounds_, *arguments):
     server, address = start_server(start, site, "--rounds", rounds_, "--image-size", "32", *arguments)
     clients = [start("todoClient.py", "--name", name, "--server", address, "--threads", "1", cwd=site) for name in CLIENTS]
-    assert [process.wait(180) for process in [server, *clients]] == [0, 0, 0, 0], server.output
+    assert [process.wait(400) for process in [server, *clients]] == [0, 0, 0, 0], server.output
     return server, clients
 
 
