@@ -21,12 +21,15 @@ import pytest
 
 import data
 import files
+import model
 import weights
 from rounds import Rounds, new_state
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [("conv1", (3, 3, 3, 2)), ("norm1", (2,)), ("healthy", (2, 1)), ("healthy", (1,))]  # of the tiny weight file
 DEADLINE_S = 60  # for what takes a second on an idle machine
+
+model.default_threads = lambda: 1  # TensorFlow's pool is sized once a process, and all tests share this one
 
 
 def pytest_addoption(parser):
