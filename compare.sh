@@ -29,7 +29,7 @@ done
 python=${PYTHON:-}
 [ -n "$python" ] || { . ./setup.sh requirements.txt requirements-report.txt; python=$home/$python; }
 
-trap 'trap - EXIT INT TERM; kill "${pids[@]}" 2> /dev/null || true; wait' EXIT
+trap 'trap - EXIT INT TERM; kill $(jobs -pr) 2> /dev/null || true; wait' EXIT  # by now an ended one's id may be another's
 trap 'exit 130' INT
 trap 'exit 143' TERM
 start() { "$python" "$home/$1.py" "${@:2}" & pids+=($!); }
