@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [("conv1", (3, 3, 3, 2)), ("norm1", (2,)), ("healthy", (2, 1)), ("healthy", (1,))]  # of the tiny weight file
 DEADLINE_S = 60  # for what takes a second on an idle machine
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, as in a background job, it would stay so in children
 model.default_threads = lambda: 1  # TensorFlow's pool is sized once a process, and all tests share this one
 
 
