@@ -172,6 +172,11 @@ class TrainingBatches:
             chosen = order[start : start + self.batch_size]
             yield self.images[chosen], self.labels[chosen], transforms[start : start + self.batch_size]
 
+    @property
+    def steps(self):
+        """Batches in an epoch. `fit` is to be told: a data set that tells makes it begin one epoch too many."""
+        return -(-len(self.images) // self.batch_size)
+
     @cached_property
     def dataset(self):
         """tf.data.Dataset of (float32 (b, size, size, 3) in 0..1, float32 (b,))."""
@@ -180,34 +185,58 @@ class TrainingBatches:
         shape = self.images.shape[1:]
         raw = tf.data.Dataset.from_generator(self._epoch, output_signature=(
             tf.TensorSpec((None, *shape), self.images.dtype), tf.TensorSpec((None,), tf.float32),
-            tf.TensorSpec((None, 8), tf.float32)))
+            tf.TensorSpec((None, 2, 3), tf.float32)))
+        resampled = tf.function(resample, jit_compile=True)  # to one loop: otherwise slower than a whole step of training
 
         def prepare(images, labels, transforms):
-            if images.dtype == tf.uint8:
-                images = tf.cast(images, tf.float32) / 255.0
             if self.augment:
-                images = tf.raw_ops.ImageProjectiveTransformV3(
-                    images=images, transforms=transforms, output_shape=shape[:2], fill_value=0.0,
-                    interpolation="BILINEAR", fill_mode="NEAREST")
+                images = resampled(images, transforms)
+            if self.images.dtype == np.uint8:
+                images = tf.cast(images, tf.float32) / 255.0
             return images, labels
 
-        batches = raw.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
-        return batches.apply(tf.data.experimental.assert_cardinality(-(-len(self.images) // self.batch_size)))
+        batches = raw.map(prepare, num_parallel_calls=2, deterministic=True).prefetch(2)
+        options = tf.data.Options()
+        options.autotune.enabled = False  # its thread sleeps for seconds, and the end of every epoch waits until it wakes
+        return batches.with_options(options)
 
 
 def random_transforms(rng, n, image_size):
-    """The thesis's augmentation, n times: a rotation over 360° and both flips, as float32 (n, 8) projective transforms.
-
-    The eight numbers are those of tf.raw_ops.ImageProjectiveTransformV3: output (x, y) is taken from input
-    (a0 x + a1 y + a2, b0 x + b1 y + b2), here a rotation and flips about the image's centre.
-    """
+    """The thesis's augmentation, n times: a rotation over 360° and both flips about the image's centre, as float32 (n, 2, 3):
+    output pixel (x, y) is taken from input transform @ (x, y, 1)."""
     angle = rng.uniform(0, 2 * np.pi, n)
-    flip_x, flip_y = rng.choice([-1.0, 1.0], (2, n))
-    a0, a1 = flip_x * np.cos(angle), -flip_x * np.sin(angle)
-    b0, b1 = flip_y * np.sin(angle), flip_y * np.cos(angle)
+    flips = rng.choice([-1.0, 1.0], (2, n))
+    turned = flips[..., None] * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]).swapaxes(1, 2)
     centre = (image_size - 1) / 2
-    zero = np.zeros(n)
-    return np.stack([a0, a1, centre * (1 - a0 - a1), b0, b1, centre * (1 - b0 - b1), zero, zero], 1).astype(np.float32)
+    moved = centre * (1 - turned.sum(-1, keepdims=True))
+    return np.concatenate([turned, moved], -1).swapaxes(0, 1).astype(np.float32)
+
+
+def resample(images, transforms):
+    """Images (b, size, size, 3) through `random_transforms` (b, 2, 3): float32, bilinear, the edge repeated outside."""
+    import tensorflow as tf
+
+    size = images.shape[1]
+    x, y = tf.meshgrid(*[tf.range(size, dtype=tf.float32)] * 2)  # (size, size)
+
+    def along(axis):
+        """Where each output pixel is taken from: the pixel before (int32), and how far behind it (b, size, size)."""
+        a, b, c = tf.unstack(transforms[:, axis, :, None, None], axis=1)
+        source = tf.clip_by_value(a * x + b * y + c, 0, size - 1)
+        before = tf.minimum(tf.floor(source), size - 2)
+        return tf.cast(before, tf.int32), source - before
+
+    (column, right), (row, down) = along(0), along(1)
+    pixels = tf.reshape(images, (-1, images.shape[3]))
+    place = (tf.range(tf.shape(images)[0])[:, None, None] * size + row) * size + column  # in `pixels`
+
+    def at(further):
+        return tf.cast(tf.gather(pixels, place + further), tf.float32)
+
+    right, down = right[..., None], down[..., None]
+    top = at(0) * (1 - right) + at(1) * right
+    bottom = at(size) * (1 - right) + at(size + 1) * right
+    return top * (1 - down) + bottom * down
 
 
 def evaluation_batches(images, batch_size=32):

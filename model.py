@@ -193,8 +193,8 @@ def train(network, batches, round_number, epochs, report=print):
     rows = []
     for epoch in range(1, epochs + 1):
         started = time.monotonic()
-        history = network.fit(batches.start(round_number, epoch).dataset, epochs=1, shuffle=False,  # it is shuffled
-                              verbose=1 if sys.stdout.isatty() else 0).history
+        history = network.fit(batches.start(round_number, epoch).dataset, epochs=1, steps_per_epoch=batches.steps,
+                              shuffle=False, verbose=1 if sys.stdout.isatty() else 0).history  # it is shuffled
         rows.append({"round": round_number, "epoch": epoch, "loss": history["loss"][0], "accuracy": history["accuracy"][0],
                      "num_examples": len(batches.images), "seconds": time.monotonic() - started})
         report(rows[-1])

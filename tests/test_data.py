@@ -9,6 +9,7 @@ import pytest
 from conftest import make_data
 
 import data
+import model
 
 RECORD = {"picture": "1.png", "label": 2, "dir": "preprocessed/1.png", "new_label": "False"}
 
@@ -83,10 +84,10 @@ def test_images_too_large_for_memory_lie_in_a_file(tmp_path, monkeypatch):
 
 def test_a_transform_is_a_rotation_with_flips_about_the_centre():
     transforms = data.random_transforms(np.random.default_rng(0), 1000, 33)
-    linear = transforms[:, [0, 1, 3, 4]].reshape(-1, 2, 2).astype(np.float64)
+    linear, moved = transforms[:, :, :2].astype(np.float64), transforms[:, :, 2]
     assert np.allclose(linear @ linear.transpose(0, 2, 1), np.eye(2), atol=1e-6)
     centre = np.full(2, 16.0)
-    assert np.allclose(linear @ centre + transforms[:, [2, 5]], centre, atol=1e-4)
+    assert np.allclose(linear @ centre + moved, centre, atol=1e-4)
     determinants = np.linalg.det(linear)
     assert 0.4 < np.mean(determinants > 0) < 0.6  # one flip of two mirrors the image
     angles = np.arctan2(linear[:, 1, 0], linear[:, 0, 0])
@@ -95,6 +96,7 @@ def test_a_transform_is_a_rotation_with_flips_about_the_centre():
 
 @pytest.fixture(scope="module")
 def images():
+    model.configure(0)
     return np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8)
 
 
@@ -127,8 +129,18 @@ def test_without_augmentation_images_are_only_scaled(images):
 
 
 def test_augmentation_turns_the_picture(images, monkeypatch):
-    quarter = np.array([[0, 1, 0, -1, 0, 15, 0, 0]], np.float32)  # output (x, y) from input (y, 15 - x)
+    quarter = np.array([[[0, 1, 0], [-1, 0, 15]]], np.float32)  # output (x, y) from input (y, 15 - x)
     monkeypatch.setattr(data, "random_transforms", lambda rng, n, size: np.repeat(quarter, n, 0))
     (pixels, order), = epoch(data.TrainingBatches(images, np.arange(10, dtype=np.float32), 10, 0, "a"), 1, 1)
     expected = np.stack([np.rot90(image, -1) for image in images[order.astype(int)]]).astype(np.float32) / 255
     assert np.allclose(pixels, expected, atol=1e-6)
+
+
+def test_resampling_is_what_tensorflow_s_own_projective_transform_gives(images):
+    import tensorflow as tf
+
+    transforms = data.random_transforms(np.random.default_rng(0), 10, 16)
+    expected = tf.raw_ops.ImageProjectiveTransformV3(
+        images=images.astype(np.float32), transforms=np.concatenate([transforms.reshape(10, 6), np.zeros((10, 2))], 1),
+        output_shape=(16, 16), fill_value=0.0, interpolation="BILINEAR", fill_mode="NEAREST")
+    assert np.allclose(data.resample(tf.constant(images), tf.constant(transforms)), expected, atol=0.01)  # of 255
