@@ -49,8 +49,8 @@ if [ "$state" = open ] && [ -z "$fresh" ]; then
     fi
     echo "run_local: going on with the unfinished run in server/"
 else
-    [ "$state" = none ] || { fresh=--fresh; echo "run_local: a new run; the old one's files are moved aside"; }
     $python prepare.py --check "${prepare[@]}" > /dev/null || $python prepare.py "${prepare[@]}" || exit $?
+    [ "$state" = none ] || { fresh=--fresh; echo "run_local: a new run; the old one's files are moved aside"; }
 fi
 
 pids=()
@@ -66,7 +66,7 @@ trap 'stop $?' EXIT
 
 log=run_local.log  # not in server/: --fresh moves away what is there
 : > $log
-$python todoServer.py --listen localhost:0 --clients "$names" $fresh "${server[@]}" > >(tee -a $log) 2>&1 &
+$python todoServer.py --listen localhost:0 --clients "$names" $fresh "${server[@]}" > >(tee -ai $log) 2>&1 &  # -i: Ctrl-C is not for tee, the server has a last line
 pids+=($!)
 until address=$(sed -n 's/^server: listening on //p' $log) && [ -n "$address" ]; do
     kill -0 "${pids[0]}" 2> /dev/null || { wait "${pids[0]}"; stop $?; }
