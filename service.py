@@ -5,7 +5,7 @@ import itertools
 import threading
 import time
 from concurrent import futures
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import grpc
 
@@ -18,7 +18,8 @@ STALL_S = 30  # an upload or download without progress for so long is ended
 FIRST_MESSAGE_S = 1  # a peer that has not said who it is, and has fetched nothing, may hold a thread no longer
 IDLE_S = 3600  # a connection without a call; the thesis demo's client keeps its own while it trains
 MESSAGE_BYTES, METADATA_BYTES, STREAMS = 2 << 20, 8 << 10, 16  # of one message, of one call, of one connection
-TURNS, TURN_S = 3, 5  # streams that move a piece at a time; how long one waits politely
+TURNS, TURN_S = 2, 0.5  # fast streams that move a piece at the same time; how long they wait for one that stands still
+FAST_S = 0.1  # a piece that takes longer, on a network below 10 MB/s, needs no turn
 REMEMBERED_CONNECTIONS = 1000
 
 
@@ -31,12 +32,13 @@ def create_server(rounds, listen, max_examples=10_000_000, credentials=None, ser
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"--listen {listen!r} is not HOST:PORT, as in localhost:50051")
-    limit_arenas()
+    keep_heap_small()
     servicer = FedMLServicer(rounds, max_examples, serve_unnamed)
     workers = 2 * len(rounds.clients) + 4 + servicer.places  # waiters, take-overs, downloads; and who names nobody
     server = grpc.server(futures.ThreadPoolExecutor(workers), options=[
         ("grpc.so_reuseport", 0),  # or a second server would share the port in silence
-        ("grpc.http2.bdp_probe", 0),  # or streams that wait for their turn would buffer megabytes each
+        ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024),  # or streams that wait for their turn, and
+        ("grpc.experimental.tcp_max_read_buffer_size", 8192),  # connections that once were fast, would keep 1 MB each
         ("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_concurrent_streams", STREAMS),
         ("grpc.max_metadata_size", METADATA_BYTES), ("grpc.absolute_max_metadata_size", METADATA_BYTES),
         ("grpc.max_connection_idle_ms", IDLE_S * 1000), ("grpc.server_handshake_timeout_ms", 10_000),
@@ -59,12 +61,18 @@ def create_server(rounds, listen, max_examples=10_000_000, credentials=None, ser
     return server, f"{host}:{bound}"
 
 
-def limit_arenas():
-    """glibc gives every few threads a heap of their own, and pieces of 1 MiB leave each of them full of holes."""
-    try:
-        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
-    except (OSError, AttributeError):
-        pass  # another C library
+def keep_heap_small():
+    """glibc gives every few threads a heap of their own, and keeps more and more of what was freed: pieces and tensors
+    leave each of them full of holes."""
+    for setting, value in (-8, 1), (-3, 32 << 20), (-1, 4 << 20):  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(setting, value)
+
+
+def trim_heap():
+    """Gives the pages of the holes back."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class FedMLServicer(todo_pb2_grpc.FedMLServicer):
@@ -76,7 +84,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
         self.fetched = {}  # connection of an old peer -> round that it last fetched; the oldest first
         self.streams = set()  # that are moving bytes now
         self.uploading = {}  # client -> its newest half-sent Stream
-        self.turns = threading.Semaphore(TURNS)
+        self.turns, self.moved = threading.Semaphore(TURNS), time.monotonic()
         self.places = len(rounds.clients) + 1
         self.unnamed = threading.Semaphore(self.places)
         self.lock = threading.Lock()
@@ -213,17 +221,6 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 raise Refused("INVALID_ARGUMENT", f"{client}: {error}") from None
             raise
 
-    @contextmanager
-    def turn(self):
-        """Few streams move a piece at the same time: 48 clients would fill the memory. A turn is a courtesy, taken after a
-        while in any case: a stalled stream holds up no one else."""
-        had_turn = self.turns.acquire(timeout=TURN_S)
-        try:
-            yield
-        finally:
-            if had_turn:
-                self.turns.release()
-
 
 def named_round(asked):
     """(run, round number) that a new peer names in its metadata; (None, None) of an old one."""
@@ -261,16 +258,34 @@ class Stream:
             if self.servicer.uploading.get(self.client) is self:
                 del self.servicer.uploading[self.client]
 
+    @contextmanager
+    def turn(self):
+        """Few fast streams move a piece at the same time: 48 would fill the memory and win nothing. A turn is a courtesy:
+        once who has one stands still, no one waits."""
+        servicer = self.servicer
+        had_turn = servicer.turns.acquire(blocking=False)
+        while not had_turn and (left_s := servicer.moved + TURN_S - time.monotonic()) > 0:
+            had_turn, self.last = servicer.turns.acquire(timeout=left_s), time.monotonic()
+        servicer.moved = time.monotonic() if had_turn else servicer.moved
+        try:
+            yield
+        finally:
+            if had_turn:
+                servicer.moved = time.monotonic()
+                servicer.turns.release()
+
     def watch(self, messages, polite=True):
         """The same messages, each within a turn."""
-        messages = iter(messages)
+        messages, fast = iter(messages), True
         while True:
-            with self.servicer.turn() if polite else nullcontext():
-                self.last = time.monotonic()
+            with self.turn() if polite and fast else nullcontext():
+                self.last = started = time.monotonic()
                 if (message := next(messages, None)) is None:
                     return
                 self.last = time.monotonic()
                 yield message
+                message = None  # or each stream that waits for its turn would keep one
+            fast = time.monotonic() - started < FAST_S
 
 
 def watch_streams(servicer):

@@ -150,6 +150,7 @@ def open_rounds(arguments, state, examples):
     """The Rounds of this run, with whatever a crash interrupted finished."""
     import data
     import weights
+    from service import trim_heap
 
     folder = arguments.server_dir
     path = folder / "server_weight.h5"
@@ -173,6 +174,7 @@ def open_rounds(arguments, state, examples):
         return model.evaluate(network, images, labels)
 
     def merge(paths, num_examples):
+        trim_heap()  # of what the uploads left
         return weights.fedavg(paths, num_examples, layout=path, target=path)
 
     rounds = Rounds(folder, state, merge, evaluate, arguments.min_clients, arguments.round_timeout, say)

@@ -41,8 +41,8 @@ def blob_messages(path_or_file, clientname="", clientsize=0):
     if clientname:
         yield todo_pb2.modelWeight(clientname=clientname, clientsize=clientsize)
     with _opened(path_or_file) as file:
-        while piece := file.read(BLOB_BYTES):
-            yield todo_pb2.modelWeight(blob=piece)
+        for _ in range(0, os.fstat(file.fileno()).st_size, BLOB_BYTES):
+            yield todo_pb2.modelWeight(blob=file.read(BLOB_BYTES))
 
 
 def base64_messages(path_or_file, clientname="", clientsize=0):
@@ -88,10 +88,10 @@ def spool(messages, path, max_bytes):
     first, kind, carry, padded, written, digest = None, None, "", False, 0, hashlib.sha256()
     with open(path, "wb") as file:
         for message in messages:
-            first = first or message
-            if message.clientname not in ("", first.clientname) or message.clientsize not in (0, first.clientsize):
-                raise ValueError(f"the stream began as {first.clientname[:80]!r} with {first.clientsize} examples and goes "
-                                 f"on as {message.clientname[:80]!r} with {message.clientsize}: one upload is of one client")
+            name, size = first = first or (message.clientname, message.clientsize)
+            if message.clientname not in ("", name) or message.clientsize not in (0, size):
+                raise ValueError(f"the stream began as {name[:80]!r} with {size} examples and goes on as "
+                                 f"{message.clientname[:80]!r} with {message.clientsize}: one upload is of one client")
             kind = kind or ("base64" if message.model else "bytes" if message.blob else None)
             if message.blob if kind == "base64" else message.model:
                 raise ValueError("base64 and bytes are mixed in one stream")
@@ -107,6 +107,7 @@ def spool(messages, path, max_bytes):
                 raise ValueError(f"the file is larger than {max_bytes:,} bytes, the most that is accepted for this model")
             digest.update(piece)
             file.write(piece)
+            message = piece = None  # while the next is waited for, no memory is held
     if carry:
         raise ValueError(f"the base64 text ends in the middle of a group of 4 ({len(carry)} characters left over)")
     if not written:

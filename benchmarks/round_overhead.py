@@ -60,26 +60,35 @@ def tls_to_plain(folder, start, arguments):
 
 
 class Peak:
-    """Resident memory of a process, sampled until it ends, in bytes."""
+    """The highest resident memory of a process, as the kernel counts it, looked at until the process ends; in bytes."""
 
     def __init__(self, process):
         self.process, self.level, self.peak = process, None, 0
-        threading.Thread(target=self.sample, daemon=True).start()
+        threading.Thread(target=self.look, daemon=True).start()
 
-    def sample(self):
+    def look(self):
         try:
             while self.process.poll() is None:
-                self.peak = max(self.peak, self.now())
+                self.peak = max(self.peak, self.now("VmHWM"))
                 time.sleep(0.005)
-        except OSError:
+        except (OSError, TypeError):
             pass  # it ended between two looks
 
-    def now(self):
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    def now(self, line="VmRSS"):
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(rf"{line}:\s+(\d+) kB", status)[1]) * 1024
 
     def mark(self):
         """From here on, how far above this level?"""
-        self.level = self.peak = self.now()
+        self.begin_again()
+        self.level = self.now()
+
+    def begin_again(self):
+        """The peak so far; the next begins at what is resident now."""
+        peak = max(self.peak, self.now("VmHWM"))
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        self.peak = 0
+        return peak
 
 
 def start(command, cwd, **environment):

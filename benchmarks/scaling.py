@@ -3,7 +3,8 @@
     python3 benchmarks/scaling.py
 
 The server is the real one, the clients are the real client's code on threads of one bare process without TensorFlow;
-nobody trains or evaluates. Server seconds are processor time, so that the clients' work on the same cores does not count.
+nobody trains or evaluates. Server seconds are processor time, so that the clients' work on the same cores does not count;
+memory is the median of the last rounds' peaks, and its level that after the first served download.
 """
 
 import argparse
@@ -34,15 +35,15 @@ def main(argv=None):
         return peers(*arguments.peers)
     print(f"medians of {ROUNDS} rounds\n")
     print("| clients | MB | MB moved a round | seconds a round | server CPU seconds a round | a GB moved | "
-          "server peak above its level, MB |")
-    print("|---|---|---|---|---|---|---|")
+          "server peak, MB | above its level, MB |")
+    print("|---|---|---|---|---|---|---|---|")
     for clients, megabytes, rounds in [(3, 10, ROUNDS), (6, 10, ROUNDS), (12, 10, ROUNDS), (24, 10, ROUNDS), (48, 10, ROUNDS),
                                        (3, 1, ROUNDS), (3, 100, ROUNDS), (3, 400, 3), (3, 1, 100)]:
-        seconds, cpu, memory = measure(clients, megabytes, rounds)
+        seconds, cpu, peak, above = measure(clients, megabytes, rounds)
         moved = 2 * clients * megabytes
         note = f" ({rounds} rounds)" if rounds != ROUNDS else ""
         print(f"| {clients} | {megabytes}{note} | {moved} | {seconds:.2f} | {cpu:.2f} | {cpu / moved * 1000:.1f} | "
-              f"{memory / 1e6:.0f} |", flush=True)
+              f"{peak / 1e6:.0f} | {above / 1e6:.0f} |", flush=True)
 
 
 def measure(clients, megabytes, rounds):
@@ -55,21 +56,26 @@ def measure(clients, megabytes, rounds):
         server = round_overhead.start([HERE / "standin.py", "todoServer", "--listen", "localhost:0", "--clients", names,
                                        "--image-size", "16", "--rounds", rounds + 1], folder, **environment)
         memory = round_overhead.Peak(server)
-        cpu = []
+        cpu, peaks = [], []
+
+        def follow(bare):
+            for line in bare.stdout:
+                if "training on" in line and memory.level is None:  # the first served download is over
+                    memory.mark()
+
         for line in server.stdout:
             if found := re.search(r"listening on (\S+)", line):
                 bare = round_overhead.start([HERE / "scaling.py", "--peers", found[1], clients], folder, **environment)
-                threading.Thread(target=bare.stdout.read, daemon=True).start()
-            if "delivered" in line and memory.level is None:  # the first downloads are over
-                memory.mark()
+                threading.Thread(target=follow, args=[bare], daemon=True).start()
             if "loss" in line:
+                peaks.append(memory.begin_again())
                 fields = Path(f"/proc/{server.pid}/stat").read_text().rsplit(")")[-1].split()
                 cpu.append((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
         assert (server.wait(), bare.wait()) == (0, 0)
         with open(folder / "server" / "history.csv") as file:
             seconds = [float(row["seconds"]) for row in csv.DictReader(file)][1:]
     return (statistics.median(seconds), statistics.median(b - a for a, b in zip(cpu, cpu[1:], strict=False)),
-            memory.peak - memory.level)
+            statistics.median(peaks[-ROUNDS:]), statistics.median(peaks[-ROUNDS:]) - memory.level)
 
 
 def peers(address, clients):
