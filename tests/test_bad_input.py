@@ -5,6 +5,8 @@ import base64
 import re
 import threading
 import time
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import grpc
 import h5py
@@ -420,6 +422,19 @@ def test_a_stalled_upload_is_ended_and_stops_no_one_else(served, tmp_path, monke
     until(lambda: any("client002 made no progress for 2 s" in line for line in served.run.said), "the line that says so")
     assert served.send(good[1], "client002").result().value == first.result().value == 1
     assert served.run.holds(("client001", 3, 5), ("client002", 3, 6))
+
+
+def test_streams_that_stand_still_in_their_turns_delay_no_one():
+    servicer = SimpleNamespace(turns=threading.Semaphore(service.TURNS), moved=time.monotonic())
+    with ExitStack() as stack:
+        for _ in range(service.TURNS):
+            stack.enter_context(service.Stream(servicer, None, service.STALL_S).turn())
+        stream, started = service.Stream(servicer, None, service.STALL_S), time.monotonic()
+        assert list(stream.watch(range(1, 21))) == list(range(1, 21))
+        took_s = time.monotonic() - started
+    assert service.TURN_S * 0.9 <= took_s < 4 * service.TURN_S  # it waited once, not for each piece
+    assert stream.last >= started + service.TURN_S * 0.9  # and to wait for a turn is not to stall
+    assert all(servicer.turns.acquire(blocking=False) for _ in range(service.TURNS))
 
 
 def test_a_new_upload_ends_the_clients_own_half_sent_one(served, tmp_path):
