@@ -1,9 +1,11 @@
-"""What every script says and asks in the same way (standard library only)."""
+"""What every script says, asks and sets in the same way (standard library only)."""
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 
 
 def say(who, line, to=None):
@@ -51,3 +53,17 @@ def exit_on_signals(last_words):
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
+
+
+def keep_heap_small():
+    """glibc gives every few threads a heap of their own, and keeps more and more of what was freed: pieces and tensors
+    leave each of them full of holes."""
+    with suppress(OSError, AttributeError):  # another C library
+        for setting, value in (-8, 1), (-3, 32 << 20), (-1, 4 << 20):  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(setting, value)
+
+
+def trim_heap():
+    """Gives the pages of the holes back."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

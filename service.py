@@ -1,11 +1,10 @@
 """The gRPC service: reads, checks and stores what comes over the wire, and leaves every decision to `Rounds`."""
 
-import ctypes
 import itertools
 import threading
 import time
 from concurrent import futures
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 
 import grpc
 
@@ -32,7 +31,6 @@ def create_server(rounds, listen, max_examples=10_000_000, credentials=None, ser
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"--listen {listen!r} is not HOST:PORT, as in localhost:50051")
-    keep_heap_small()
     servicer = FedMLServicer(rounds, max_examples, serve_unnamed)
     workers = 2 * len(rounds.clients) + 4 + servicer.places  # waiters, take-overs, downloads; and who names nobody
     server = grpc.server(futures.ThreadPoolExecutor(workers), options=[
@@ -59,20 +57,6 @@ def create_server(rounds, listen, max_examples=10_000_000, credentials=None, ser
     server.start()
     threading.Thread(target=watch_streams, args=[servicer], daemon=True).start()
     return server, f"{host}:{bound}"
-
-
-def keep_heap_small():
-    """glibc gives every few threads a heap of their own, and keeps more and more of what was freed: pieces and tensors
-    leave each of them full of holes."""
-    for setting, value in (-8, 1), (-3, 32 << 20), (-1, 4 << 20):  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(setting, value)
-
-
-def trim_heap():
-    """Gives the pages of the holes back."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class FedMLServicer(todo_pb2_grpc.FedMLServicer):
@@ -266,13 +250,15 @@ class Stream:
         had_turn = servicer.turns.acquire(blocking=False)
         while not had_turn and (left_s := servicer.moved + TURN_S - time.monotonic()) > 0:
             had_turn, self.last = servicer.turns.acquire(timeout=left_s), time.monotonic()
-        servicer.moved = time.monotonic() if had_turn else servicer.moved
+        if not had_turn:
+            yield
+            return
+        servicer.moved = time.monotonic()
         try:
             yield
         finally:
-            if had_turn:
-                servicer.moved = time.monotonic()
-                servicer.turns.release()
+            servicer.moved = time.monotonic()
+            servicer.turns.release()
 
     def watch(self, messages, polite=True):
         """The same messages, each within a turn."""

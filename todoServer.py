@@ -19,7 +19,7 @@ from pathlib import Path
 import files
 import tls
 from rounds import Refused, Rounds, TooFewClients, new_state
-from script import at_least, exit_on_signals, fail, seconds
+from script import at_least, exit_on_signals, fail, keep_heap_small, seconds, trim_heap
 from script import say as say_as
 
 LAST_ANSWER_S = 30  # how long a finished server stays for clients that have not heard its last answer
@@ -37,6 +37,7 @@ def main(argv=None):
         from service import create_server
 
         local, credentials = tls.is_this_machine(arguments.listen), tls.credentials(arguments, of_server=True)
+        keep_heap_small()
         server, address = create_server(rounds, arguments.listen, arguments.max_examples, credentials,
                                         serve_unnamed=local or arguments.insecure)
     except (ValueError, OSError) as error:
@@ -150,7 +151,6 @@ def open_rounds(arguments, state, examples):
     """The Rounds of this run, with whatever a crash interrupted finished."""
     import data
     import weights
-    from service import trim_heap
 
     folder = arguments.server_dir
     path = folder / "server_weight.h5"

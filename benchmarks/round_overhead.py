@@ -85,7 +85,7 @@ class Peak:
 
     def begin_again(self):
         """The peak so far; the next begins at what is resident now."""
-        peak = max(self.peak, self.now("VmHWM"))
+        peak = self.now("VmHWM")
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
         self.peak = 0
         return peak

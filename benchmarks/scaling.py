@@ -74,8 +74,9 @@ def measure(clients, megabytes, rounds):
         assert (server.wait(), bare.wait()) == (0, 0)
         with open(folder / "server" / "history.csv") as file:
             seconds = [float(row["seconds"]) for row in csv.DictReader(file)][1:]
-    return (statistics.median(seconds), statistics.median(b - a for a, b in zip(cpu, cpu[1:], strict=False)),
-            statistics.median(peaks[-ROUNDS:]), statistics.median(peaks[-ROUNDS:]) - memory.level)
+    peak = statistics.median(peaks[-ROUNDS:])
+    return (statistics.median(seconds), statistics.median(b - a for a, b in zip(cpu, cpu[1:], strict=False)), peak,
+            peak - memory.level)
 
 
 def peers(address, clients):
