@@ -56,11 +56,13 @@ def exit_on_signals(last_words):
 
 
 def keep_heap_small():
-    """glibc gives every few threads a heap of their own, and keeps more and more of what was freed: pieces and tensors
-    leave each of them full of holes."""
-    with suppress(OSError, AttributeError):  # another C library
-        for setting, value in (-8, 1), (-3, 32 << 20), (-1, 4 << 20):  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(setting, value)
+    """Starts this script once more, as the same process, with a heap whose size doesn't follow the number of clients: by
+    itself glibc gives each thread a cache and every few threads a heap, and pieces and tensors leave all of them full of holes.
+    glibc reads these settings only when a process starts; any other C library passes over them."""
+    if "GLIBC_TUNABLES" not in os.environ:
+        settings = {"arena_max": 1, "tcache_count": 0, "mmap_threshold": 32 << 20, "trim_threshold": 4 << 20}
+        os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in settings.items())
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def trim_heap():

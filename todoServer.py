@@ -37,7 +37,6 @@ def main(argv=None):
         from service import create_server
 
         local, credentials = tls.is_this_machine(arguments.listen), tls.credentials(arguments, of_server=True)
-        keep_heap_small()
         server, address = create_server(rounds, arguments.listen, arguments.max_examples, credentials,
                                         serve_unnamed=local or arguments.insecure)
     except (ValueError, OSError) as error:
@@ -216,4 +215,5 @@ def serve(server, rounds):
 
 
 if __name__ == "__main__":
+    keep_heap_small()
     sys.exit(main())

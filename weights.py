@@ -271,10 +271,10 @@ def fedavg(paths, num_examples, layout, target):
             result = stack.enter_context(open(merged, "r+b", buffering=0))
             uploads = [stack.enter_context(open(path, "rb", buffering=0)) for path in paths]
             # plain files and offsets: an HDF5 library that holds 48 files open holds 70 MB
-            for (own, shape), *places in zip(_offsets(merged), *map(_offsets, paths), strict=True):
+            for (_, shape), own, *offsets in zip(shapes_of(merged), _offsets(merged), *map(_offsets, paths), strict=True):
                 for first, count in _slabs(shape):
                     total = np.zeros(count, np.float64)
-                    for n, file, (offset, _) in zip(num_examples, uploads, places, strict=True):
+                    for n, file, offset in zip(num_examples, uploads, offsets, strict=True):
                         file.seek(offset + 4 * first)
                         total += n * np.fromfile(file, "<f4", count).astype(np.float64)
                     result.seek(own + 4 * first)
@@ -283,9 +283,9 @@ def fedavg(paths, num_examples, layout, target):
 
 
 def _offsets(path):
-    """[(offset in the file, shape)] of every tensor, in order."""
+    """Where in the file each tensor begins, in order."""
     with h5py.File(path, "r") as file:
-        return [(dataset.id.get_offset(), dataset.shape) for _, _, dataset in tensors(file)]
+        return np.array([dataset.id.get_offset() for *_, dataset in tensors(file)])
 
 
 if __name__ == "__main__":

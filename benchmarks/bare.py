@@ -70,7 +70,9 @@ class Bare(todo_pb2_grpc.FedMLServicer):
             new.attrs["layer_names"] = old.attrs["layer_names"]
             for name in old.attrs["layer_names"]:
                 values = [file[name]["kernel"][()].astype(np.float64) for file in opened]
-                new.create_group(name)["kernel"] = (sum(values) / len(values)).astype(np.float32)
+                group = new.create_group(name)
+                group.attrs["weight_names"] = [b"kernel"]
+                group["kernel"] = (sum(values) / len(values)).astype(np.float32)
             for file in opened:
                 file.close()
         fsync("next.h5")

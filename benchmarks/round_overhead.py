@@ -92,8 +92,8 @@ class Peak:
 
 
 def start(command, cwd, **environment):
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env={**os.environ, **environment})
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment})
 
 
 def index_of_one(folder):

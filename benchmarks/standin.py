@@ -37,10 +37,11 @@ def make_weights(path, megabytes):
 
 
 def add_constant(path, target, constant=0.001):
+    from weights import tensors
+
     shutil.copyfile(path, target)
     with h5py.File(target, "r+") as file:
-        for name in file.attrs["layer_names"]:
-            dataset = file[name]["kernel"]
+        for *_, dataset in tensors(file):
             dataset[...] = dataset[()] + np.float32(constant)
 
 
@@ -90,6 +91,10 @@ def evaluate(network, images, labels):
 
 
 def main():
+    from script import keep_heap_small
+
+    if sys.argv[1] == "todoServer":
+        keep_heap_small()  # as the real one does
     sys.modules["model"] = sys.modules[__name__]
     script = importlib.import_module(sys.argv[1])
     if os.environ.get("BENCHMARK_BASE64") == "1":
