@@ -58,7 +58,7 @@ def exit_on_signals(last_words):
 def keep_heap_small():
     """Starts this script once more, as the same process, with a heap whose size doesn't follow the number of clients: by
     itself glibc gives each thread a cache and every few threads a heap, and pieces and tensors leave all of them full of holes.
-    glibc reads these settings only when a process starts; any other C library passes over them."""
+    glibc reads these settings only when a process starts (a user's own stay); any other C library passes over them."""
     if "GLIBC_TUNABLES" not in os.environ:
         settings = {"arena_max": 1, "tcache_count": 0, "mmap_threshold": 32 << 20, "trim_threshold": 4 << 20}
         os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in settings.items())

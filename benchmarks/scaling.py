@@ -35,7 +35,10 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     if arguments.peers:
         return peers(*arguments.peers)
-    evaluating() if arguments.evaluate else growing()
+    if arguments.evaluate:
+        evaluating()
+    else:
+        growing()
 
 
 def growing():

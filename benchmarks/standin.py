@@ -19,6 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import h5py
 import numpy as np
 
+import weights
+from files import publish, temporary
+from script import keep_heap_small
+
 ARCHS = {"drcnn": 128, "vgg16": 224}
 
 
@@ -37,11 +41,9 @@ def make_weights(path, megabytes):
 
 
 def add_constant(path, target, constant=0.001):
-    from weights import tensors
-
     shutil.copyfile(path, target)
     with h5py.File(target, "r+") as file:
-        for *_, dataset in tensors(file):
+        for *_, dataset in weights.tensors(file):
             dataset[...] = dataset[()] + np.float32(constant)
 
 
@@ -62,8 +64,6 @@ def initialize(network, source):
 
 
 def shapes(network):
-    import weights
-
     return weights.shapes_of(os.environ["BENCHMARK_WEIGHTS"])
 
 
@@ -76,8 +76,6 @@ def train(network, batches, round_number, epochs, report):
 
 
 def save(network, path):
-    from files import publish, temporary
-
     written = temporary(path)
     if hasattr(network, "path"):
         add_constant(network.path, written)
@@ -91,15 +89,11 @@ def evaluate(network, images, labels):
 
 
 def main():
-    from script import keep_heap_small
-
     if sys.argv[1] == "todoServer":
         keep_heap_small()  # as the real one does
     sys.modules["model"] = sys.modules[__name__]
     script = importlib.import_module(sys.argv[1])
     if os.environ.get("BENCHMARK_BASE64") == "1":
-        import weights
-
         weights.blob_messages = weights.base64_messages
     sys.exit(script.main(sys.argv[2:]))
 

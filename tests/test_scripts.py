@@ -4,9 +4,10 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_server
 
 SCRIPTS = ["todoServer.py", "todoClient.py", "prepare.py", "central.py", "report.py", "predict.py"]
 
@@ -31,6 +32,13 @@ def test_help_answers_within_half_a_second():
         return time.monotonic() - started
 
     assert min(seconds() for _ in range(5)) < 0.5
+
+
+@pytest.mark.parametrize("given, kept", [({}, "glibc.malloc.tcache_count=0"),
+                                         ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "GLIBC_TUNABLES=glibc.malloc.check=0\0")])
+def test_the_server_runs_with_a_small_heap_or_the_users_own_settings(start, begun, given, kept):
+    server, _ = start_server(start, begun(), env=given)
+    assert kept in Path(f"/proc/{server.pid}/environ").read_text() + "\0"
 
 
 @pytest.mark.parametrize("module", ["todoServer", "todoClient", "service", "rounds", "weights", "data", "prepare", "model"])
