@@ -167,6 +167,7 @@ class Run:
         self.rounds = Rounds(self.folder, state, lambda *a: self.merge(*a), lambda: self.evaluate(), say=self.said.append,
                              **self.options)
         self.rounds.open()
+        assert files.load_state(self.folder / "state.json")["frozen"] is None  # from here the coordinator may freeze again
         self.coordinator = Call(self.rounds.run)
         return self
 

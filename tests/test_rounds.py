@@ -410,8 +410,7 @@ def test_killed_at_any_step_of_closing_a_round(make_run, monkeypatch, number, wh
         assert killed.wait(60)
         run.stop()
     run.start()
-    number = run.rounds.round
-    assert state_on_disk(run)["frozen"] is None
+    number = run.rounds.round  # 1 or 2 where both uploads were on disk and round 1 is closed as we look
     last = [run.deliver("client001", 1, 3, round_number=1), run.deliver("client002", 2, round_number=1)] if number == 1 else []
     for call in last:
         call.result()
