@@ -168,7 +168,9 @@ class Run:
                              **self.options)
         self.rounds.open()
         assert files.load_state(self.folder / "state.json")["frozen"] is None  # from here the coordinator may freeze again
+        self.rounds.opened = None
         self.coordinator = Call(self.rounds.run)
+        until(lambda: self.rounds.opened is not None or self.coordinator.ended, "the time limit runs")
         return self
 
     def stop(self):

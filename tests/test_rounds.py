@@ -313,9 +313,9 @@ def test_the_limit_begins_anew_with_each_round(make_run, clock):
 def test_without_a_limit_the_waiting_is_said_and_for_whom(make_run, monkeypatch):
     monkeypatch.setattr(rounds, "REPORT_EVERY_S", 0.05)
     run = make_run(clients=["client001", "client002", "client003"])
-    run.rounds.last_seen["client002"] = time.monotonic() - 14
     run.delivered("client001", 1)
     run.delivered("client003", 1)
+    run.rounds.last_seen["client002"] = time.monotonic() - 14
     wanted = "round 1: have client001, client003; waiting for client002, last seen 14 s ago; waiting for "
     until(lambda: any(line.startswith(wanted) for line in run.said), "the line that says for whom")
     assert not run.coordinator.ended
