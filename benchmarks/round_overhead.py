@@ -93,7 +93,24 @@ class Peak:
 
 def start(command, cwd, **environment):
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment})
+                            text=True, env={**os.environ, **environment})
+
+
+def together(*processes):
+    """Whoever fails ends the others too, so that nobody waits for it; it has said why on stderr."""
+    def look(process):
+        if process.wait() != 0:
+            for other in processes:
+                other.kill()
+
+    for process in processes:
+        threading.Thread(target=look, args=[process], daemon=True).start()
+
+
+def all_ended(*processes):
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit(f"benchmark: error: the processes ended with {codes}, expected 0 of each; see above")
 
 
 def index_of_one(folder):
@@ -126,6 +143,7 @@ def real_rounds(folder, weights, arguments, form="blob", certs=None):
     address = next(found[1] for line in lines if (found := re.search(r"listening on (\S+)", line)))
     clients = [start([HERE / "standin.py", "todoClient", "--name", name, "--server", address, "--index", "index/worker1.pkl",
                       *tls_flags(certs, name)], folder, **environment) for name in names]
+    together(server, *clients)
     peaks = [Peak(client) for client in clients]
     waiting = set(names)
 
@@ -136,7 +154,6 @@ def real_rounds(folder, weights, arguments, form="blob", certs=None):
                     memory.mark()
                 waiting.discard(line.split(":")[0])
                 peak.level = 0
-        assert client.wait() == 0
 
     followers = [threading.Thread(target=follow, args=pair) for pair in zip(clients, peaks, strict=True)]
     for follower in followers:
@@ -145,7 +162,7 @@ def real_rounds(folder, weights, arguments, form="blob", certs=None):
         pass
     for follower in followers:
         follower.join()
-    assert server.wait() == 0
+    all_ended(server, *clients)
     with open(folder / "server" / "history.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)][1:]
     idle = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['']\n"
@@ -163,8 +180,9 @@ def bare_rounds(folder, weights, arguments):
     port = next(lines).strip()
     clients = [start([HERE / "bare.py", "client", port, arguments.rounds + 1, f"c{number}"], folder)
                for number in range(arguments.clients)]
+    together(server, *clients)
     seconds = [float(line) for line in lines]
-    assert [process.wait() for process in [server, *clients]] == [0] * (1 + len(clients))
+    all_ended(server, *clients)
     return {"seconds": seconds[1:], "server": None, "client": None}
 
 

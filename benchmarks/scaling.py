@@ -89,12 +89,13 @@ def measure(folder, clients, rounds, weights, command, size=16):
     for line in server.stdout:
         if found := re.search(r"listening on (\S+)", line):
             bare = round_overhead.start([HERE / "scaling.py", "--peers", found[1], clients], folder, **environment)
+            round_overhead.together(server, bare)
             threading.Thread(target=follow, args=[bare], daemon=True).start()
         if "loss" in line:
             peaks.append(memory.begin_again())
             fields = Path(f"/proc/{server.pid}/stat").read_text().rsplit(")")[-1].split()
             cpu.append((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
-    assert (server.wait(), bare.wait()) == (0, 0)
+    round_overhead.all_ended(server, bare)
     with open(folder / "server" / "history.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)][1:]
     peak = statistics.median(peaks[-min(rounds, ROUNDS):])
@@ -113,6 +114,9 @@ def peers(address, clients):
                                                                   "index/worker1.pkl"])))
         except todoClient.Finished:
             pass
+        except BaseException as error:  # the others would wait for it
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     threads = [threading.Thread(target=take_part, args=[f"client{number + 1:03}"]) for number in range(int(clients))]
     threads[0].start()
