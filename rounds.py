@@ -285,5 +285,5 @@ class Rounds:
         if not keep_file:
             publish(written, self.upload_path(client))
         self.uploads[client] = upload
-        again = " again, replacing its earlier upload" if old else ""
+        again = "" if not old else " again, the same weights" if keep_file else " again, replacing its earlier upload"
         self.say(f"round {self.round}: {client} delivered {num_examples} examples{again}; {self.describe()}")

@@ -7,6 +7,7 @@ against Keras's ImageDataGenerator as the thesis used it; and the epoch of three
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -82,7 +83,8 @@ def pipelines(batches, records):
             place.parent.mkdir(exist_ok=True)
             place.symlink_to(ROOT / record["dir"])
         generator = ImageDataGenerator(rotation_range=360, horizontal_flip=True, vertical_flip=True, rescale=1 / 255)
-        flow = generator.flow_from_directory(folder, target_size=(128, 128), batch_size=16, class_mode="binary")
+        with contextlib.redirect_stdout(sys.stderr):  # "Found 300 images"
+            flow = generator.flow_from_directory(folder, target_size=(128, 128), batch_size=16, class_mode="binary")
 
         def ours():
             for _ in batches.start(1, 1).dataset:

@@ -114,6 +114,7 @@ def test_a_repeat_counts_once_and_the_older_call_is_aborted(make_run):
     first = run.delivered("client001", 1, num_examples=5)
     second = run.delivered("client001", 1, num_examples=5)
     refused(first, "ABORTED", "client001", "again")
+    assert run.said[-1].startswith("round 1: client001 delivered 5 examples again, the same weights; have client001; waiting")
     run.deliver("client002", 2, num_examples=3).result()
     second.result()
     assert run.holds(("client001", 5, 1), ("client002", 3, 2))

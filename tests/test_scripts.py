@@ -25,6 +25,12 @@ def test_the_readme_names_every_flag(script):
     assert flags and not [flag for flag in flags if not re.search(rf"{flag}(?![a-z-])", readme)]
 
 
+def test_the_readme_names_every_file():
+    readme = (ROOT / "README.md").read_text()
+    files = [*ROOT.glob("*.py"), *ROOT.glob("*.sh")]
+    assert len(files) > 20 and not [path.name for path in files if path.name not in readme]
+
+
 def test_help_answers_within_half_a_second():
     def seconds():
         started = time.monotonic()
