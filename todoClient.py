@@ -162,8 +162,12 @@ def ClientgetWeight(stub, site):
         if told.get("fedml-sha256", digest) != digest:
             raise ValueError(f"the weights arrived with SHA-256 {digest}, the server announced {told['fedml-sha256']}")
     if "fedml-run" in told:
-        task = {"run": told["fedml-run"], "arch": told["fedml-arch"], "image_size": int(told["fedml-image-size"]),
-                "round": int(told["fedml-round"]), "rounds": int(told["fedml-rounds"])}
+        try:
+            task = {"run": told["fedml-run"], "arch": told["fedml-arch"], "image_size": int(told["fedml-image-size"]),
+                    "round": int(told["fedml-round"]), "rounds": int(told["fedml-rounds"])}
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"the server names a run, but not its network and round as expected ({error}): is it this "
+                             "project's todoServer.py, of the same commit?") from None
     else:  # the thesis demo's server: the client counts
         counted = site.state["round"] - bool(site.state["trained"]) if site.state["run"] == SEED_TASK["run"] else 0
         task = {**SEED_TASK, "round": counted + 1, "rounds": site.arguments.rounds}

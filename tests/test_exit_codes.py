@@ -15,6 +15,7 @@ import todoClient
 import todoServer
 import weights
 from generated import todo_pb2, todo_pb2_grpc
+from service import create_server
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
@@ -267,6 +268,16 @@ def test_a_client_that_is_refused_or_has_no_images_is_exit_1(start, begun, argum
     _, address = start_server(start, site)
     client = start(client_script(site), *arguments, "--server", address, cwd=site)
     assert client.wait(30) == 1 and sentence in client.lines[-1] and "Traceback" not in client.output
+
+
+def test_a_server_whose_words_make_no_sense_is_exit_1(make_run, start, site):
+    run = make_run()
+    run.rounds.state["image_size"] = "large"
+    server, address = create_server(run.rounds, "localhost:0")
+    client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
+    assert client.wait(30) == 1 and len(client.lines) == 1
+    assert "error: the server names a run, but not its network and round as expected (invalid literal" in client.lines[0]
+    server.stop(0)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--name", "hospital"], ["--name", "../x1"], ["--name", "a1", "--epochs", "0"]])
