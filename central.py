@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+from script import at_least, exit_on_signals, fail, say
+
+# isort: split
 import data
 import files
 import model
 from rounds import HISTORY_COLUMNS
-from script import at_least, exit_on_signals, fail, say
 
 
 def main(argv=None):

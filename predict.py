@@ -8,6 +8,9 @@ import json
 import sys
 from pathlib import Path
 
+from script import exit_on_signals, fail
+
+# isort: split
 import numpy as np
 from PIL import Image
 
@@ -15,7 +18,6 @@ import files
 import model
 import photos
 import weights
-from script import exit_on_signals, fail
 
 DRAWN = "  (the model was trained on drawn images: its score of a photograph says nothing)"
 

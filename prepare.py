@@ -21,6 +21,9 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from script import at_least, exit_on_signals, fail
+
+# isort: split
 import numpy as np
 from PIL import Image
 
@@ -31,7 +34,6 @@ import overview
 import photos
 import splits
 from files import clean, publish_text, sha256_of, temporary
-from script import at_least, exit_on_signals, fail
 
 PREPARED = Path("index/prepared.json")
 

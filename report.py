@@ -14,11 +14,13 @@ import re
 import sys
 from pathlib import Path
 
+from script import exit_on_signals, fail, say
+
+# isort: split
 import data
 import files
 import model
 from intervals import METRICS, measure
-from script import exit_on_signals, fail, say
 
 CLIENT_IMAGES = 500  # of each client, or of more every n-th: vgg16 takes 0.3 s an image
 

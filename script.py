@@ -1,4 +1,5 @@
-"""What every script says, asks and sets in the same way (standard library only)."""
+"""What every script says, asks and sets in the same way (standard library only). Scripts import it before any package: from
+then on a package that is not installed is a sentence."""
 
 import argparse
 import ctypes
@@ -6,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 
 def say(who, line, to=None):
@@ -22,6 +24,17 @@ def fail(who, sentence, code=1):
     """A user's mistake is one sentence on stderr and an exit code, never a traceback."""
     say(who, f"error: {sentence}", sys.stderr)
     return code
+
+
+def explain(kind, error, trace):
+    """In place of Python's own last words (sys.excepthook)."""
+    if kind is not ModuleNotFoundError:
+        return sys.__excepthook__(kind, error, trace)
+    fail(Path(sys.argv[0]).name, f"{sys.executable} has no package {error.name!r}: start it with .venv/bin/python, which "
+                                 "`. ./setup.sh requirements.txt` makes, or pip install -r requirements.txt")
+
+
+sys.excepthook = explain
 
 
 def at_least(least):

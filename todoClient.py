@@ -17,6 +17,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from script import at_least, exit_on_signals, fail, say, seconds
+
+# isort: split
 import grpc
 
 import files
@@ -24,7 +27,6 @@ import model
 import tls
 import weights
 from generated import todo_pb2, todo_pb2_grpc
-from script import at_least, exit_on_signals, fail, say, seconds
 
 HISTORY_COLUMNS = "round,epoch,loss,accuracy,num_examples,seconds".split(",")
 SETTINGS = "threads", "seed", "epochs", "batch_size", "freeze_base", "no_augmentation"  # what was trained follows from these

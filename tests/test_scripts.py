@@ -58,6 +58,13 @@ def test_no_file_is_too_long_to_read():
     assert max(sizes.values()) < 300, sizes
 
 
+@pytest.mark.parametrize("script", SCRIPTS[1:])  # the server needs packages only once it has a run
+def test_a_missing_package_is_one_sentence_and_exit_1(script):
+    shown = run(sys.executable, "-S", script)  # -S: without the environment's packages
+    assert shown.returncode == 1 and len(shown.stderr.splitlines()) == 1, shown.stderr
+    assert re.match(rf"{script}: error: .* has no package '\w+': start it with .venv/bin/python", shown.stderr)
+
+
 @pytest.mark.parametrize("arguments, sentence", [
     (["todoServer.py", "--rounds", "0"], "'0' is not a whole number of at least 1"),
     (["todoServer.py", "--min-clients", "2"], "--min-clients needs --round-timeout"),
