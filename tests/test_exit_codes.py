@@ -306,7 +306,7 @@ def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_ne
     # both come back: it is delivered again, not trained again
     server, address = start_server(start, site, port=address.rpartition(":")[2])
     client = start(client_script(site, 1000), "--name", "client001", "--server", address, cwd=site)
-    server.wait_for("client001 delivered .* again, replacing")
+    server.wait_for("client001 delivered .* again, the same weights")
     assert "training" not in client.output
 
 
