@@ -15,9 +15,11 @@ import pickletools
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
+
+from files import replacing
 
 COLUMNS = {"picture": str, "label": int, "dir": str, "new_label": str}
 GRADES = 5
@@ -53,9 +55,8 @@ def load_plain(content):
 def write_index(path, records):
     """Writes `records`, a list of dicts with the keys of COLUMNS, as an index."""
     columns = {name: [record[name] for record in records] for name in COLUMNS}
-    written = Path(path).with_suffix(".tmp")
-    written.write_bytes(pickle.dumps(columns, protocol=4))
-    os.replace(written, path)
+    with replacing(path) as written:
+        written.write_bytes(pickle.dumps(columns, protocol=4))
 
 
 def read_index(path):

@@ -211,6 +211,7 @@ def write(sets, made_from):
     if not all(sets.values()):
         raise ValueError(f"{' and '.join(name for name in sets if not sets[name])} would be without images")
     index.mkdir(exist_ok=True)
+    clean(index)
     for old in (figure, *index.glob("worker*.pkl")):
         old.unlink(missing_ok=True)
     records = {}
