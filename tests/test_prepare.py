@@ -251,7 +251,7 @@ def test_stopped_at_any_instant_it_is_not_complete_leaves_no_process_and_goes_on
     pictures = Path("preprocessed/synthetic")
     try:
         deadline = time.monotonic() + 60
-        while len(list(pictures.glob("*.png"))) < 8:
+        while len(list(pictures.glob("[!.]*.png"))) < 8:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         os.kill(process.pid, how)
@@ -268,13 +268,13 @@ def test_stopped_at_any_instant_it_is_not_complete_leaves_no_process_and_goes_on
     finally:
         if process.poll() is None:
             process.kill()
-    kept = len(list(pictures.glob("*.png")))
+    kept = len(list(pictures.glob("[!.]*.png")))
     assert 8 <= kept < 120 and not Path("index/prepared.json").exists()
-    for path in pictures.glob("*.png"):
+    for path in pictures.glob("[!.]*.png"):
         Image.open(path).load()
     assert prepare.main(argv) == 0
     assert f"{kept} pictures are there, {120 - kept} to make" in capfd.readouterr().out
-    assert len(list(pictures.glob("*.png"))) == 121 and not list(pictures.glob(".*"))  # and the contact sheet
+    assert len(list(pictures.glob("[!.]*.png"))) == 121 and not list(pictures.glob(".*"))  # and the contact sheet
 
 
 def test_a_failure_on_the_way_leaves_an_index_that_is_not_complete(monkeypatch, capsys):
