@@ -116,7 +116,7 @@ class Supervised:
             (folder / name).symlink_to(data / name)
         address = f"localhost:{free_port()}"
         server = ["--listen", address, "--clients", ",".join(CLIENTS), "--rounds", str(ROUNDS), "--image-size", "32"]
-        client = ["--server", address, "--give-up-after", "4", "--threads", "1"]
+        client = ["--server", address, "--give-up-after", "8", "--threads", "1"]
         self.commands = {"todoServer": ("todoServer", server),
                          **{name: ("todoClient", ["--name", name, *client]) for name in CLIENTS}}
         self.kills, self.codes = 0, {}
