@@ -43,8 +43,9 @@ def main(argv=None):
         files.publish_text(out, page(run))
     except (ValueError, OSError) as error:
         return fail("report", error)
+    numbers = run["measured"].items()
     say("report", f"{out}: round {len(run['history'])}/{run['rounds']}, {len(run['val'])} held-out images: " + ", ".join(
-        f"{name} {value:.3f} ({low:.3f} to {high:.3f})" for name, (value, low, high) in run["measured"].items()))
+        f"{name} {value:.3f} ({low:.3f} to {high:.3f})" for name, (value, low, high) in numbers).replace("auc", "AUC"))
     return 0
 
 

@@ -182,7 +182,7 @@ def clients(run):
             draw_stacked(axes, list(here), dict(graded), GRADE_COLOURS)
     text = ('<p class="quiet">The clients trained on these images: compare the clients with each other. Of more than '
             f"{run['client_images']} images of a client, every n-th was looked at.</p>")
-    return box("clients", "The merged model at each client", grid([*cells, table(*rows) + text], least=480))
+    return box("clients", "The merged model at each client", grid([*cells, table(*rows) + text], least=576))
 
 
 def time(run):
