@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,13 +60,20 @@ STAND_INS = {
     "evaluate": lambda network, images, labels: metrics(), "shapes": lambda network: SHAPES}
 
 
-def life(script, arguments, folder, number, how):
-    """One life of a process: main(), until the number-th publish; everything it says goes into a file."""
+def life(script, arguments, folder, code_file, number, how):
+    """One life of a process: main(), until the number-th publish; everything it says goes into a file, and into another the
+    code with which it ends by itself (multiprocessing, asked, says 255 of any once in 1000 times)."""
     os.chdir(folder)
     log = os.open(f"{script}-{arguments[1].rpartition(':')[2]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    count, lock, publish = itertools.count(1), threading.Lock(), files.publish
+    count, lock, publish, end = itertools.count(1), threading.Lock(), files.publish, os._exit
+
+    def noted(code):
+        Path(code_file).write_text(str(code))
+        end(code)
+
+    os._exit = noted
 
     def die(point, path):
         os.write(2, f"KILLED {how} publish {point}: {path}\n".encode())
@@ -127,7 +135,7 @@ class Supervised:
 
         def start(name, *arm):
             script, arguments = self.commands[name]
-            alive[name] = FORKS.Process(target=life, args=(script, arguments, self.folder, *arm), daemon=True)
+            alive[name] = FORKS.Process(target=life, args=(script, arguments, self.folder, f"{name}.code", *arm), daemon=True)
             alive[name].start()
 
         try:
@@ -139,8 +147,10 @@ class Supervised:
                 for name, process in list(alive.items()):
                     if process.exitcode is not None:
                         del alive[name]
-                        self.codes[name] = process.exitcode
-                        if process.exitcode not in (0, 1, 4):  # -9; once in 1000 times multiprocessing reads it as 255
+                        ended = self.folder / f"{name}.code"
+                        if ended.exists():
+                            self.codes[name] = int(ended.read_text())
+                        else:  # killed
                             self.kills += 1
                             start(name, 0, None)
         finally:
