@@ -26,15 +26,15 @@ def fail(who, sentence, code=1):
     return code
 
 
-def explain(kind, error, trace):
-    """In place of Python's own last words (sys.excepthook)."""
+def missing_package(kind, error, trace):
+    """sys.excepthook: where a package is missing, a sentence in place of Python's own last words."""
     if kind is not ModuleNotFoundError:
         return sys.__excepthook__(kind, error, trace)
     fail(Path(sys.argv[0]).name, f"{sys.executable} has no package {error.name!r}: start it with .venv/bin/python, which "
                                  "`. ./setup.sh requirements.txt` makes, or pip install -r requirements.txt")
 
 
-sys.excepthook = explain
+sys.excepthook = missing_package
 
 
 def at_least(least):

@@ -74,7 +74,7 @@ def measure(folder, clients, rounds, weights, command, size=16):
     """(seconds, server CPU seconds, server peak bytes, bytes above its level) of a round"""
     round_overhead.index_of_one(folder)
     names = ",".join(f"client{number + 1:03}" for number in range(clients))
-    environment = {"BENCHMARK_WEIGHTS": str(weights), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {"BENCHMARK_WEIGHTS": str(weights)}
     server = round_overhead.start([*command, "--listen", "localhost:0", "--clients", names, "--image-size", size,
                                    "--rounds", rounds + 1], folder, **environment)
     memory = round_overhead.Peak(server)
