@@ -36,14 +36,14 @@ def main(argv=None):
     add("--threads", type=at_least(0), default=0, metavar="N", help="of TensorFlow (0: all cores)")
     args = parser.parse_args(argv)
     try:
-        return train_and_evaluate(args, args.image_size or model.ARCHS[args.arch])
+        with files.alone_in(args.out):
+            return train_and_evaluate(args, args.image_size or model.ARCHS[args.arch])
     except (ValueError, OSError) as error:
         return fail("central", error)
 
 
 def train_and_evaluate(args, image_size):
     """Publishes OUT/central_weight.h5 and OUT/history.csv, whose columns are server/history.csv's, after every round."""
-    args.out.mkdir(parents=True, exist_ok=True)
     files.clean(args.out)
     train, val = map(data.read_index, (args.index or args.index_dir / "train_set.pkl", args.index_dir / "val_set.pkl"))
     images, val_images = (data.load_images(part, image_size, files.temporary(args.out / "images.npy")) for part in (train, val))

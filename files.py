@@ -5,6 +5,7 @@ or the new one, and at most a temporary file beside it, which `clean` removes at
 """
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -91,6 +92,25 @@ def sha256_of(path):
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return ""
+
+
+@contextmanager
+def alone_in(folder):
+    """Makes `folder` where it is missing; while the body runs, no other process is in it: a second server or client would
+    clean away what the first is writing. The lock ends with its process, however that ends. Raises ValueError."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(place)
+        raise ValueError(f"another process works in {folder}: wait until it ends, or stop it, and start again") from None
+    except OSError:
+        pass  # a network's file system that has no locks
+    try:
+        yield
+    finally:
+        os.close(place)
 
 
 def clean(folder):

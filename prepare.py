@@ -33,7 +33,7 @@ import fundus
 import overview
 import photos
 import splits
-from files import clean, publish_text, sha256_of, temporary
+from files import alone_in, clean, publish_text, replacing, sha256_of
 
 PREPARED = Path("index/prepared.json")
 
@@ -44,22 +44,11 @@ def main(argv=None):
         made_from = choices_of(args)
         if args.check:
             return check(made_from, args.skip_broken)
-        found = find(args)
-        PREPARED.unlink(missing_ok=True)
-        found, made_from["skipped"] = make_pictures(found, made_from, args.skip_broken)
-        if args.index_from:
-            parts = [Path(file).stem for file in args.index_from]
-            sets = {part: [photo for photo in found if photo.part == part] for part in parts}
-            everyone = {photo.name: photo for photo in found if photo.part != "val_set"}
-            sets.setdefault("train_set", list(everyone.values()))
-            made_from["num_clients"] = len(sets) - 2
-        else:
-            train, val = splits.choose_validation(found, args.balanced, np.random.default_rng([args.seed, 1]))
-            rng = np.random.default_rng([args.seed, 2])
-            workers = splits.split(train, args.split, args.num_clients, rng, args.alpha, args.share)
-            sets = {f"worker{number}": photos for number, photos in enumerate(workers, start=1)}
-            sets.update(train_set=train, val_set=val)
-        write(sets, made_from)
+        with alone_in(PREPARED.parent):
+            found = find(args)
+            PREPARED.unlink(missing_ok=True)
+            found, made_from["skipped"] = make_pictures(found, made_from, args.skip_broken)
+            write(divide(found, args, made_from), made_from)
     except (ValueError, OSError, BrokenProcessPool) as error:
         return fail("prepare.py", error)
     return 0
@@ -198,10 +187,24 @@ def make_picture(job):
             image = photos.preprocess(photos.open_image(photo.path), choices["image_size"])
     except ValueError as error:
         return {photo.name: str(error)}
-    written = temporary(target)
-    Image.fromarray(image).save(written)
-    os.replace(written, target)
+    with replacing(target) as written:
+        Image.fromarray(image).save(written)
     return {}
+
+
+def divide(found, args, made_from):
+    """{name of an index: [Photo]}: worker1, worker2 ..., train_set, val_set."""
+    if args.index_from:
+        parts = [Path(file).stem for file in args.index_from]
+        sets = {part: [photo for photo in found if photo.part == part] for part in parts}
+        everyone = {photo.name: photo for photo in found if photo.part != "val_set"}
+        sets.setdefault("train_set", list(everyone.values()))
+        made_from["num_clients"] = len(sets) - 2
+        return sets
+    train, val = splits.choose_validation(found, args.balanced, np.random.default_rng([args.seed, 1]))
+    workers = splits.split(train, args.split, args.num_clients, np.random.default_rng([args.seed, 2]), args.alpha, args.share)
+    sets = {f"worker{number}": photos for number, photos in enumerate(workers, start=1)}
+    return {**sets, "train_set": train, "val_set": val}
 
 
 def write(sets, made_from):
@@ -210,7 +213,6 @@ def write(sets, made_from):
     sheet = Path("preprocessed") / made_from["dataset"] / "contact_sheet.png"
     if not all(sets.values()):
         raise ValueError(f"{' and '.join(name for name in sets if not sets[name])} would be without images")
-    index.mkdir(exist_ok=True)
     clean(index)
     for old in (figure, *index.glob("worker*.pkl")):
         old.unlink(missing_ok=True)

@@ -31,21 +31,12 @@ def main(argv=None):
     arguments = parse(argv)
     exit_on_signals("server: stopped before it began to listen; start it again")
     try:
-        arguments.server_dir.mkdir(parents=True, exist_ok=True)
-        state, examples = load(arguments)
-        rounds = open_rounds(arguments, state, examples)
-        from service import create_server
-
-        local, credentials = tls.is_this_machine(arguments.listen), tls.credentials(arguments, of_server=True)
-        server, address = create_server(rounds, arguments.listen, arguments.max_examples, credentials,
-                                        serve_unnamed=local or arguments.insecure)
+        with files.alone_in(arguments.server_dir):
+            state, examples = load(arguments)
+            rounds = open_rounds(arguments, state, examples)
+            return serve(listen(arguments, rounds), rounds)
     except (ValueError, OSError) as error:
         return fail("server", error)
-    if not (local or arguments.tls_cert and arguments.tls_ca):
-        say("warning: " + ("without --tls-ca a client is whoever says its name" if arguments.tls_cert else
-                           "plaintext: who is on the way reads and changes the weights, and a client is whoever says its name"))
-    say(f"listening on {address}")
-    return serve(server, rounds)
 
 
 def parse(argv):
@@ -182,6 +173,20 @@ def open_rounds(arguments, state, examples):
 
 
 # --- serving ------------------------------------------------------------------------------------------------------
+
+
+def listen(arguments, rounds):
+    """A started gRPC server."""
+    from service import create_server
+
+    local, credentials = tls.is_this_machine(arguments.listen), tls.credentials(arguments, of_server=True)
+    server, address = create_server(rounds, arguments.listen, arguments.max_examples, credentials,
+                                    serve_unnamed=local or arguments.insecure)
+    if not (local or arguments.tls_cert and arguments.tls_ca):
+        say("warning: " + ("without --tls-ca a client is whoever says its name" if arguments.tls_cert else
+                           "plaintext: who is on the way reads and changes the weights, and a client is whoever says its name"))
+    say(f"listening on {address}")
+    return server
 
 
 def serve(server, rounds):

@@ -110,6 +110,7 @@ def peers(address, clients):
 
     def take_part(name):
         try:
+            Path(name).mkdir()
             todoClient.federate(todoClient.Site(todoClient.parse(["--name", name, "--server", address, "--index",
                                                                   "index/worker1.pkl"])))
         except todoClient.Finished:

@@ -47,6 +47,7 @@ def test_it_trains_as_a_client_trains(here):
     """Federated averaging with one client and central training are the same computation, to the bit."""
     assert run("--epochs", "2", "--batch-size", "4", "--out", "client001", "--index", "index/worker1.pkl") == 0
     flags = ["--name", "client001", "--client-dir", "federated", "--epochs", "2", "--batch-size", "4"]
+    (here / "federated").mkdir()
     client = todoClient.Site(todoClient.parse(flags))
     model.configure(0)
     model.save(model.build("drcnn", 16, 0), client.weights)

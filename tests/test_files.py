@@ -1,8 +1,13 @@
 """files.py: whole or not there."""
 
+import errno
+import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 import files
 
@@ -64,3 +69,27 @@ def test_an_old_run_is_moved_aside_with_its_state_first(tmp_path):
         assert files.load_state(tmp_path / f"old-{number}" / "state.json") == {"round": number}
         assert (tmp_path / f"old-{number}" / "client001" / "client_weights.h5").exists()
     assert sorted(os.listdir(tmp_path)) == [".gitkeep", "old-1", "old-2"]
+
+
+def test_a_folder_is_one_processs_until_that_ends_however_it_ends(tmp_path):
+    folder = tmp_path / "new" / "server"
+    code = "import files, sys\nwith files.alone_in(sys.argv[1]): print('there', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"there\n" and folder.is_dir()
+    with pytest.raises(ValueError, match="another process works in .*new/server: wait until it ends, or stop it"):
+        with files.alone_in(folder):
+            pass
+    other.kill()
+    other.communicate()
+    for _ in range(2):
+        with files.alone_in(folder):
+            assert not list(folder.iterdir())
+
+
+def test_where_there_are_no_locks_it_goes_on_without(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with files.alone_in(tmp_path):
+        pass
