@@ -52,7 +52,8 @@ def main(argv=None):
     arguments = parse(argv)
     exit_on_signals(f"{arguments.name}: stopped; start it again to take part again")
     try:
-        federate(Site(arguments))
+        with files.alone_in(arguments.client_dir):
+            federate(Site(arguments))
     except Finished as end:
         say(arguments.name, end)
         return 0
@@ -92,9 +93,8 @@ def parse(argv):
     tls.check_arguments(parser, arguments, arguments.server, bool(arguments.tls_ca))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
         parser.error(f"--name {arguments.name[:80]!r}: expected letters, digits, '.', '_', '-', at most 64")
-    number = re.search(r"\d+$", arguments.name)
     if arguments.index is None:
-        if not number:
+        if not (number := re.search(r"\d+$", arguments.name)):
             parser.error(f"--name {arguments.name} ends in no number: say which images are its own with --index FILE")
         arguments.index = Path("index") / f"worker{int(number[0])}.pkl"
     arguments.client_dir = arguments.client_dir or Path(arguments.name)
@@ -112,7 +112,6 @@ class Site:
         import data
 
         self.arguments, self.name = arguments, arguments.name
-        arguments.client_dir.mkdir(parents=True, exist_ok=True)
         files.clean(arguments.client_dir)
         self.weights = arguments.client_dir / "client_weights.h5"
         self.records = data.read_index(arguments.index)
@@ -167,6 +166,8 @@ def ClientgetWeight(stub, site):
         try:
             task = {"run": told["fedml-run"], "arch": told["fedml-arch"], "image_size": int(told["fedml-image-size"]),
                     "round": int(told["fedml-round"]), "rounds": int(told["fedml-rounds"])}
+            if task["arch"] not in model.ARCHS or not 16 <= task["image_size"] <= 4096 or min(task["round"], task["rounds"]) < 1:
+                raise ValueError(", ".join(f"{name} {str(value)[:40]}" for name, value in task.items()))
         except (KeyError, ValueError) as error:
             raise ValueError(f"the server names a run, but not its network and round as expected ({error}): is it this "
                              "project's todoServer.py, of the same commit?") from None

@@ -1,6 +1,8 @@
 """How server and client end: 0 finished, 1 refused or an error, 2 usage, 3 too few clients, 4 gave up, 5 never answered,
 130 Ctrl-C, 143 SIGTERM; within seconds, with a sentence, and with the port free."""
 
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -270,13 +272,17 @@ def test_a_client_that_is_refused_or_has_no_images_is_exit_1(start, begun, argum
     assert client.wait(30) == 1 and sentence in client.lines[-1] and "Traceback" not in client.output
 
 
-def test_a_server_whose_words_make_no_sense_is_exit_1(make_run, start, site):
+@pytest.mark.parametrize(("name", "value", "reason"), [
+    ("image_size", "large", "invalid literal for int"), ("image_size", 10**9, "arch drcnn, image_size 1000000000, round 1"),
+    ("image_size", 8, "image_size 8,"), ("arch", "resnet", "arch resnet,"), ("round", -19, "round -19,")])
+def test_a_server_whose_words_make_no_sense_is_exit_1(make_run, start, site, name, value, reason):
     run = make_run()
-    run.rounds.state["image_size"] = "large"
+    run.rounds.state[name] = value
     server, address = create_server(run.rounds, "localhost:0")
     client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
     assert client.wait(30) == 1 and len(client.lines) == 1
-    assert "error: the server names a run, but not its network and round as expected (invalid literal" in client.lines[0]
+    assert "error: the server names a run, but not its network and round as expected (" in client.lines[0]
+    assert reason in client.lines[0]
     server.stop(0)
 
 
@@ -347,9 +353,33 @@ def test_a_second_client_of_the_name_ends_the_first_with_a_sentence(start, begun
 
 def test_a_busy_port_is_exit_1(start, begun):
     site = begun()
+    shutil.copytree(site / "server", site / "other")
     _, address = start_server(start, site)
-    second = start("todoServer.py", "--listen", address, cwd=site)
+    second = start("todoServer.py", "--listen", address, "--server-dir", "other", cwd=site)
     assert second.wait(30) == 1 and "is another server running there" in second.lines[-1]
+
+
+def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing(start, begun):
+    site, go_on = begun(), threading.Event()
+    server, address = start_server(start, site)
+    client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
+    server.wait_for("client001 delivered")
+
+    def half():
+        yield todo_pb2.modelWeight(clientname="client002", clientsize=3, blob=b"\x89HDF" * 2500)
+        go_on.wait(60)
+
+    call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).sendWeight.future(half(), timeout=60)
+    until(lambda: list((site / "server" / "client002").glob(".*.tmp*")), "the first half is there")
+    before = {path: path.stat().st_mtime_ns for name in ("server", "client001") for path in (site / name).rglob("*")}
+    for second in (start("todoServer.py", "--listen", "localhost:0", cwd=site),
+                   start("todoServer.py", "--listen", "localhost:0", "--fresh", cwd=site),
+                   start(client_script(site), "--name", "client001", "--server", address, cwd=site)):
+        assert second.wait(30) == 1 and len(second.lines) == 1
+        assert re.match(r"(server|client001): error: another process works in \1: wait until it ends", second.lines[0])
+    assert before == {path: path.stat().st_mtime_ns for name in ("server", "client001") for path in (site / name).rglob("*")}
+    assert client.process.poll() is None and not call.done()
+    go_on.set()
 
 
 def test_no_script_loads_tensorflow_before_it_needs_it(start, begun):
