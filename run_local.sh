@@ -39,9 +39,13 @@ names=$(seq -f 'client%03g' -s, 1 "$clients")
 
 # A finished run makes room for a new one; an unfinished one goes on, on the data that it began with.
 state=$($python -c "
-import files
-state = files.load_state('server/state.json')
-print('none' if state is None else 'finished' if state['round'] > state['rounds'] else 'open')") || exit 1
+import files, script, sys
+try:
+    with files.alone_in('server'):
+        state = None if sys.argv[1:] else files.load_state('server/state.json')
+except ValueError as error:
+    sys.exit(script.fail('run_local', error))
+print('none' if state is None else 'finished' if state['round'] > state['rounds'] else 'open')" $fresh) || exit 1
 if [ "$state" = open ] && [ -z "$fresh" ]; then
     if ! why=$($python prepare.py --check "${prepare[@]}"); then
         echo "run_local: error: server/ holds an unfinished run, but $why; go on with the same choices, or begin with --fresh" >&2

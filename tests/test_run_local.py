@@ -64,6 +64,12 @@ def test_twice_then_interrupted_then_gone_on_with(project):
 
     third = Started(["bash", "run_local.sh", *CHOICES, "--rounds", "3"], project)
     third.wait_for("round 1/3: loss", 200)
+    log = (project / "run_local.log").read_text()
+    for flags in ([], ["--fresh"]):
+        beside = run(project, *flags)
+        assert beside.returncode == 1 and beside.stdout == ""
+        assert re.fullmatch("run_local: error: another process works in server: wait until it ends.*\n", beside.stderr)
+    assert (project / "run_local.log").read_text().startswith(log)
     third.signal(signal.SIGINT)
     assert third.wait(30) == 130
     until(lambda: not processes_in(project), "everything that it started is gone")
@@ -75,6 +81,12 @@ def test_twice_then_interrupted_then_gone_on_with(project):
     assert gone_on.returncode == 0, gone_on.stdout + gone_on.stderr
     assert "going on with the unfinished run" in gone_on.stdout and "round 3/3: loss" in gone_on.stdout
     assert "a new run" not in gone_on.stdout
+
+    (project / "server" / "state.json").write_text("{")
+    damaged = run(project)
+    assert damaged.returncode == 1 and damaged.stderr.count("\n") == 1 and "or start with --fresh" in damaged.stderr
+    afresh = run(project, "--fresh", "--rounds", "1")
+    assert afresh.returncode == 0 and "the old run's files are in server/old-3" in afresh.stdout
 
 
 @pytest.mark.slow
