@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from script import at_least, exit_on_signals, fail, say
+from script import at_least, exit_on_signals, fail, pixels, say
 
 # isort: split
 import data
@@ -26,7 +26,7 @@ def main(argv=None):
     add("--batch-size", type=at_least(1), default=16, metavar="N", help="(16)")
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation (0)")
     add("--arch", choices=list(model.ARCHS), default="drcnn", help="the network (drcnn)")
-    add("--image-size", type=at_least(16), metavar="PIXELS", help="a side (128 for drcnn, 224 for vgg16)")
+    add("--image-size", type=pixels, metavar="PIXELS", help="a side (128 for drcnn, 224 for vgg16)")
     add("--weights", default="none", metavar="none|imagenet|FILE", help="to start from (none: random)")
     add("--freeze-base", action="store_true", help="train only the dense layers of a vgg16")
     add("--no-augmentation", action="store_true", help="train on the images as they are, without rotation and flips")

@@ -135,10 +135,7 @@ def load_images(records, image_size, spill=None):
 def _load_image(path, image_size):
     from photos import open_image
 
-    image = open_image(path).convert("RGB")
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size))
-    return np.asarray(image)
+    return np.asarray(open_image(path).resize((image_size, image_size)))
 
 
 class TrainingBatches:

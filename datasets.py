@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data import COLUMNS
+from files import replacing
 
 RETINAMNIST_URL = "https://zenodo.org/records/10519652/files/{name}?download=1"
 RETINAMNIST_MD5 = {128: "e48e916a24454daf90583d4e6efb1a18", 224: "eae7e3b6f3fcbda4ae613ebdcbe35348"}
@@ -34,7 +35,7 @@ def load(dataset, source, image_size=128):
         raise ValueError(f"{source} is no folder: --source must be the folder of the data set {dataset!r}")
     photos = {}
     for photo in LOADERS[dataset](source, image_size):
-        name = re.sub(r"[^A-Za-z0-9_-]+", "_", f"{photo.part}_{photo.name or photo.path.stem}").strip("_")
+        name = re.sub(r"[^\w-]+", "_", f"{photo.part}_{photo.name or photo.path.stem}").strip("_")
         if name in photos:
             raise ValueError(f"{source} lists {photo.path} twice, or another image of that name: leave one of the two")
         photos[name] = photo._replace(name=name)
@@ -44,12 +45,12 @@ def load(dataset, source, image_size=128):
 
 
 def read_labels(table, image, grade, highest=4, **layout):
-    """(image, grade, the line as a dict) for each line of a CSV file with the columns `image` and `grade`."""
+    """(image, grade, the line as a dict) for each line of a CSV file with the columns `image` and `grade`, in any case."""
     if not table.is_file():
         raise ValueError(f"{table} is missing: is --source the folder into which the archive was unpacked?")
     with open(table, encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file, restval="", skipinitialspace=True, **layout)
-        columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        columns = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         for column in (image, grade):
             if column not in columns:
                 found = ", ".join(filter(None, columns)) or "nothing"
@@ -94,7 +95,7 @@ def idrid(source, _):
         table = root / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{title} Labels.csv"
         images = root / "1. Original Images" / f"{letter}. {title} Set"
         photos += [Photo(images / f"{image}.jpg", grade, f"{part} {image}", part)
-                   for image, grade, _ in read_labels(table, "Image name", "Retinopathy grade")]
+                   for image, grade, _ in read_labels(table, "image name", "retinopathy grade")]
     return photos
 
 
@@ -120,14 +121,17 @@ def retinamnist(source, image_size):
     try:
         with np.load(archive) as arrays:
             parts = {part: (arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "val", "test")}
+        if any(images.dtype != np.uint8 for images, _ in parts.values()):
+            raise ValueError("its images are not of 8 bits")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{archive} is no RetinaMNIST archive ({error}): download {name} from zenodo.org") from None
     archive.with_suffix("").mkdir(exist_ok=True)
     for part, (images, labels) in parts.items():
         for number, (image, label) in enumerate(zip(images, labels.ravel(), strict=True)):
             path = archive.with_suffix("") / f"{part}_{number:04d}.png"
-            if not path.exists():
-                Image.fromarray(image).save(path)
+            if not (path.exists() and path.stat().st_mtime >= archive.stat().st_mtime):
+                with replacing(path) as written:
+                    Image.fromarray(image).save(written)
             if label not in range(5):
                 raise ValueError(f"{archive} gives {path.name} the grade {label}, expected a whole number 0 to 4")
             photos.append(Photo(path, int(label), path.name, part, f"{number:04d}"))
@@ -143,7 +147,7 @@ def thesis_index(files, source):
         import pandas
     except ImportError:
         raise ValueError("--index-from reads pandas DataFrames and needs pandas: pip install pandas") from None
-    photos, names = [], {Path(file).stem for file in files}
+    photos, names, seen = [], {Path(file).stem for file in files}, {}
     workers = {f"worker{number}" for number in range(1, len(names - {"train_set", "val_set"}) + 1)}
     if not workers or names - {"train_set"} != workers | {"val_set"}:
         found = ", ".join(sorted(names))
@@ -159,7 +163,10 @@ def thesis_index(files, source):
             path = Path(source).expanduser() / picture if source else Path(where)
             if not path.exists():
                 raise ValueError(f"{file}: {path} is missing: --source must be the folder of the pictures")
-            photos.append(Photo(path, int(grade), picture, file.stem, Path(picture).stem))
+            photo = Photo(path, int(grade), picture, file.stem, Path(picture).stem)
+            if seen.setdefault(photo.name, photo)[:2] != photo[:2]:
+                raise ValueError(f"{file}: {path} and {seen[photo.name].path} have one name, or two grades: rename one of them")
+            photos.append(photo)
     return photos
 
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 STATE_VERSION = 1
-READ_BYTES = 1 << 20
 
 
 def temporary(path):

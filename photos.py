@@ -3,7 +3,7 @@
 import warnings
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 DARK = 7  # grey levels up to this are the black around the field of view ...
@@ -12,19 +12,21 @@ GRAHAM_SIGMA = 10 / 224  # of the blur that is the local average, in picture wid
 
 
 def open_image(path):
-    """A PIL image, RGB, read whole. Raises ValueError where it is missing, truncated, too large or not in FORMATS."""
+    """A PIL image, RGB, read whole, turned as its EXIF says. Raises ValueError where it is missing, truncated, too large or
+    not in FORMATS."""
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow raises only above twice its limit
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{path} has more than 8 bits a channel: convert it to 8 bits first")
-            return image.convert("RGB")
+            mode, upright = image.mode, ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"{path} is too large, expected at most {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except (OSError, SyntaxError, IndexError, EOFError) as error:  # Pillow's decoders raise any of these
+    except Exception as error:  # Pillow's decoders raise nearly anything
         raise ValueError(f"{path} cannot be read as {', '.join(FORMATS)} ({error})") from None
+    if mode.startswith(("I", "F")):
+        raise ValueError(f"{path} has more than 8 bits a channel: convert it to 8 bits first")
+    return upright
 
 
 def preprocess(image, image_size):

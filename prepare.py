@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from script import at_least, exit_on_signals, fail
+from script import at_least, exit_on_signals, fail, pixels
 
 # isort: split
 import numpy as np
@@ -59,7 +59,7 @@ def parse(argv):
     add = parser.add_argument
     add("--dataset", default="synthetic", choices=("synthetic", *datasets.LOADERS), help="drawn, or photographs")
     add("--source", metavar="DIR", help="folder of the unpacked data set")
-    add("--image-size", type=at_least(16), default=128, help="pixels a side (128)")
+    add("--image-size", type=pixels, default=128, help="pixels a side (128)")
     add("--seed", type=at_least(0), default=0, help="of drawing and splitting (0)")
     add("--num-train", type=at_least(10), default=900, help="synthetic images to train on (900)")
     add("--num-val", type=at_least(10), default=300, help="synthetic images to validate on (300)")
@@ -75,6 +75,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not args.source and not args.index_from and args.dataset not in ("synthetic", "retinamnist"):
         parser.error(f"--dataset {args.dataset} needs --source, the folder of the unpacked data set")
+    if args.index_from and any(Path(file).resolve().parent == PREPARED.parent.resolve() for file in args.index_from):
+        parser.error("--index-from must lie outside index/, where the new indexes are written: move the old ones first")
     if args.balanced and args.dataset != "ddr":
         parser.error(f"--balanced is the thesis's draw from ddr, not from {args.dataset}")
     if args.split == "noniid" and args.num_clients != 3:
@@ -138,7 +140,7 @@ def make_pictures(found, choices, skip_broken):
     folder, drawn = Path("preprocessed") / choices["dataset"], choices["preprocessing"] == "drawn"
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
-    deciding = ("source", "image_size", "code", *(("seed", "num_train", "num_val") if drawn else ()))
+    deciding = ("source", "index_from", "image_size", "code", *(("seed", "num_train", "num_val") if drawn else ()))
     made_from, stamp = json.dumps([choices.get(name) for name in deciding]), folder / "made_from.json"
     if not stamp.exists() or stamp.read_text() != made_from:
         for old in folder.glob("*.png"):
@@ -147,8 +149,8 @@ def make_pictures(found, choices, skip_broken):
     jobs, unique = [], {photo.name: photo for photo in found}
     for number, photo in enumerate(unique.values()):
         target = folder / f"{photo.name}.png"
-        original = photo.path or stamp
-        if not (target.exists() and original.exists() and original.stat().st_mtime <= target.stat().st_mtime):
+        made = target.exists() and (photo.path is None or photo.path.exists() and date_of(photo.path) == date_of(target))
+        if not made:
             jobs.append((photo, target, choices, number))
     print(f"{folder}: {len(unique) - len(jobs)} pictures are there, {len(jobs)} to make", flush=True)
     problems, started, terminal = {}, time.monotonic(), sys.stdout.isatty()
@@ -189,7 +191,13 @@ def make_picture(job):
         return {photo.name: str(error)}
     with replacing(target) as written:
         Image.fromarray(image).save(written)
+        if photo.path:
+            os.utime(written, (date_of(photo.path),) * 2)  # a photograph of another date, also an older one, is another
     return {}
+
+
+def date_of(path):
+    return int(path.stat().st_mtime)
 
 
 def divide(found, args, made_from):
@@ -214,7 +222,7 @@ def write(sets, made_from):
     if not all(sets.values()):
         raise ValueError(f"{' and '.join(name for name in sets if not sets[name])} would be without images")
     clean(index)
-    for old in (figure, *index.glob("worker*.pkl")):
+    for old in (figure, *index.glob("worker*.pkl"), index / "train_set.pkl", index / "val_set.pkl"):  # never new beside old
         old.unlink(missing_ok=True)
     records = {}
     for name, found in sets.items():

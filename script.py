@@ -31,20 +31,26 @@ def missing_package(kind, error, trace):
     if kind is not ModuleNotFoundError:
         return sys.__excepthook__(kind, error, trace)
     fail(Path(sys.argv[0]).name, f"{sys.executable} has no package {error.name!r}: start it with .venv/bin/python, which "
-                                 "`. ./setup.sh requirements.txt` makes, or pip install -r requirements.txt")
+                                 "`bash setup.sh requirements.txt` makes, or pip install -r requirements.txt")
 
 
 sys.excepthook = missing_package
+sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
 
 
-def at_least(least):
-    """An argparse type: a whole number of at least `least`."""
+def at_least(least, most=2**32 - 1):
+    """An argparse type: a whole number of at least `least`; NumPy takes seeds up to this `most`."""
     def whole_number(text):
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is too large, expected at most {most}")
         return int(text)
 
     return whole_number
+
+
+pixels = at_least(16, 4096)  # a side of an image
 
 
 def seconds(text):

@@ -17,7 +17,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from script import at_least, exit_on_signals, fail, say, seconds
+from script import at_least, exit_on_signals, fail, pixels, say, seconds
 
 # isort: split
 import grpc
@@ -164,11 +164,10 @@ def ClientgetWeight(stub, site):
             raise ValueError(f"the weights arrived with SHA-256 {digest}, the server announced {told['fedml-sha256']}")
     if "fedml-run" in told:
         try:
-            task = {"run": told["fedml-run"], "arch": told["fedml-arch"], "image_size": int(told["fedml-image-size"]),
-                    "round": int(told["fedml-round"]), "rounds": int(told["fedml-rounds"])}
-            if task["arch"] not in model.ARCHS or not 16 <= task["image_size"] <= 4096 or min(task["round"], task["rounds"]) < 1:
-                raise ValueError(", ".join(f"{name} {str(value)[:40]}" for name, value in task.items()))
-        except (KeyError, ValueError) as error:
+            task = {"run": told["fedml-run"], "arch": told["fedml-arch"], "image_size": pixels(told["fedml-image-size"]),
+                    "round": at_least(1)(told["fedml-round"]), "rounds": at_least(1)(told["fedml-rounds"])}
+            model.ARCHS[task["arch"]]  # known?
+        except (KeyError, ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"the server names a run, but not its network and round as expected ({error}): is it this "
                              "project's todoServer.py, of the same commit?") from None
     else:  # the thesis demo's server: the client counts
@@ -182,7 +181,6 @@ def ClientgetWeight(stub, site):
 def train(site, task):
     """Trains on the site's own images; publishes client_weights.h5, history.csv and state.json, in this order."""
     site.prepare(task)
-    weights.check(site.weights, model.shapes(site.network))
     model.load(site.network, site.weights)
     title = f"round {task['round']}/{task['rounds']}"
     site.say(f"{title}: training on {len(site.records)} images")

@@ -19,7 +19,7 @@ from pathlib import Path
 import files
 import tls
 from rounds import Refused, Rounds, TooFewClients, new_state
-from script import at_least, exit_on_signals, fail, keep_heap_small, seconds, trim_heap
+from script import at_least, exit_on_signals, fail, keep_heap_small, pixels, seconds, trim_heap
 from script import say as say_as
 
 LAST_ANSWER_S = 30  # how long a finished server stays for clients that have not heard its last answer
@@ -46,7 +46,7 @@ def parse(argv):
     add("--clients", metavar="NAME,...", help=f"all that take part (default: {','.join(NEW_RUN['clients'])})")
     add("--rounds", type=at_least(1), help="of the whole run; more than a finished run's extends it (default: 10)")
     add("--arch", choices=["drcnn", "vgg16"], help="the network (default: drcnn)")
-    add("--image-size", type=at_least(16), metavar="PIXELS", help="a side (default: 128 for drcnn, 224 for vgg16)")
+    add("--image-size", type=pixels, metavar="PIXELS", help="a side (default: 128 for drcnn, 224 for vgg16)")
     add("--seed", type=at_least(0), help="of the initial weights (default: 0)")
     add("--weights", metavar="none|imagenet|FILE", help="to start from (default: none, random)")
     add("--server-dir", type=Path, default=Path("server"), metavar="DIR", help="weights, state, history (default: server)")
@@ -110,11 +110,12 @@ def resume(arguments, state):
             raise ValueError(f"--{flag.replace('_', '-')} is {asked}, but the run in {arguments.server_dir} has {state[flag]}: "
                              "leave the flag out to go on with that run, or begin a new one with --fresh")
     state["rounds"] = arguments.rounds or state["rounds"]
-    if state["round"] > state["rounds"]:
-        say(f"run {state['run']} is finished ({state['round'] - 1} rounds); --rounds N goes on, --fresh begins a new one")
+    answered = len(state["history"])  # a round less than are merged, where the last evaluation was interrupted
+    if answered >= state["rounds"]:
+        say(f"run {state['run']} is finished ({answered} rounds); --rounds N goes on, --fresh begins a new one")
     else:
         where = arguments.server_dir / "state.json"
-        say(f"resuming run {state['run']} at round {state['round']}/{state['rounds']} from {where}")
+        say(f"resuming run {state['run']} at round {answered + 1}/{state['rounds']} from {where}")
     return state
 
 

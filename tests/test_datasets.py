@@ -130,6 +130,13 @@ def test_a_folder_that_is_not_there(tmp_path):
         datasets.load("ddr", tmp_path / "absent")
 
 
+def test_names_in_any_script_stay_apart_and_columns_may_be_in_any_case(tmp_path):
+    write(tmp_path / "labels.csv", "Image,LABEL,Patient\n000/左.jpg,0,p1\n000/右.jpg,2,p1\n000/å b.jpg,1,p2\n")
+    photos = datasets.load("folder", tmp_path)
+    assert [photo.name for photo in photos] == ["000_左_jpg", "000_右_jpg", "000_å_b_jpg"]
+    assert [photo.patient for photo in photos] == ["patient p1", "patient p1", "patient p2"]
+
+
 def test_a_table_that_is_binary(tmp_path):
     (tmp_path / "train.csv").write_bytes(os.urandom(300_000))
     with pytest.raises(ValueError, match="train.csv"):
@@ -158,6 +165,22 @@ def test_retinamnist_from_a_file_or_its_folder(tmp_path):
     (tmp_path / "half.npz").write_bytes((tmp_path / "retinamnist_128.npz").read_bytes()[:1000])
     with pytest.raises(ValueError, match="half.npz is no RetinaMNIST archive"):
         datasets.load("retinamnist", tmp_path / "half.npz")
+    np.savez(tmp_path / "float.npz", **{name: array.astype(np.float32) for name, array in arrays.items()})
+    with pytest.raises(ValueError, match="float.npz is no RetinaMNIST archive .its images are not of 8 bits"):
+        datasets.load("retinamnist", tmp_path / "float.npz")
+
+
+def test_pictures_of_another_retinamnist_archive_are_not_taken_for_its_own(tmp_path):
+    archive = tmp_path / "retinamnist_128.npz"
+    retinamnist_archive(archive)
+    datasets.load("retinamnist", archive)
+    arrays = {name: 255 - array if "images" in name else array for name, array in np.load(archive).items()}
+    np.savez(archive, **arrays)
+    later = archive.stat().st_mtime + 5
+    os.utime(archive, (later, later))
+    photos = datasets.load("retinamnist", archive)
+    assert (np.asarray(Image.open(photos[0].path)) == arrays["train_images"][0]).all()
+    assert not list(archive.with_suffix("").glob(".*"))
 
 
 class Quiet(SimpleHTTPRequestHandler):

@@ -10,7 +10,17 @@ import time
 
 import grpc
 import pytest
-from conftest import ROOT, client_script, free_port, holding, port_is_free, start_server, until, write_weights
+from conftest import (
+    ROOT,
+    client_script,
+    free_port,
+    holding,
+    port_is_free,
+    server_script,
+    start_server,
+    until,
+    write_weights,
+)
 
 import files
 import todoClient
@@ -236,6 +246,16 @@ def test_a_finished_server_says_so_answers_repeats_and_is_exit_0(start, begun):
     assert "resuming run run0 at round 2/2 from server/state.json" in server.output
 
 
+def test_a_run_whose_last_evaluation_was_interrupted_is_not_called_finished(start, begun):
+    site = begun(clients=["client001"], rounds=1)
+    closing = {"round": 1, "clients": 1, "missing": "", "num_examples": 3, "wait_seconds": 1, "merge_seconds": 1}
+    files.save_state(site / "server" / "state.json", {
+        **files.load_state(site / "server" / "state.json"), "round": 2, "closing": closing})
+    server, _ = start_server(start, site, script=server_script(site))
+    assert server.lines[0] == "server: resuming run run0 at round 1/1 from server/state.json"
+    assert server.lines[1].startswith("server: round 1/1: loss 0.5000")
+
+
 # --- the client ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("number", "code", "where"), [
@@ -273,8 +293,8 @@ def test_a_client_that_is_refused_or_has_no_images_is_exit_1(start, begun, argum
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), [
-    ("image_size", "large", "invalid literal for int"), ("image_size", 10**9, "arch drcnn, image_size 1000000000, round 1"),
-    ("image_size", 8, "image_size 8,"), ("arch", "resnet", "arch resnet,"), ("round", -19, "round -19,")])
+    ("image_size", "large", "'large' is not a whole number of at least 16"), ("arch", "resnet", "'resnet'"),
+    ("image_size", 10**9, "1000000000 is too large, expected at most 4096"), ("round", -19, "'-19' is not a whole number")])
 def test_a_server_whose_words_make_no_sense_is_exit_1(make_run, start, site, name, value, reason):
     run = make_run()
     run.rounds.state[name] = value

@@ -43,6 +43,21 @@ def test_open_image_says_what_is_wrong_with_a_file(tmp_path):
         photos.open_image(tmp_path / "deep.png")
 
 
+def test_open_image_turns_a_photograph_as_its_exif_says(tmp_path):
+    upright = Image.effect_noise((60, 40), 80).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: to be shown rotated by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert (np.asarray(photos.open_image(tmp_path / "turned.png")) == np.asarray(upright)).all()
+
+
+def test_open_image_whatever_a_decoder_raises(tmp_path, monkeypatch):
+    disc().save(tmp_path / "eye.tif")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: 1 + "")
+    with pytest.raises(ValueError, match="eye.tif cannot be read as JPEG"):
+        photos.open_image(tmp_path / "eye.tif")
+
+
 @pytest.mark.parametrize("limit", [20_000, 40_000])  # Pillow raises above twice its limit, and only warns above it
 def test_open_image_refuses_a_decompression_bomb(tmp_path, monkeypatch, limit):
     disc().save(tmp_path / "bomb.png")

@@ -157,10 +157,30 @@ def test_a_changed_photograph_is_prepared_again(tmp_path, capsys):
     source = photo_folder(tmp_path / "photos")
     choices = ["--dataset", "folder", "--source", str(source), "--image-size", "24", "--num-clients", "2"]
     prepare.main(choices)
-    later = time.time() + 5
-    os.utime(source / "eye03.png", (later, later))
+    for away in (5, -5, -10**9):
+        date = time.time() + away
+        os.utime(source / "eye03.png", (date, date))
+        prepare.main(choices)
+        assert "19 pictures are there, 1 to make" in capsys.readouterr().out
     prepare.main(choices)
-    assert "19 pictures are there, 1 to make" in capsys.readouterr().out
+    assert "20 pictures are there, 0 to make" in capsys.readouterr().out
+
+
+def test_stopped_between_two_indexes_no_old_one_is_left_beside_new_ones(tmp_path, monkeypatch):
+    choices = ["--dataset", "folder", "--source", str(photo_folder(tmp_path / "photos")), "--image-size", "24"]
+    prepare.main(choices)
+
+    def write_index(path, records, inner=data.write_index):
+        if path.name == "train_set.pkl":
+            raise KeyboardInterrupt
+        inner(path, records)
+
+    monkeypatch.setattr(data, "write_index", write_index)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.main([*choices, "--seed", "3"])
+    assert sorted(path.name for path in Path("index").glob("*.pkl")) == ["worker1.pkl", "worker2.pkl", "worker3.pkl"]
+    with pytest.raises(ValueError, match="val_set.pkl is missing: make it with"):
+        data.read_index("index/val_set.pkl")
 
 
 def test_broken_photographs_are_named_and_stop_it_unless_they_may_be_skipped(tmp_path, capsys):
@@ -353,6 +373,20 @@ def test_an_import_becomes_our_index_with_the_pictures_in_the_project(thesis):
     assert prepare.main(["--check"]) == 10
 
 
+def test_another_import_has_pictures_of_its_own(thesis, tmp_path):
+    for folder, level in (("theirs", 60), ("others", 160)):
+        eye(tmp_path / folder / "0.png", level)
+        eye(tmp_path / folder / "1.png", level)
+        where = [str(tmp_path / folder / name) for name in ("0.png", "1.png")]
+        files = [thesis(name, [0], picture=[f"{name}.png"], dir=[path])
+                 for name, path in zip(("worker1", "val_set"), where, strict=True)]
+        for file in files:
+            (tmp_path / folder / Path(file).name).write_bytes(Path(file).read_bytes())
+        assert prepare.main(["--index-from", *(str(tmp_path / folder / Path(file).name) for file in files)]) == 0
+        picture = Image.open(data.read_index("index/worker1.pkl")[0]["dir"])
+        assert (np.asarray(picture) == np.asarray(Image.open(where[0]))).all()
+
+
 def test_a_dir_within_the_project_needs_no_source(thesis, tmp_path):
     Path("preprocessed").mkdir()
     for number in range(3):
@@ -378,9 +412,17 @@ def test_what_does_not_fit_is_one_sentence(thesis, tmp_path, capsys):
     assert "007-0000-000.jpg is missing" in sentence_for(worker, val, source=str(tmp_path))
     assert "the grade 7" in sentence_for(thesis("worker1", [0], label=[7]), val)
     assert "do not fit together" in sentence_for(thesis("worker1", [0], new_label=["False"]), val)
+    twice = thesis("worker1", [0, 0], label=[0, 1], new_label=["True", "False"])
+    assert "have one name, or two grades" in sentence_for(twice, val)
     assert "worker1 and train_set would be without images" in sentence_for(thesis("worker1", []), val)
     (tmp_path / "worker1.pkl").write_bytes(b"no pickle")
     assert "is no DataFrame with the columns picture, label, dir, new_label" in sentence_for(worker, val)
+
+
+def test_an_index_to_import_that_would_be_overwritten_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        prepare.parse(["--index-from", "index/worker1.pkl", "elsewhere/val_set.pkl"])
+    assert ended.value.code == 2 and "--index-from must lie outside index/" in capsys.readouterr().err
 
 
 def test_without_pandas_the_sentence_says_what_to_do(monkeypatch, capsys):
