@@ -126,10 +126,8 @@ def initialize(network, source):
                              "notop.h5 into ~/.keras/models, or give that file as --weights FILE") from None
         base.set_weights(known.get_weights())
     elif source != "none":
-        whole = len(weights.shapes_of(source)) == len(shapes(network))
-        part = network if whole else base_of(network)
-        weights.check(source, shapes(part))
-        load(part, source)
+        whole = network.name != "vgg16" or len(weights.shapes_of(source)) == len(shapes(network))
+        load(network if whole else base_of(network), source)
 
 
 def freeze_base(network):
@@ -177,6 +175,13 @@ def save(network, path):
 
 
 def load(network, path):
+    """Loads checked weights. Raises ValueError, with the path, where they are not this network's."""
+    try:
+        if not str(path).endswith(".h5") or str(path).endswith(".weights.h5"):
+            raise ValueError("Keras goes by the name, expected one that ends in .h5, but not in .weights.h5")
+        weights.check(path, shapes(network))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
     network.load_weights(str(path))
 
 

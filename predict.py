@@ -17,7 +17,6 @@ from PIL import Image
 import files
 import model
 import photos
-import weights
 
 DRAWN = "  (the model was trained on drawn images: its score of a photograph says nothing)"
 
@@ -32,12 +31,13 @@ def main(argv=None):
             if not Path(needed).exists():
                 raise ValueError(f"{needed} is missing: train a model first, with ./run_local.sh")
         state, made = files.load_state("server/state.json"), json.loads(Path("index/prepared.json").read_text(encoding="utf-8"))
+        if args.weights == parser.get_default("weights") and not state["history"]:
+            raise ValueError(f"{args.weights} is not trained yet: no round of its run is over")
         model.configure(state["seed"])
         network = model.build(state["arch"], state["image_size"])
-        weights.check(args.weights, model.shapes(network))
         model.load(network, args.weights)
     except (ValueError, OSError) as error:
-        return fail("predict", f"{args.weights} cannot be used: {error}")
+        return fail("predict", error)
     failed = sum(not predict(network, made, path) for path in args.images)
     print("This is no medical device: decide nothing about a patient by these scores.")
     return min(failed, 1)

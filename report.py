@@ -30,7 +30,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--server-dir", type=Path, default=Path("server"), metavar="DIR", help="(server)")
     add("--index-dir", type=Path, default=Path("index"), metavar="DIR", help="(index)")
-    add("--compare", type=Path, metavar="FILE", help="what ./compare.sh wrote (compare.csv, where there is one)")
+    add("--compare", type=Path, metavar="FILE", help="what ./compare.sh wrote of this data set")
     add("--out", type=Path, metavar="FILE", help="(SERVER_DIR/report.html)")
     args = parser.parse_args(argv)
     out = args.out or args.server_dir / "report.html"
@@ -59,23 +59,25 @@ def load(args):
     network = model.build(run["arch"], run["image_size"])
     model.load(network, args.server_dir / "server_weight.h5")
     p_healthy = model.predict(network, data.load_images(val, run["image_size"]))
-    prepared, compare = args.index_dir / "prepared.json", args.compare or Path("compare.csv")
+    prepared = args.index_dir / "prepared.json"
     return {**run, "val": val, "p_healthy": p_healthy, "measured": measure(p_healthy, data.healthy(val)),
             "client_images": CLIENT_IMAGES,
             "sites": {name: load_site(name, args.index_dir, run, network) for name in run["clients"]},
             "prepared": json.loads(prepared.read_text(encoding="utf-8")) if prepared.exists() else {},
-            "compared": read_compared(compare) if args.compare or compare.exists() else {}}
+            "compared": read_compared(args.compare) if args.compare else {}}
 
 
 def load_site(name, index_dir, run, network):
-    """(training history of this run, records, measured) of a client; empty what is not on this machine."""
+    """(training history of this run, records, measured) of a client; empty for one that trained on another machine."""
     left, number = files.load_state(Path(name) / "state.json"), re.search(r"\d+$", name)
     path = index_dir / f"worker{int(number[0])}.pkl" if number else index_dir / f"{name}.pkl"
+    if not left or left["run"] != run["run"]:
+        return [], [], {}
     records, measured = data.read_index(path) if path.exists() else [], {}
     if records and all(Path(record["dir"]).exists() for record in records):
         tried = records[:: -(-len(records) // CLIENT_IMAGES)]
         measured = measure(model.predict(network, data.load_images(tried, run["image_size"])), data.healthy(tried))
-    return left["history"] if left and left["run"] == run["run"] else [], records, measured
+    return left["history"], records, measured
 
 
 def read_compared(path):

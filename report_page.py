@@ -36,7 +36,7 @@ figure{margin:0;overflow-wrap:anywhere}img{width:100%;border-radius:6px}figcapti
 
 def page(run):
     made = {"dataset": "unknown", "split": "unknown", "preprocessing": "unknown", **run["prepared"]}
-    title = f"Federated DR screening: the model after round {len(run['history'])} of {run['rounds']}"
+    title = escape(f"Federated DR screening: the model after round {len(run['history'])} of {run['rounds']}")
     facts = (f"run {run['run']} · {run['arch']}, {run['image_size']} × {run['image_size']} pixels · "
              f"{len(run['clients'])} clients · data set {made['dataset']} · split {made['split']}")
     drawn = "The images are drawn: the figures show that federation works, and say nothing about patients."
@@ -131,7 +131,7 @@ def errors(run):
     cells = [table(("", "model: DR", "model: healthy"), ("has DR", f"<b>{found}</b> found", f"<b>{overlooked}</b> missed"),
                    ("healthy", f"<b>{alarms}</b> false alarms", f"<b>{cleared}</b> cleared"))]
     if ill.any() and not ill.all():
-        false_rate, found_rate, thresholds = roc_curve(ill, score)
+        false_rate, found_rate, thresholds = roc_curve(ill, score, drop_intermediate=False)
         at = np.argmax(found_rate >= 0.95)
         cells[0] += (f"<p>To find 95 % of DR the threshold would be {thresholds[at]:.3f}, at a specificity of "
                      f"{1 - false_rate[at]:.1%}; chosen on these same images, so expect less elsewhere.</p>")

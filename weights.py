@@ -164,9 +164,12 @@ def tensors(file):
 
 
 def shapes_of(path):
-    """[(layer name, shape)] of every tensor of a trusted file, in order: what `check` compares with."""
-    with h5py.File(path, "r") as file:
-        return [(layer, dataset.shape) for layer, _, dataset in tensors(file)]
+    """[(layer name, shape)] of every tensor of a trusted file, in order: what `check` compares with. Raises ValueError."""
+    try:
+        with h5py.File(path, "r") as file:
+            return [(layer, dataset.shape) for layer, _, dataset in tensors(file)]
+    except OSError:
+        raise ValueError(f"{path} cannot be used: there is no such file, or it is no HDF5 weight file") from None
 
 
 def check(path, expected):
@@ -192,6 +195,8 @@ def check(path, expected):
                         raise ValueError(f"{where} holds {bad}: only finite numbers are averaged")
     except ValueError:
         raise
+    except FileNotFoundError:
+        raise ValueError("there is no such file") from None
     except Exception as error:  # HDF5 reports damage in many classes; all of them mean the same here
         raise ValueError(f"not a whole HDF5 weight file ({type(error).__name__}: {str(error)[:200]})") from None
 

@@ -68,6 +68,7 @@ def shapes(network):
 
 
 def load(network, path):
+    weights.check(path, shapes(network))
     network.path = path
 
 

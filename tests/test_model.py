@@ -1,5 +1,6 @@
 """model.py: the networks, their files, training that is the same bits, the metrics of finding DR."""
 
+import h5py
 import numpy as np
 import pytest
 
@@ -195,3 +196,17 @@ def test_imagenet_weights_offline_name_the_file_and_its_place(small_vgg16, monke
         model.initialize(small_vgg16, "imagenet")
     with pytest.raises(ValueError, match="for --arch vgg16, this network is drcnn"):
         model.initialize(model.build("drcnn", 32), "imagenet")
+
+
+def test_weights_that_are_not_the_networks_are_refused_before_keras_reads_them(tmp_path):
+    network = model.build("drcnn", 32)
+    model.save(network, tmp_path / "good.h5")
+    with h5py.File(tmp_path / "good.h5", "r+") as file:
+        weights.tensors(file)[0][2][0, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="good.h5 cannot be used: layer 'conv1' .* holds nan"):
+        model.load(network, tmp_path / "good.h5")
+    for name, sentence in (("none.h5", "there is no such file"), ("a.weights.h5", "Keras goes by the name")):
+        with pytest.raises(ValueError, match=f"{name} cannot be used: {sentence}"):
+            model.load(network, tmp_path / name)
+    with pytest.raises(ValueError, match="none.h5 cannot be used: there is no such file"):
+        model.initialize(model.build("vgg16", 32), tmp_path / "none.h5")

@@ -1,13 +1,19 @@
 """predict.py: new photographs are prepared as the training images were; a bad one does not stop the others."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from test_report import finished_run
 
+import files
 import fundus
 import model
 import photos
@@ -85,3 +91,24 @@ def test_weights_that_are_none_are_refused_by_name(score, tmp_path):
     assert (code, scores) == (1, {}) and f"{tmp_path / 'other.h5'} cannot be used" in said.err
     code, _, said = score("drawn", "preprocessed/0003.png", "--weights", "absent.h5")
     assert code == 1 and "absent.h5 is missing" in said.err
+    shutil.copy("server/server_weight.h5", tmp_path / "whole.keras")
+    code, _, said = score("drawn", "preprocessed/0003.png", "--weights", tmp_path / "whole.keras")
+    assert code == 1 and re.fullmatch("predict: error: .*whole.keras cannot be used: Keras goes by the name.*\n", said.err)
+
+
+def test_a_model_of_no_round_is_refused(score):
+    state = files.load_state("server/state.json")
+    files.save_state("server/state.json", {**state, "round": 1, "history": []})
+    code, scores, said = score("drawn", "preprocessed/0003.png")
+    assert (code, scores) == (1, {}) and "server_weight.h5 is not trained yet: no round of its run is over" in said.err
+    code, scores, _ = score("drawn", "preprocessed/0003.png", "--weights", "./server/server_weight.h5")  # as the user says
+    assert code == 0 and len(scores) == 1
+    files.save_state("server/state.json", state)
+
+
+def test_a_name_that_is_no_text_is_printed_all_the_same(score, tmp_path):
+    path = os.fsdecode(bytes(tmp_path / "eye") + b"\xe5.png")
+    shutil.copy("preprocessed/0003.png", path)
+    shown = subprocess.run([sys.executable, ROOT / "predict.py", path, "preprocessed/0003.png"], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert shown.returncode == 0 and shown.stdout.count("DR score") == 2 and r"eye\udce5.png" in shown.stdout, shown.stderr

@@ -79,7 +79,7 @@ def page(finished):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(finished)
         (finished / "compare.csv").write_text(COMPARED)
-        assert report.main([]) == 0
+        assert report.main(["--compare", "compare.csv"]) == 0
         (finished / "compare.csv").unlink()
     return (finished / "server" / "report.html").read_text(encoding="utf-8")
 
@@ -165,6 +165,15 @@ def test_the_time_of_a_round_is_divided_by_the_slowest_client_of_this_run(page):
         assert f"<td>{part}</td><td>{seconds:.2f} s</td>" in page
 
 
+def test_the_threshold_that_finds_95_percent_is_the_highest_that_does(page, finished):
+    val = data.read_index(finished / "index" / "val_set.pkl")
+    network = model.build("drcnn", 32)
+    model.load(network, finished / "server" / "server_weight.h5")
+    p = model.predict(network, np.stack([np.asarray(Image.open(finished / record["dir"])) for record in val]))
+    ill = np.sort([1 - score for score, record in zip(p, val, strict=True) if record["label"]])[::-1]
+    assert f"the threshold would be {ill[int(np.ceil(0.95 * len(ill))) - 1]:.3f}, at a specificity of " in page
+
+
 def test_the_comparison_gives_the_last_round_with_its_interval(page):
     low, high = intervals.wilson(0.85, 60)
     assert f"<td>central</td><td>85.0 %<small>{100 * low:.1f} to {100 * high:.1f}</small></td><td>0.750</td>" in page
@@ -174,11 +183,12 @@ def test_the_comparison_gives_the_last_round_with_its_interval(page):
 def test_a_client_elsewhere_is_said_to_be_elsewhere(here, capsys):
     (here / "index" / "worker2.pkl").unlink()
     (here / data.read_index("index/worker3.pkl")[0]["dir"]).unlink()
-    shutil.rmtree(here / "client001")
+    shutil.rmtree(here / "client001")  # its index is here, but it did not train on it here
+    (here / "compare.csv").write_text(COMPARED)  # of another run, perhaps: only shown where it is asked for
     assert report.main([]) == 0
     assert capsys.readouterr().out.startswith("report: server/report.html: round 2/2, 60 held-out images: accuracy 0.")
     page = (here / "server" / "report.html").read_text()
-    assert page.count("its images are not on this machine") == 2 and 'id="comparison"' not in page
+    assert page.count("its images are not on this machine") == 3 and 'id="comparison"' not in page
 
 
 def test_what_is_missing_is_one_sentence(here, monkeypatch, capsys):
