@@ -6,6 +6,7 @@
 # Also --image-size, --weights, --freeze-base, --no-augmentation. Flags of prepare.py go there (--num-train, --share ...).
 # It works in compare-SEED/; server/ and index/ stay as they are.
 set -euo pipefail
+from=$PWD
 cd "$(dirname "$0")"
 home=$PWD seed=0 prepare=() server=(--rounds 14) client=() pids=()
 while [ $# -gt 0 ]; do
@@ -14,7 +15,7 @@ while [ $# -gt 0 ]; do
     --freeze-base | --no-augmentation) client+=("$1"); shift; continue ;;
     esac
     [[ $1 = --?* && $# -gt 1 ]] || { echo "compare: error: $1 is unknown or has no value; see the head of compare.sh" >&2; exit 2; }
-    [[ $1 = --source || $1 = --weights && -e $2 ]] && set -- "$1" "$(realpath -- "$2")" "${@:3}"  # it works elsewhere
+    if [[ $2 != [/~]* ]] && [[ $1 = --source || $1 = --weights && -e $from/$2 ]]; then set -- "$1" "$from/$2" "${@:3}"; fi
     case $1 in
     --seed) seed=$2 ;;
     --rounds | --arch | --weights) server+=("$1" "$2") ;;
@@ -54,7 +55,7 @@ run central --seed "$seed" "${server[@]}" "${client[@]}"
 federated
 cd ../noniid
 federated
-largest=$("$python" -c "import sys; sys.path.insert(0, '$home'); import data
+largest=$(PYTHONPATH=$home "$python" -c "import data
 print(max((f'index/worker{k}.pkl' for k in (1, 2, 3)), key=lambda path: len(data.read_index(path))))")
 run central --seed "$seed" --index "$largest" --out alone "${server[@]}" "${client[@]}"
 cd ..

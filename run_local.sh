@@ -5,20 +5,23 @@
 #   ./run_local.sh --dataset idrid --source DIR
 # A run that was stopped is gone on with; after a finished one, or with --fresh, a new one begins.
 set -u
+from=$PWD
 cd "$(dirname "$0")"
 
 usage() {
     echo "usage: ./run_local.sh [--fresh] [--rounds N] [--seed N] [--dataset NAME] [--source DIR] [--split NAME]
-       [--arch drcnn|vgg16] [--image-size PIXELS] [--num-clients N] [--epochs N] [--batch-size N]"
+       [--skip-broken] [--arch drcnn|vgg16] [--image-size PIXELS] [--num-clients N] [--epochs N] [--batch-size N]"
 }
 
 prepare=() server=() client=() fresh="" clients=3
 while [ $# -gt 0 ]; do
     case $1 in
     --fresh) fresh=--fresh; shift; continue ;;
+    --skip-broken) prepare+=("$1"); shift; continue ;;
     -h | --help) usage; exit 0 ;;
     esac
     [ $# -gt 1 ] || { echo "run_local: error: $1 is unknown or has no value" >&2; usage >&2; exit 2; }
+    if [[ $1 = --source && $2 != [/~]* ]]; then set -- "$1" "$from/$2" "${@:3}"; fi
     case $1 in
     --dataset | --source | --split) prepare+=("$1" "$2") ;;
     --rounds | --arch) server+=("$1" "$2") ;;
@@ -45,7 +48,7 @@ try:
         state = None if sys.argv[1:] else files.load_state('server/state.json')
 except ValueError as error:
     sys.exit(script.fail('run_local', error))
-print('none' if state is None else 'finished' if state['round'] > state['rounds'] else 'open')" $fresh) || exit 1
+print('none' if state is None else 'finished' if len(state['history']) >= state['rounds'] else 'open')" $fresh) || exit 1
 if [ "$state" = open ] && [ -z "$fresh" ]; then
     if ! why=$($python prepare.py --check "${prepare[@]}"); then
         echo "run_local: error: server/ holds an unfinished run, but $why; go on with the same choices, or begin with --fresh" >&2
@@ -53,7 +56,7 @@ if [ "$state" = open ] && [ -z "$fresh" ]; then
     fi
     echo "run_local: going on with the unfinished run in server/"
 else
-    $python prepare.py --check "${prepare[@]}" > /dev/null || $python prepare.py "${prepare[@]}" || exit $?
+    $python prepare.py "${prepare[@]}" || exit $?  # pictures that are there are kept
     [ "$state" = none ] || { fresh=--fresh; echo "run_local: a new run; the old one's files are moved aside"; }
 fi
 
@@ -109,4 +112,4 @@ for row in rows:
     print('  '.join(f'{float(row[name]):12.3f}' if '.' in row[name] else f'{row[name]:>12}' for name in names))"
 echo
 echo "model    server/server_weight.h5     history  server/history.csv     log  $log"
-[ ! -f report.py ] || $python report.py
+$python report.py

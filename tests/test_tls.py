@@ -311,5 +311,12 @@ def test_make_certs(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "certs").iterdir()} == before
     assert make_certs(tmp_path / "certs", "192.0.2.7", "client002").returncode == 0  # one more, of the same CA
     assert before.items() <= {path: path.read_bytes() for path in (tmp_path / "certs").iterdir()}.items()
-    for wrong in (["certs"], ["certs", "host", "../x"], ["certs", "a b", "client003"], ["certs", "host", "server"]):
+    for name in ("server.pem", "server.key", "client001.pem", "client001.key"):  # renewed, by the same CA
+        (tmp_path / "certs" / name).rename(tmp_path / name)
+    renewed = make_certs(tmp_path / "certs", "192.0.2.7", "client001")
+    assert renewed.returncode == 0 and renewed.stdout.count("holds until") == 3
+    openssl("verify -CAfile certs/ca.pem certs/server.pem certs/client001.pem server.pem", tmp_path)
+    assert (tmp_path / "certs" / "server.pem").read_bytes() != (tmp_path / "server.pem").read_bytes()
+    for wrong in (["certs"], ["certs", "host", "../x"], ["certs", "192.0.2.7:50051", "client003"],
+                  ["certs", "a b", "client003"], ["certs", "host", "server"]):
         assert make_certs(tmp_path / wrong[0], *wrong[1:]).returncode == 2, wrong
