@@ -10,11 +10,12 @@ import sys
 import time
 from contextlib import contextmanager
 
+import h5py
 import numpy as np
 
 import data
 import weights
-from files import publish, temporary
+from files import replacing
 
 ARCHS = {"drcnn": 128, "vgg16": 224}  # architecture: default image size, pixels a side
 
@@ -167,11 +168,20 @@ def shapes(network):
             for weight in layer.trainable_weights + layer.non_trainable_weights]
 
 
+class InMemory(h5py.File):
+    def __str__(self):
+        return "weights.h5"  # by its name Keras knows the layout
+
+
 def save(network, path):
-    """Publishes the weights as `path` (.h5) in a layout that plain load_weights of any Keras reads."""
-    written = temporary(path)
-    network.save(written, include_optimizer=False)
-    publish(written, path)
+    """Publishes the weights as `path` (.h5) in a layout that plain load_weights of any Keras reads. They are laid out in
+    memory: HDF5 cannot close a file whose disk is full, and crashes the process."""
+    with InMemory("weights.h5", "w", driver="core", backing_store=False) as file:
+        network.save(file, include_optimizer=False)
+        file.flush()
+        content = file.id.get_file_image()
+    with replacing(path) as written:
+        written.write_bytes(content)
 
 
 def load(network, path):

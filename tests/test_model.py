@@ -1,8 +1,12 @@
 """model.py: the networks, their files, training that is the same bits, the metrics of finding DR."""
 
+import subprocess
+import sys
+
 import h5py
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import data
 import model
@@ -210,3 +214,26 @@ def test_weights_that_are_not_the_networks_are_refused_before_keras_reads_them(t
             model.load(network, tmp_path / name)
     with pytest.raises(ValueError, match="none.h5 cannot be used: there is no such file"):
         model.initialize(model.build("vgg16", 32), tmp_path / "none.h5")
+
+
+def test_a_full_disk_is_an_os_error_and_the_old_file_stays(tmp_path):
+    """Written by HDF5 itself, the file could not be closed, and the process crashed."""
+    code = """
+import resource, signal, sys, model
+model.configure(0, 1)
+network = model.build("drcnn", 32)
+model.save(network, sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+network.layers[1].set_weights([weight + 1 for weight in network.layers[1].get_weights()])
+try:
+    model.save(network, sys.argv[1])
+except OSError as error:
+    sys.exit(f"OSError: {error}")
+"""
+    model.save(model.build("drcnn", 32), tmp_path / "wanted.h5")
+    command = [sys.executable, "-c", code, tmp_path / "a.h5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == "OSError: [Errno 27] File too large\n"
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "wanted.h5").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", "wanted.h5"]
