@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def publish_rows(path, columns, rows):
     writer.writerows({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
                      for row in rows)
     path = Path(path)
-    if not path.exists() or path.read_text(encoding="utf-8") != text.getvalue():
+    if not path.exists() or path.read_bytes() != text.getvalue().encode():
         publish_text(path, text.getvalue())
 
 
@@ -67,16 +66,19 @@ def save_state(path, state):
     publish_text(path, json.dumps({"version": STATE_VERSION, **state}, indent=1) + "\n")
 
 
-def load_state(path):
-    """The state as a dict, or None where there is none. Raises ValueError where the file is not a state of this version."""
+def load_state(path, keys=()):
+    """The state as a dict, or None where there is none. Raises ValueError where the file is not a state of this version, or
+    has not these keys."""
     path = Path(path)
     if not path.exists():
         return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         version = state.pop("version")
+        if version == STATE_VERSION and (missing := [key for key in keys if key not in state]):
+            raise ValueError(f"no {', '.join(missing)}")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        sentence = f"{path} is not a state file of this program ({error!r}): move it away, or start with --fresh"
+        sentence = f"{path} is not a state file of this program ({error!r}): move it away, or start the server with --fresh"
         raise ValueError(sentence) from None
     if version != STATE_VERSION:
         raise ValueError(f"{path} has version {version}, this program writes {STATE_VERSION}: "
@@ -119,9 +121,12 @@ def clean(folder):
 
 
 def move_aside(folder):
-    """Moves everything of an old run in `folder` into a folder old-1, old-2 ... there, the state first. Returns it, or None."""
-    old = sorted(path for path in Path(folder).iterdir()
-                 if path.name != ".gitkeep" and not re.fullmatch(r"old-\d+", path.name))
+    """Moves what a server's run wrote into `folder`, and nothing else, into a folder old-1, old-2 ... there, the state first.
+    Returns that, or None where there is nothing."""
+    names = ("state.json", "server_weight.h5", "history.csv", "report.html")
+    old = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
+    uploads = sorted(Path(folder).glob("*/client_weights.h5"))
+    old += [path.parent for path in uploads if not (path.parent / "state.json").exists()]  # that is a client's own folder
     if not old:
         return None
     number = 1
@@ -129,6 +134,6 @@ def move_aside(folder):
         number += 1
     aside = Path(folder) / f"old-{number}"
     aside.mkdir()
-    for path in sorted(old, key=lambda path: path.name != "state.json"):
+    for path in old:
         path.rename(aside / path.name)
     return aside

@@ -30,7 +30,8 @@ def main(argv=None):
         for needed in (args.weights, "server/state.json", "index/prepared.json"):
             if not Path(needed).exists():
                 raise ValueError(f"{needed} is missing: train a model first, with ./run_local.sh")
-        state, made = files.load_state("server/state.json"), json.loads(Path("index/prepared.json").read_text(encoding="utf-8"))
+        state = files.load_state("server/state.json", ("arch", "image_size", "seed", "history"))
+        made = json.loads(Path("index/prepared.json").read_text(encoding="utf-8"))
         if args.weights == parser.get_default("weights") and not state["history"]:
             raise ValueError(f"{args.weights} is not trained yet: no round of its run is over")
         model.configure(state["seed"])

@@ -51,7 +51,7 @@ def main(argv=None):
 
 def load(args):
     """The server's state (dict), and beside it what the page needs: val, p_healthy, measured, sites, prepared, compared."""
-    run = files.load_state(args.server_dir / "state.json")
+    run = files.load_state(args.server_dir / "state.json", "run clients arch image_size seed rounds history".split())
     if run is None or not run["history"]:
         raise ValueError(f"{args.server_dir / 'state.json'} knows no finished round: start a run with ./run_local.sh")
     val = data.read_index(args.index_dir / "val_set.pkl")

@@ -45,7 +45,7 @@ state=$($python -c "
 import files, script, sys
 try:
     with files.alone_in('server'):
-        state = None if sys.argv[1:] else files.load_state('server/state.json')
+        state = None if sys.argv[1:] else files.load_state('server/state.json', ('rounds', 'history'))
 except ValueError as error:
     sys.exit(script.fail('run_local', error))
 print('none' if state is None else 'finished' if len(state['history']) >= state['rounds'] else 'open')" $fresh) || exit 1

@@ -1,5 +1,7 @@
-"""TLS: flags and credentials, plaintext only within this machine, and why a handshake failed, of which gRPC says nothing."""
+"""TLS and addresses: flags and credentials, plaintext only within this machine, and what gRPC says nothing of: a port that is
+half taken, and why a handshake failed."""
 
+import errno
 import ipaddress
 import socket
 import ssl
@@ -17,7 +19,10 @@ def add_arguments(add, ca, cert):
 
 
 def check_arguments(parser, arguments, address, encrypted):
-    """Ends the script, as wrong usage: files that TLS cannot use, or plaintext that would leave this machine."""
+    """Ends the script, as wrong usage: no HOST:PORT, files that TLS cannot use, or plaintext that would leave this machine."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        parser.error(f"{address!r} is not HOST:PORT, as in localhost:50051")
     if bool(arguments.tls_cert) != bool(arguments.tls_key) or (arguments.tls_cert or arguments.tls_ca) and not encrypted:
         parser.error("--tls-cert and --tls-key belong together; a server needs these two at least, a client --tls-ca")
     if not (encrypted or arguments.insecure or is_this_machine(address)):
@@ -37,6 +42,21 @@ def is_this_machine(address):
     except (OSError, UnicodeError):
         return False
     return all(ipaddress.ip_address(place[4][0].partition("%")[0]).is_loopback for place in found)
+
+
+def is_taken(host, port):
+    """Whether someone listens there on one of the host's addresses: gRPC would be content with another one."""
+    try:
+        places = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM) if port != "0" else ()
+    except OSError:
+        return False
+    for family, *_, place in places:
+        try:
+            socket.create_server(place, family=family).close()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return True
+    return False
 
 
 def credentials(arguments, of_server=False):

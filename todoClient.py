@@ -29,7 +29,7 @@ import weights
 from generated import todo_pb2, todo_pb2_grpc
 
 HISTORY_COLUMNS = "round,epoch,loss,accuracy,num_examples,seconds".split(",")
-SETTINGS = "threads", "seed", "epochs", "batch_size", "freeze_base", "no_augmentation"  # what was trained follows from these
+SETTINGS = "name", "threads", "seed", "epochs", "batch_size", "freeze_base", "no_augmentation"  # what was trained follows
 REPORT_EVERY_S = 30
 CONNECT_S = 10  # an attempt that lasted longer than a connection may take had a server at its other end
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10
@@ -115,10 +115,11 @@ class Site:
         files.clean(arguments.client_dir)
         self.weights = arguments.client_dir / "client_weights.h5"
         self.records = data.read_index(arguments.index)
-        self.state = files.load_state(arguments.client_dir / "state.json") or {
-            "run": None, "round": 0, "rounds": 0, "trained": None, "history": []}
+        nothing = {"run": None, "round": 0, "rounds": 0, "trained": None, "history": []}
+        self.state = files.load_state(arguments.client_dir / "state.json", nothing) or nothing
         arguments.threads = arguments.threads or model.default_threads()
-        self.settings = {name: getattr(arguments, name) for name in SETTINGS} | {"num_examples": len(self.records)}
+        self.settings = {name: getattr(arguments, name) for name in SETTINGS} | {
+            "index": files.sha256_of(arguments.index)[:12], "num_examples": len(self.records)}
         self.network = self.batches = None
         self.sent = False  # whether the open round's weights went out whole at least once
 

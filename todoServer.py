@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import files
@@ -31,8 +32,11 @@ def main(argv=None):
     arguments = parse(argv)
     exit_on_signals("server: stopped before it began to listen; start it again")
     try:
-        with files.alone_in(arguments.server_dir):
+        with ExitStack() as alone:
+            alone.enter_context(files.alone_in(arguments.server_dir))
             state, examples = load(arguments)
+            for client in state["clients"]:
+                alone.enter_context(files.alone_in(arguments.server_dir / client))
             rounds = open_rounds(arguments, state, examples)
             return serve(listen(arguments, rounds), rounds)
     except (ValueError, OSError) as error:
@@ -92,11 +96,10 @@ def load(arguments):
     """(state, validation records) of the run that this server serves: the one in --server-dir, or a new one."""
     import data
 
-    if arguments.fresh and (moved := files.move_aside(arguments.server_dir)):
-        say(f"the old run's files are in {moved}")
-    state = files.load_state(arguments.server_dir / "state.json")
+    keys = new_state("", (), 0, "", arch="", image_size=0, seed=0)
+    state = None if arguments.fresh else files.load_state(arguments.server_dir / "state.json", keys)
     examples = data.read_index(arguments.index_dir / "val_set.pkl")
-    state = resume(arguments, state) if state else begin(arguments)
+    state = begin(arguments) if state is None else resume(arguments, state)
     if arguments.min_clients and arguments.min_clients > len(state["clients"]):
         raise ValueError(f"--min-clients {arguments.min_clients} is more than the run's {len(state['clients'])} clients")
     return state, examples
@@ -132,6 +135,8 @@ def begin(arguments):
     path = arguments.server_dir / "server_weight.h5"
     network = model.build(choices["arch"], size, choices["seed"])
     model.initialize(network, choices["weights"])
+    if moved := files.move_aside(arguments.server_dir):  # not before this run has all that it needs
+        say(f"the old run's files are in {moved}")
     model.save(network, path)
     state = new_state(secrets.token_hex(8), weights_sha256=files.sha256_of(path), **choices)
     files.save_state(arguments.server_dir / "state.json", state)
@@ -147,8 +152,10 @@ def open_rounds(arguments, state, examples):
     path = folder / "server_weight.h5"
     if not path.exists():
         raise ValueError(f"{path} is missing, though {folder / 'state.json'} knows a run: put it back, or begin with --fresh")
+    if not state["frozen"] and files.sha256_of(path) != state["weights_sha256"]:
+        raise ValueError(f"{path} is not the model of round {state['round']} of the run in {folder / 'state.json'}: put that "
+                         "back, or begin with --fresh")
     for place in [folder, *(folder / client for client in state["clients"])]:
-        place.mkdir(exist_ok=True)
         files.clean(place)
     images = data.load_images(examples, state["image_size"], files.temporary(folder / "images.npy"))
     labels = data.healthy(examples)
@@ -214,7 +221,16 @@ def serve(server, rounds):
     if code > 128:
         say("stopping; what has arrived is kept, start the server again to go on")
         rounds.stop("UNAVAILABLE", "the server is stopping; it goes on when it is started again")
-    server.stop(LAST_ANSWER_S if code == 0 else 1).wait(LAST_ANSWER_S if code == 0 else 1.5)
+
+    def see_off():
+        server.stop(LAST_ANSWER_S).wait(LAST_ANSWER_S)
+        ends.put(0)
+
+    if code == 0:
+        threading.Thread(target=see_off, daemon=True).start()
+        code = ends.get()  # a signal is still heard
+    else:
+        server.stop(1).wait(1.5)
     if code == 0:
         say(f"finished after {rounds.state['rounds']} rounds; the model is {rounds.folder / 'server_weight.h5'}")
     os._exit(code)  # every file is whole: nothing is owed to a thread that may still evaluate

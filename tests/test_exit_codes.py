@@ -201,8 +201,32 @@ def test_weights_that_are_gone_are_exit_1(serve_in_vain, begun):
     assert "server_weight.h5 is missing" in output and "--fresh" in output
 
 
+def test_another_model_in_its_place_is_exit_1(serve_in_vain, begun):
+    site = begun()
+    write_weights(site / "server" / "server_weight.h5", 7)
+    output = serve_in_vain([])
+    assert "server_weight.h5 is not the model of round 1 of the run in server/state.json" in output and "--fresh" in output
+
+
+def test_a_state_of_the_other_side_is_exit_1(serve_in_vain, begun, monkeypatch, capsys):
+    monkeypatch.chdir(begun())
+    monkeypatch.setattr(todoClient, "exit_on_signals", lambda _: None)
+    assert todoClient.main(["--name", "client001", "--client-dir", "server"]) == 1
+    assert "server/state.json is not a state file of this program" in capsys.readouterr().err
+    files.save_state("server/state.json", {})
+    assert "server/state.json is not a state file of this program" in serve_in_vain([])
+
+
+def test_fresh_moves_nothing_before_the_new_run_has_all_that_it_needs(serve_in_vain, begun):
+    site = begun()
+    before = sorted(path.name for path in (site / "server").iterdir())
+    assert "nowhere/val_set.pkl is missing" in serve_in_vain(["--fresh", "--index-dir", "nowhere"])
+    assert sorted(path.name for path in (site / "server").iterdir()) == before
+
+
 @pytest.mark.parametrize("arguments", [["--min-clients", "2"], ["--rounds", "0"], ["--clients", "a,a"], ["--clients", "../a"],
-                                       ["--round-timeout", "-1"], ["--listen"], ["--listen", "here"]])
+                                       ["--round-timeout", "-1"], ["--listen"], ["--listen", "here"],
+                                       ["--listen", "localhost:abc"]])
 def test_wrong_usage_is_exit_2(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -228,6 +252,12 @@ def test_fresh_moves_the_old_run_aside_and_says_where(start, begun):
     server = start(script, "--fresh", "--listen", "localhost:0", cwd=site)
     server.wait_for("listening on")
     assert (site / "server" / "old-2").exists() and (site / "server" / "old-1" / "state.json").read_bytes() == old
+    server.kill()
+    (site / "server" / "state.json").unlink()  # or a --fresh that was killed in the middle: nothing is written over
+    model = (site / "server" / "server_weight.h5").read_bytes()
+    server = start(script, "--listen", "localhost:0", cwd=site)
+    server.wait_for("listening on")
+    assert (site / "server" / "old-3" / "server_weight.h5").read_bytes() == model
 
 
 def test_a_finished_server_says_so_answers_repeats_and_is_exit_0(start, begun):
@@ -306,7 +336,8 @@ def test_a_server_whose_words_make_no_sense_is_exit_1(make_run, start, site, nam
     server.stop(0)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--name", "hospital"], ["--name", "../x1"], ["--name", "a1", "--epochs", "0"]])
+@pytest.mark.parametrize("arguments", [[], ["--name", "hospital"], ["--name", "../x1"], ["--name", "a1", "--epochs", "0"],
+                                       ["--name", "a1", "--server", "localhost"]])
 def test_wrong_usage_of_the_client_is_exit_2(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -347,6 +378,18 @@ def test_a_client_with_other_threads_trains_again_and_says_so(start, begun):
         assert words in client.output and "training now" in client.output
 
 
+def test_what_another_client_trained_is_not_delivered_as_ones_own(start, begun):
+    site = begun(rounds=1)
+    server, address = start_server(start, site)
+    for name in ("client001", "client002"):
+        client = start(client_script(site), "--name", name, "--client-dir", "shared", "--index", "index/worker1.pkl",
+                       "--server", address, cwd=site)
+        server.wait_for(f"{name} delivered")
+        if name == "client001":
+            client.kill()
+    assert "other settings (name was client001, is client002): training again" in client.output
+
+
 def test_weights_of_another_run_are_dropped_with_a_line(start, begun):
     site = begun(rounds=1)
     server, address = start_server(start, site)
@@ -377,6 +420,42 @@ def test_a_busy_port_is_exit_1(start, begun):
     _, address = start_server(start, site)
     second = start("todoServer.py", "--listen", address, "--server-dir", "other", cwd=site)
     assert second.wait(30) == 1 and "is another server running there" in second.lines[-1]
+
+
+def test_a_port_that_is_taken_on_one_address_of_the_host_is_taken(start, begun):
+    """localhost is 127.0.0.1 and ::1: the second would have got half of the clients, in silence."""
+    site = begun()
+    shutil.copytree(site / "server", site / "other")
+    port = free_port()
+    start("todoServer.py", "--listen", f"127.0.0.1:{port}", cwd=site).wait_for("listening on")
+    second = start("todoServer.py", "--listen", f"localhost:{port}", "--server-dir", "other", cwd=site)
+    assert second.wait(30) == 1 and "is another server running there" in second.lines[-1]
+
+
+def test_a_server_that_keeps_uploads_where_a_client_works_is_told(start, begun):
+    """--server-dir . on the demo's machine: server and client would share client001/."""
+    site = begun()
+    for path in (site / "server").iterdir():
+        path.rename(site / path.name)
+    server, address = start_server(start, site, "--server-dir", ".")
+    client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
+    assert client.wait(30) == 1 and "another process works in client001" in client.lines[-1]
+    assert server.process.poll() is None
+
+
+def test_a_signal_ends_a_finished_server_whose_client_does_not_read(start, begun):
+    site, large = begun(clients=["client001"], rounds=1), [("big", (1_500_000,))]
+    digest = files.sha256_of(write_weights(site / "server" / "server_weight.h5", 1, large))
+    path = site / "server" / "state.json"
+    files.save_state(path, {**files.load_state(path), "weights_sha256": digest, "round": 2, "history": [{"round": 1}]})
+    server, address = start_server(start, site)
+    call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).getWeight(
+        todo_pb2.void(), metadata=[("fedml-client", "client001"), ("fedml-accept", "blob")])
+    assert dict(call.initial_metadata())["fedml-round"] == "2"
+    server.wait_for("client001 fetches the result")
+    server.signal(signal.SIGTERM)
+    ended(server, 143, 2)
+    call.cancel()
 
 
 def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing(start, begun):

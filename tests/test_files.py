@@ -42,6 +42,10 @@ def test_state_comes_back_and_foreign_files_are_named(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match="state.json is not a state file.*--fresh"):
             files.load_state(path)
+    path.write_text('{"version": 1, "round": 3}')
+    assert files.load_state(path, ["round"]) == {"round": 3}
+    with pytest.raises(ValueError, match="state.json is not a state file.*no trained, history"):
+        files.load_state(path, ["trained", "round", "history"])
     path.write_text('{"version": 99}')
     with pytest.raises(ValueError, match="version 99, this program writes 1"):
         files.load_state(path)
@@ -55,6 +59,9 @@ def test_rows_are_published_only_when_they_change(tmp_path):
     before = path.stat().st_ino
     files.publish_rows(path, ["round", "loss"], rows)
     assert path.stat().st_ino == before
+    path.write_bytes(path.read_text().encode("utf-16"))  # as a spreadsheet may save it
+    files.publish_rows(path, ["round", "loss"], rows)
+    assert path.read_text() == "round,loss\n1,0.123457\n"
 
 
 def test_an_old_run_is_moved_aside_with_its_state_first(tmp_path):
@@ -69,6 +76,17 @@ def test_an_old_run_is_moved_aside_with_its_state_first(tmp_path):
         assert files.load_state(tmp_path / f"old-{number}" / "state.json") == {"round": number}
         assert (tmp_path / f"old-{number}" / "client001" / "client_weights.h5").exists()
     assert sorted(os.listdir(tmp_path)) == [".gitkeep", "old-1", "old-2"]
+
+
+def test_what_no_servers_run_wrote_is_not_moved(tmp_path):
+    for name in ("todoServer.py", "index/val_set.pkl", "client001/state.json", "client001/client_weights.h5"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert files.move_aside(tmp_path) is None
+    (tmp_path / "server_weight.h5").touch()
+    assert files.move_aside(tmp_path) == tmp_path / "old-1"
+    assert sorted(os.listdir(tmp_path)) == ["client001", "index", "old-1", "todoServer.py"]
+    assert os.listdir(tmp_path / "old-1") == ["server_weight.h5"]
 
 
 def test_a_folder_is_one_processs_until_that_ends_however_it_ends(tmp_path):
