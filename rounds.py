@@ -220,6 +220,8 @@ class Rounds:
             if round_number is None:
                 round_number = self._round_of_silent_peer(client, sha256)
             if self._judge(client, run, round_number, sha256) == "new":
+                if client in self.uploads and not alive():
+                    raise Refused("CANCELLED", f"{client} went away; its earlier upload stays")
                 self._accept(client, num_examples, sha256, written)
             if self.answered < round_number and alive():
                 ticket = self.waiting[client] = object()
@@ -283,7 +285,11 @@ class Rounds:
         candidates = [old, upload] if old and not keep_file else [upload]
         self._save(uploads={**self.state["uploads"], client: candidates})
         if not keep_file:
-            publish(written, self.upload_path(client))
+            try:
+                publish(written, self.upload_path(client))
+            except BaseException:
+                self.uploads = self._uploads_on_disk()  # it may be in place all the same
+                raise
         self.uploads[client] = upload
         again = "" if not old else " again, the same weights" if keep_file else " again, replacing its earlier upload"
         self.say(f"round {self.round}: {client} delivered {num_examples} examples{again}; {self.describe()}")

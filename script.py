@@ -38,8 +38,8 @@ sys.excepthook = missing_package
 sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
 
 
-def at_least(least, most=2**32 - 1):
-    """An argparse type: a whole number of at least `least`; NumPy takes seeds up to this `most`."""
+def at_least(least, most=999_999_999):
+    """An argparse type: a whole number of at least `least`, and of nine digits at most, as the wire takes them."""
     def whole_number(text):
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 import grpc
 
 import files
+import tls
 import weights
 from generated import todo_pb2, todo_pb2_grpc
 from rounds import Refused
@@ -20,6 +21,7 @@ MESSAGE_BYTES, METADATA_BYTES, STREAMS = 2 << 20, 8 << 10, 16  # of one message,
 TURNS, TURN_S = 2, 0.5  # fast streams that move a piece at the same time; how long they wait for one that stands still
 FAST_S = 0.1  # a piece that takes longer, on a network below 10 MB/s, needs no turn
 REMEMBERED_CONNECTIONS = 1000
+SENTENCE = 2000  # characters of a refusal; gRPC drops a longer answer, its code included
 
 
 def create_server(rounds, listen, max_examples=10_000_000, credentials=None, serve_unnamed=True):
@@ -29,8 +31,6 @@ def create_server(rounds, listen, max_examples=10_000_000, credentials=None, ser
     serve_unnamed  whether peers are served that name nobody, neither in metadata nor by a certificate (the thesis demo's)
     """
     host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError(f"--listen {listen!r} is not HOST:PORT, as in localhost:50051")
     servicer = FedMLServicer(rounds, max_examples, serve_unnamed)
     workers = 2 * len(rounds.clients) + 4 + servicer.places  # waiters, take-overs, downloads; and who names nobody
     server = grpc.server(futures.ThreadPoolExecutor(workers), options=[
@@ -49,7 +49,8 @@ def create_server(rounds, listen, max_examples=10_000_000, credentials=None, ser
         "getWeight": grpc.stream_stream_rpc_method_handler(
             servicer.getWeight, todo_pb2.void.FromString, todo_pb2.modelWeight.SerializeToString)})])
     try:
-        bound = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
+        if bound := not tls.is_taken(host, port):
+            bound = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
     except RuntimeError:
         bound = 0
     if not bound:
@@ -110,15 +111,12 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 client, num_examples, messages = self.first_message(request_iterator, context, named)
             announced = asked.get("fedml-sha256")
             self.rounds.admit(client, run, number, announced)
+            written, digest = self.store(client, messages, context, announced)
             try:
-                written, digest = self.store(client, messages, context, announced)
-                try:
-                    context.add_callback(self.rounds.wake)  # a client that goes away wakes the call that waits for it
-                    done = self.rounds.deliver(client, num_examples, digest, written, run, number, context.is_active)
-                finally:
-                    written.unlink(missing_ok=True)
-            except OSError as error:
-                raise Refused("INTERNAL", f"{client}: the server could not store the upload: {error}; send again") from None
+                context.add_callback(self.rounds.wake)  # a client that goes away wakes the call that waits for it
+                done = self.rounds.deliver(client, num_examples, digest, written, run, number, context.is_active)
+            finally:
+                written.unlink(missing_ok=True)
         context.set_trailing_metadata((("fedml-round", str(self.rounds.round)), *[("fedml-done", "1")] * done))
         return todo_pb2.myResponse(value=1)
 
@@ -126,10 +124,15 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
     def refusals(self, context):
         try:
             yield
-        except Refused as refused:
+        except (Refused, OSError) as error:
+            code, sentence = "INTERNAL", f"the server could not read or store a file: {error}; try again"
+            if isinstance(error, Refused):
+                code, sentence = error.code, error.sentence
+            if len(sentence) > SENTENCE:
+                sentence = sentence[:SENTENCE] + " ..."
             if not self.rounds.over:  # once the server stops, everyone is told the same
-                self.say(f"refused: {refused.sentence} ({refused.code})")
-            context.abort(grpc.StatusCode[refused.code], refused.sentence)
+                self.say(f"refused: {sentence} ({code})")
+            context.abort(grpc.StatusCode[code], sentence)
 
     def identify(self, context, named):
         """Who calls: the enrolled client that its metadata or its certificate names, and both the same; None of a peer that
@@ -203,6 +206,8 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 raise Refused("CANCELLED", f"{client} went away in the middle of its upload") from None
             if isinstance(error, ValueError):
                 raise Refused("INVALID_ARGUMENT", f"{client}: {error}") from None
+            if isinstance(error, OSError):
+                raise Refused("INTERNAL", f"{client}: the server could not store the upload: {error}; send again") from None
             raise
 
 

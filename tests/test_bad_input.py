@@ -374,6 +374,27 @@ def test_files_with_a_few_changed_bytes_never_harm(tmp_path):
 # --- a full disk, a lame stream -----------------------------------------------------------------------------------
 
 
+def test_a_refusal_of_any_length_keeps_its_code(served, tmp_path):
+    """gRPC would make RESOURCE_EXHAUSTED of an answer above its limit, for which a client ends."""
+    path = tmp_path / "long.h5"
+    with h5py.File(path, "w", libver="latest") as file:
+        file.attrs["layer_names"] = np.array([b"A" * 10_000])
+    with pytest.raises(grpc.RpcError) as caught:
+        served.send(path, "client001").result()
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert re.fullmatch("client001: 'A{1900,} \\.\\.\\.", caught.value.details())
+    assert max(map(len, served.run.said)) < 2100
+
+
+def test_weights_that_are_gone_while_serving_are_told_to_both_sides(served):
+    away = served.run.weights.rename(served.run.weights.with_suffix(".away"))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(served.stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", "client001")], timeout=60))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL and "could not read or store a file" in caught.value.details()
+    away.rename(served.run.weights)
+    assert "server_weight.h5" in served.run.said[-1] and served.run.said[-1].endswith("(INTERNAL)")
+
+
 def test_a_full_disk_ends_the_upload_with_a_sentence_and_the_round_goes_on(served, tmp_path, monkeypatch):
     good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (3, 4)]
     first = served.counted(good[0], "client001")

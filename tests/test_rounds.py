@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import threading
 import time
 
@@ -224,6 +225,36 @@ def test_who_goes_away_after_a_complete_upload_still_counts(make_run):
     refused(gone, "CANCELLED", "counts")
     run.deliver("client002", 2).result()
     assert run.holds(("client001", 1, 1), ("client002", 1, 2))
+
+
+def test_a_late_upload_whose_caller_has_gone_does_not_replace_the_one_that_is_waited_for(make_run):
+    run = make_run(clients=["client001", "client002"])
+    waiting = run.delivered("client001", 2, num_examples=5)
+    refused(run.deliver("client001", 1, num_examples=7, alive=lambda: False), "CANCELLED", "its earlier upload stays")
+    run.deliver("client002", 3).result()
+    waiting.result()
+    assert run.holds(("client001", 5, 2), ("client002", 1, 3))
+
+
+def test_an_upload_that_is_in_place_though_publishing_failed_counts_as_what_it_is(make_run, monkeypatch):
+    """The rename was done, then the folder could not be opened or synchronized."""
+    run = make_run(clients=["client001", "client002"])
+    waiting, real = run.delivered("client001", 1, num_examples=5), os.open
+    with monkeypatch.context() as patch:
+        def out_of_files(path, *more):
+            if str(path).endswith("client001"):
+                raise OSError(24, "Too many open files")
+            return real(path, *more)
+
+        patch.setattr(files.os, "open", out_of_files)
+        with pytest.raises(OSError):
+            run.deliver("client001", 9, num_examples=50).result()
+    run.merge = lambda *_: 1 / 0
+    refused(run.deliver("client002", 2), "INTERNAL")
+    refused(waiting, "INTERNAL")
+    run.merge = run.average
+    run.start()
+    assert run.holds(("client001", 50, 9), ("client002", 1, 2))
 
 
 # --- limits -------------------------------------------------------------------------------------------------------
