@@ -359,6 +359,18 @@ def port_is_free(port):
     return False
 
 
+def processes_in(folder):
+    """{process id: command line} of all processes that work in `folder` or below."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink(f"/proc/{pid}/cwd").startswith(str(folder)):
+                found[int(pid)] = open(f"/proc/{pid}/cmdline").read().replace("\0", " ")
+        except OSError:
+            pass  # it ended meanwhile
+    return found
+
+
 # --- the real scripts without TensorFlow --------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import signal
 import sys
 
 import pytest
-from conftest import ROOT, Started, until
+from conftest import ROOT, Started, processes_in, until
 
 FLAGS = ("--seed", "3", "--num-train", "60", "--num-val", "30", "--image-size", "32", "--rounds", "2")
 
@@ -30,18 +30,6 @@ def compare(tmp_path):
         if each.process.poll() is None:
             each.signal(signal.SIGTERM)
             each.wait()
-
-
-def processes_in(folder):
-    """{process id: command line} of all processes that work in `folder` or below."""
-    found = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.readlink(f"/proc/{pid}/cwd").startswith(str(folder)):
-                found[int(pid)] = open(f"/proc/{pid}/cmdline").read().replace("\0", " ")
-        except OSError:
-            pass  # it ended meanwhile
-    return found
 
 
 def three_clients(folder):

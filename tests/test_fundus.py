@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import fundus
+import model
 
 
 def drawn_set(count, seed, image_size=128, lesions=True):
@@ -11,12 +12,6 @@ def drawn_set(count, seed, image_size=128, lesions=True):
     rng = np.random.default_rng(seed)
     grades = rng.choice(5, count, p=fundus.GRADE_SHARES)
     return np.stack([fundus.draw(int(grade), rng, image_size, lesions)[0] for grade in grades]), grades
-
-
-def area_under_curve(scores, positive):
-    """The chance that a positive scores higher than a negative (Mann and Whitney)."""
-    difference = scores[positive][:, None] - scores[~positive][None, :]
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
 def test_image_and_mask_have_the_asked_size():
@@ -102,15 +97,13 @@ def test_colour_thumbnails_do_not_tell_the_grade(count, size):
             slope = features[:fitting].T @ (fitted - target[:fitting]) + penalty * weights
             curvature = (features[:fitting].T * (fitted * (1 - fitted))) @ features[:fitting]
             weights -= np.linalg.solve(curvature + penalty * np.eye(len(weights)), slope)
-        assert area_under_curve(features[fitting:] @ weights, target[fitting:]) <= 0.65
+        assert model.auc(features[fitting:] @ weights, target[fitting:]) <= 0.65
 
 
 @pytest.mark.slow
 def test_a_network_learns_the_lesions_and_nothing_else():
     """Trained on the drawn set, drcnn tells the grades; on the same images without lesions it guesses."""
     import data
-    import model
-
     model.configure(seed=0)
     network = model.build("drcnn", 128, seed=0)
     images, grades = drawn_set(900, seed=0)
@@ -122,7 +115,7 @@ def test_a_network_learns_the_lesions_and_nothing_else():
     def auc(lesions):
         images, grades = drawn_set(400, seed=99, lesions=lesions)
         healthy = np.concatenate([network(batch, training=False)[:, 0] for batch in data.evaluation_batches(images)])
-        return area_under_curve(1 - healthy, grades > 0)
+        return model.auc(1 - healthy, grades > 0)
 
     assert auc(lesions=True) >= 0.95
     assert abs(auc(lesions=False) - 0.5) <= 0.1

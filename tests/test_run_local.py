@@ -1,6 +1,5 @@
 """./run_local.sh as a newcomer runs it: in a copy of the project, for real, on a small set."""
 
-import os
 import re
 import shutil
 import signal
@@ -8,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, Started, until
+from conftest import ROOT, Started, processes_in, until
 
 CHOICES = ["--rounds", "2", "--num-clients", "2", "--image-size", "32"]
 
@@ -33,18 +32,6 @@ def project(tmp_path):
 def run(project, *arguments):
     command = ["bash", "run_local.sh", *CHOICES, *arguments]
     return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=400)
-
-
-def processes_in(folder):
-    """Command lines of the processes whose working directory is `folder`."""
-    found = []
-    for process in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            if os.readlink(f"/proc/{process}/cwd") == str(folder):
-                found.append(open(f"/proc/{process}/cmdline").read())
-        except OSError:
-            pass
-    return [line for line in found if "todo" in line]
 
 
 @pytest.mark.slow
