@@ -1,7 +1,7 @@
 """The central baseline: the server's network, from the same initial weights, trained in one place as a client trains it.
 
-    python3 central.py                                           # on all images, index/train_set.pkl
-    python3 central.py --index index/worker3.pkl --out alone     # one hospital that trains alone
+python3 central.py                                           # on all images, index/train_set.pkl
+python3 central.py --index index/worker3.pkl --out alone     # one hospital that trains alone
 """
 
 import argparse
@@ -19,7 +19,9 @@ from rounds import HISTORY_COLUMNS
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--rounds", type=at_least(1), default=10, help="(10)")
     add("--epochs", type=at_least(1), default=1, help="passes over the images in a round (1)")
@@ -27,12 +29,38 @@ def main(argv=None):
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation (0)")
     add("--arch", choices=list(model.ARCHS), default="drcnn", help="the network (drcnn)")
     add("--image-size", type=pixels, metavar="PIXELS", help="a side (128 for drcnn, 224 for vgg16)")
-    add("--weights", default="none", metavar="none|imagenet|FILE", help="to start from (none: random)")
+    add(
+        "--weights",
+        default="none",
+        metavar="none|imagenet|FILE",
+        help="to start from (none: random)",
+    )
     add("--freeze-base", action="store_true", help="train only the dense layers of a vgg16")
-    add("--no-augmentation", action="store_true", help="train on the images as they are, without rotation and flips")
-    add("--index", type=Path, metavar="FILE", help="the images to train on (INDEX_DIR/train_set.pkl)")
-    add("--index-dir", type=Path, default=Path("index"), metavar="DIR", help="where val_set.pkl lies (index)")
-    add("--out", type=Path, default=Path("central"), metavar="DIR", help="weights and history (central)")
+    add(
+        "--no-augmentation",
+        action="store_true",
+        help="train on the images as they are, without rotation and flips",
+    )
+    add(
+        "--index",
+        type=Path,
+        metavar="FILE",
+        help="the images to train on (INDEX_DIR/train_set.pkl)",
+    )
+    add(
+        "--index-dir",
+        type=Path,
+        default=Path("index"),
+        metavar="DIR",
+        help="where val_set.pkl lies (index)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("central"),
+        metavar="DIR",
+        help="weights and history (central)",
+    )
     add("--threads", type=at_least(0), default=0, metavar="N", help="of TensorFlow (0: all cores)")
     args = parser.parse_args(argv)
     try:
@@ -45,24 +73,48 @@ def main(argv=None):
 def train_and_evaluate(args, image_size):
     """Publishes OUT/central_weight.h5 and OUT/history.csv, whose columns are server/history.csv's, after every round."""
     files.clean(args.out)
-    train, val = map(data.read_index, (args.index or args.index_dir / "train_set.pkl", args.index_dir / "val_set.pkl"))
-    images, val_images = (data.load_images(part, image_size, files.temporary(args.out / "images.npy")) for part in (train, val))
+    train, val = map(
+        data.read_index,
+        (args.index or args.index_dir / "train_set.pkl", args.index_dir / "val_set.pkl"),
+    )
+    images, val_images = (
+        data.load_images(part, image_size, files.temporary(args.out / "images.npy"))
+        for part in (train, val)
+    )
     model.configure(args.seed, args.threads)
     network, rows = model.build(args.arch, image_size, args.seed), []
     model.initialize(network, args.weights)
     if args.freeze_base:
         model.freeze_base(network)
-    batches = data.TrainingBatches(images, data.healthy(train), args.batch_size, args.seed, args.out.name,
-                                   not args.no_augmentation)
+    batches = data.TrainingBatches(
+        images,
+        data.healthy(train),
+        args.batch_size,
+        args.seed,
+        args.out.name,
+        not args.no_augmentation,
+    )
     for number in range(1, args.rounds + 1):
         started = time.monotonic()
         model.train(network, batches, number, args.epochs, report=lambda row: None)
         metrics = model.evaluate(network, val_images, data.healthy(val))
         seconds = time.monotonic() - started
-        rows.append({"round": number, **metrics, "clients": 1, "num_examples": len(train), "seconds": seconds})
+        rows.append(
+            {
+                "round": number,
+                **metrics,
+                "clients": 1,
+                "num_examples": len(train),
+                "seconds": seconds,
+            }
+        )
         model.save(network, args.out / "central_weight.h5")
         files.publish_rows(args.out / "history.csv", HISTORY_COLUMNS, rows)
-        say(args.out.name, f"round {number}/{args.rounds}: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in metrics))
+        say(
+            args.out.name,
+            f"round {number}/{args.rounds}: "
+            + "  ".join(f"{name} {metrics[name]:.3f}" for name in metrics),
+        )
     return 0
 
 

@@ -24,7 +24,9 @@ from files import replacing
 COLUMNS = {"picture": str, "label": int, "dir": str, "new_label": str}
 GRADES = 5
 INDEX_BYTES = 64 << 20  # of half a million images
-MEMORY_BYTES = 4 << 30  # decoded images above this go to a file, and the operating system keeps what fits
+MEMORY_BYTES = (
+    4 << 30
+)  # decoded images above this go to a file, and the operating system keeps what fits
 
 
 class NotPlain(pickle.UnpicklingError):
@@ -35,7 +37,9 @@ class PlainUnpickler(pickle.Unpickler):
     """Admits what the pickle format itself can say (dict, list, tuple, set, str, int, float, bool, None), no classes."""
 
     def find_class(self, module, name):
-        raise NotPlain(f"it holds {f'{module}.{name}'[:200]!r}, and only plain lists, strings and numbers are admitted")
+        raise NotPlain(
+            f"it holds {f'{module}.{name}'[:200]!r}, and only plain lists, strings and numbers are admitted"
+        )
 
     def persistent_load(self, pid):
         raise NotPlain("it refers to an object outside itself, and only plain values are admitted")
@@ -47,7 +51,12 @@ def load_plain(content):
     for place, (operation, argument, _) in enumerate(pickletools.genops(content)):
         tuples += operation.name.startswith("TUPLE")
         # a place in the memo takes the memory up to it, a key that is a deep tuple crashes Python, a huge number has no text
-        if tuples > 1000 or operation.name in ("LONG", "LONG4") or operation.name.endswith("PUT") and argument > place:
+        if (
+            tuples > 1000
+            or operation.name in ("LONG", "LONG4")
+            or operation.name.endswith("PUT")
+            and argument > place
+        ):
             raise NotPlain(f"it is made to cost memory or a crash (operation {operation.name})")
     return PlainUnpickler(io.BytesIO(content)).load()
 
@@ -73,9 +82,13 @@ def read_index(path):
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: make it with `python3 prepare.py`") from None
     except NotPlain as error:
-        raise ValueError(f"{path} is refused: {error}; make it anew with `python3 prepare.py`, or import an index that "
-                         "you trust with `python3 prepare.py --index-from`") from None
-    except Exception as error:  # a hostile pickle can raise nearly anything: all of it means "not an index"
+        raise ValueError(
+            f"{path} is refused: {error}; make it anew with `python3 prepare.py`, or import an index that "
+            "you trust with `python3 prepare.py --index-from`"
+        ) from None
+    except (
+        Exception
+    ) as error:  # a hostile pickle can raise nearly anything: all of it means "not an index"
         reason = f"{path} is not a readable pickle ({type(error).__name__})"
         raise ValueError(f"{reason}: make it with `python3 prepare.py`") from None
     return _checked(path, columns)
@@ -83,27 +96,40 @@ def read_index(path):
 
 def _checked(path, columns):
     if not isinstance(columns, dict):
-        raise ValueError(f"{path} holds a {type(columns).__name__}, expected a dict of the columns {', '.join(COLUMNS)}")
+        raise ValueError(
+            f"{path} holds a {type(columns).__name__}, expected a dict of the columns {', '.join(COLUMNS)}"
+        )
     for name, kind in COLUMNS.items():
         if name not in columns:
             raise ValueError(f"{path} has no column {name!r}, expected {', '.join(COLUMNS)}")
-        if not isinstance(columns[name], list) or not all(type(value) is kind for value in columns[name]):
+        if not isinstance(columns[name], list) or not all(
+            type(value) is kind for value in columns[name]
+        ):
             raise ValueError(f"{path}: column {name!r} must be a list of {kind.__name__}")
     lengths = {name: len(columns[name]) for name in COLUMNS}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{path}: the columns have different lengths: {lengths}")
     if not lengths["dir"]:
         raise ValueError(f"{path} is empty: an index needs at least one image")
-    records = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*(columns[name] for name in COLUMNS), strict=True)]
+    records = [
+        dict(zip(COLUMNS, row, strict=True))
+        for row in zip(*(columns[name] for name in COLUMNS), strict=True)
+    ]
     for record in records:
         where = PurePosixPath(record["dir"])
         if where.is_absolute() or ".." in where.parts or "\0" in record["dir"]:
-            raise ValueError(f"{path}: 'dir' {record['dir'][:200]!r} leaves the project folder: expected a path below it")
+            raise ValueError(
+                f"{path}: 'dir' {record['dir'][:200]!r} leaves the project folder: expected a path below it"
+            )
         if not 0 <= record["label"] < GRADES:
-            raise ValueError(f"{path}: label {record['label']} of {record['dir']!r} is no grade, expected 0..{GRADES - 1}")
+            raise ValueError(
+                f"{path}: label {record['label']} of {record['dir']!r} is no grade, expected 0..{GRADES - 1}"
+            )
         if record["new_label"] != str(record["label"] == 0):
-            raise ValueError(f"{path}: new_label {record['new_label'][:20]!r} of {record['dir']!r} contradicts its grade "
-                             f"{record['label']}: 'True' is healthy (grade 0), 'False' is DR")
+            raise ValueError(
+                f"{path}: new_label {record['new_label'][:20]!r} of {record['dir']!r} contradicts its grade "
+                f"{record['label']}: 'True' is healthy (grade 0), 'False' is DR"
+            )
     return records
 
 
@@ -126,7 +152,9 @@ def load_images(records, image_size, spill=None):
     def decode(place):
         images[place] = _load_image(records[place]["dir"], image_size)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # Pillow decodes outside the interpreter's lock
         for _ in pool.map(decode, range(len(records))):
             pass
     return images
@@ -147,7 +175,12 @@ class TrainingBatches:
 
     def __init__(self, images, labels, batch_size, seed, client, augment=True):
         """images: uint8 (n, size, size, 3), or anything float32 (n, ...) that is passed on as it is, without augmentation."""
-        self.images, self.labels, self.batch_size, self.augment = images, labels, batch_size, augment
+        self.images, self.labels, self.batch_size, self.augment = (
+            images,
+            labels,
+            batch_size,
+            augment,
+        )
         self.seed, self.client_number = seed, zlib.crc32(client.encode())
         self.round_number, self.epoch = 0, 0
 
@@ -168,7 +201,11 @@ class TrainingBatches:
         transforms = random_transforms(rng, len(order), self.images.shape[1])
         for start in range(0, len(order), self.batch_size):  # the last, partial batch counts
             chosen = order[start : start + self.batch_size]
-            yield self.images[chosen], self.labels[chosen], transforms[start : start + self.batch_size]
+            yield (
+                self.images[chosen],
+                self.labels[chosen],
+                transforms[start : start + self.batch_size],
+            )
 
     @property
     def steps(self):
@@ -181,10 +218,17 @@ class TrainingBatches:
         import tensorflow as tf
 
         shape = self.images.shape[1:]
-        raw = tf.data.Dataset.from_generator(self._epoch, output_signature=(
-            tf.TensorSpec((None, *shape), self.images.dtype), tf.TensorSpec((None,), tf.float32),
-            tf.TensorSpec((None, 2, 3), tf.float32)))
-        resampled = tf.function(resample, jit_compile=True)  # to one loop: six times faster than op by op
+        raw = tf.data.Dataset.from_generator(
+            self._epoch,
+            output_signature=(
+                tf.TensorSpec((None, *shape), self.images.dtype),
+                tf.TensorSpec((None,), tf.float32),
+                tf.TensorSpec((None, 2, 3), tf.float32),
+            ),
+        )
+        resampled = tf.function(
+            resample, jit_compile=True
+        )  # to one loop: six times faster than op by op
 
         def prepare(images, labels, transforms):
             if self.augment:
@@ -195,7 +239,9 @@ class TrainingBatches:
 
         batches = raw.map(prepare, num_parallel_calls=2, deterministic=True).prefetch(2)
         options = tf.data.Options()
-        options.autotune.enabled = False  # its thread sleeps for seconds, and the end of every epoch waits until it wakes
+        options.autotune.enabled = (
+            False  # its thread sleeps for seconds, and the end of every epoch waits until it wakes
+        )
         return batches.with_options(options)
 
 
@@ -204,7 +250,9 @@ def random_transforms(rng, n, image_size):
     output pixel (x, y) is taken from input transform @ (x, y, 1)."""
     angle = rng.uniform(0, 2 * np.pi, n)
     flips = rng.choice([-1.0, 1.0], (2, n))
-    turned = flips[..., None] * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]).swapaxes(1, 2)
+    turned = flips[..., None] * np.array(
+        [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    ).swapaxes(1, 2)
     centre = (image_size - 1) / 2
     moved = centre * (1 - turned.sum(-1, keepdims=True))
     return np.concatenate([turned, moved], -1).swapaxes(0, 1).astype(np.float32)
@@ -230,7 +278,9 @@ def resample(images, transforms):
 
     (column, right), (row, down) = along(0), along(1)
     pixels = tf.reshape(images, (-1, images.shape[3]))
-    place = (tf.range(tf.shape(images)[0])[:, None, None] * size + row) * size + column  # in `pixels`
+    place = (
+        tf.range(tf.shape(images)[0])[:, None, None] * size + row
+    ) * size + column  # in `pixels`
 
     def at(further):
         return tf.cast(tf.gather(pixels, place + further), tf.float32)

@@ -55,8 +55,10 @@ def publish_rows(path, columns, rows):
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
-                     for row in rows)
+    writer.writerows(
+        {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
+        for row in rows
+    )
     path = Path(path)
     if not path.exists() or path.read_bytes() != text.getvalue().encode():
         publish_text(path, text.getvalue())
@@ -81,8 +83,10 @@ def load_state(path, keys=()):
         sentence = f"{path} is not a state file of this program ({error!r}): move it away, or start the server with --fresh"
         raise ValueError(sentence) from None
     if version != STATE_VERSION:
-        raise ValueError(f"{path} has version {version}, this program writes {STATE_VERSION}: "
-                         "finish the run with the program that began it, or start with --fresh")
+        raise ValueError(
+            f"{path} has version {version}, this program writes {STATE_VERSION}: "
+            "finish the run with the program that began it, or start with --fresh"
+        )
     return state
 
 
@@ -105,7 +109,9 @@ def alone_in(folder):
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(place)
-        raise ValueError(f"another process works in {folder}: wait until it ends, or stop it, and start again") from None
+        raise ValueError(
+            f"another process works in {folder}: wait until it ends, or stop it, and start again"
+        ) from None
     except OSError:
         pass  # a network's file system that has no locks
     try:
@@ -126,7 +132,9 @@ def move_aside(folder):
     names = ("state.json", "server_weight.h5", "history.csv", "report.html")
     old = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
     uploads = sorted(Path(folder).glob("*/client_weights.h5"))
-    old += [path.parent for path in uploads if not (path.parent / "state.json").exists()]  # that is a client's own folder
+    old += [
+        path.parent for path in uploads if not (path.parent / "state.json").exists()
+    ]  # that is a client's own folder
     if not old:
         return None
     number = 1

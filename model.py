@@ -52,7 +52,9 @@ def configure(seed, threads=None):
         import tensorflow as tf
 
         tf.config.list_physical_devices()
-    absl.logging.set_verbosity(absl.logging.ERROR)  # it warns of "legacy HDF5": that is the contract
+    absl.logging.set_verbosity(
+        absl.logging.ERROR
+    )  # it warns of "legacy HDF5": that is the contract
     threads = threads or default_threads()
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
@@ -73,8 +75,12 @@ def build(arch, image_size, seed=0):
 def compiled(network):
     import keras
 
-    network.compile(optimizer=keras.optimizers.Adam(), loss="binary_crossentropy", metrics=["accuracy"],
-                    jit_compile=False)  # compiling for each batch shape costs more than it gains on a small network
+    network.compile(
+        optimizer=keras.optimizers.Adam(),
+        loss="binary_crossentropy",
+        metrics=["accuracy"],
+        jit_compile=False,
+    )  # compiling for each batch shape costs more than it gains on a small network
     return network
 
 
@@ -87,7 +93,9 @@ def drcnn(image_size):
     image = x = Input((image_size, image_size, 3), name="image")
     for number, filters in enumerate((16, 32, 64, 64, 128), start=1):
         if number > 1:
-            x = layers.MaxPooling2D(name=f"pool{number}")(x)  # (b, size / 2**(number-1), size / 2**(number-1), ...)
+            x = layers.MaxPooling2D(name=f"pool{number}")(
+                x
+            )  # (b, size / 2**(number-1), size / 2**(number-1), ...)
         x = layers.Conv2D(filters, 3, padding="same", use_bias=False, name=f"conv{number}")(x)
         x = layers.BatchNormalization(momentum=0.9, name=f"norm{number}")(x)
         x = layers.ReLU(name=f"relu{number}")(x)
@@ -99,7 +107,9 @@ def vgg16(image_size):
     """The thesis's network: VGG16 (Simonyan and Zisserman 2014) without its top, Flatten, Dense 256, Dense 1."""
     from keras import Model, applications, layers
 
-    base = applications.VGG16(include_top=False, weights=None, input_shape=(image_size, image_size, 3))
+    base = applications.VGG16(
+        include_top=False, weights=None, input_shape=(image_size, image_size, 3)
+    )
     x = layers.Flatten(name="flatten")(base.output)
     x = layers.Dense(256, activation="relu", name="dense")(x)
     return Model(base.input, layers.Dense(1, activation="sigmoid", name="dense_1")(x), name="vgg16")
@@ -110,7 +120,9 @@ def base_of(network):
     from keras import Model
 
     if network.name != "vgg16":
-        raise ValueError(f"--freeze-base and ImageNet weights are for --arch vgg16, this network is {network.name}")
+        raise ValueError(
+            f"--freeze-base and ImageNet weights are for --arch vgg16, this network is {network.name}"
+        )
     return Model(network.input, network.get_layer("block5_pool").output)
 
 
@@ -121,10 +133,14 @@ def initialize(network, source):
     if source == "imagenet":
         base = base_of(network)
         try:
-            known = applications.VGG16(include_top=False, weights="imagenet", input_shape=network.input_shape[1:])
+            known = applications.VGG16(
+                include_top=False, weights="imagenet", input_shape=network.input_shape[1:]
+            )
         except Exception as error:
-            raise ValueError(f"ImageNet weights could not be fetched ({error}): put vgg16_weights_tf_dim_ordering_tf_kernels_"
-                             "notop.h5 into ~/.keras/models, or give that file as --weights FILE") from None
+            raise ValueError(
+                f"ImageNet weights could not be fetched ({error}): put vgg16_weights_tf_dim_ordering_tf_kernels_"
+                "notop.h5 into ~/.keras/models, or give that file as --weights FILE"
+            ) from None
         base.set_weights(known.get_weights())
     elif source != "none":
         whole = network.name != "vgg16" or len(weights.shapes_of(source)) == len(shapes(network))
@@ -143,14 +159,20 @@ def on_features(network, batches):
     from keras import Input, Model
 
     base = base_of(network)
-    digest = hashlib.sha256(b"".join(np.asarray(weight).tobytes() for weight in base.weights)).digest()
-    if getattr(batches, "features_of", None) != digest:  # the base is another than in the last round, or this is the first
+    digest = hashlib.sha256(
+        b"".join(np.asarray(weight).tobytes() for weight in base.weights)
+    ).digest()
+    if (
+        getattr(batches, "features_of", None) != digest
+    ):  # the base is another than in the last round, or this is the first
         features = x = Input(base.output.shape[1:])
         for layer in network.layers[-3:]:
             x = layer(x)
         batches.head = compiled(Model(features, x, name=network.name))
         pixels = data.evaluation_batches(batches.images)
-        batches.features = batches.of(np.concatenate([base.predict_on_batch(batch) for batch in pixels]))
+        batches.features = batches.of(
+            np.concatenate([base.predict_on_batch(batch) for batch in pixels])
+        )
         batches.features_of = digest
     return batches.head, batches.features
 
@@ -164,8 +186,11 @@ def learning_rate(arch, round_number):
 
 def shapes(network):
     """[(layer name, shape)] of every tensor, in the order of the weight file: what weights.check compares with."""
-    return [(layer.name, tuple(weight.shape)) for layer in network.layers
-            for weight in layer.trainable_weights + layer.non_trainable_weights]
+    return [
+        (layer.name, tuple(weight.shape))
+        for layer in network.layers
+        for weight in layer.trainable_weights + layer.non_trainable_weights
+    ]
 
 
 class InMemory(h5py.File):
@@ -188,7 +213,9 @@ def load(network, path):
     """Loads checked weights. Raises ValueError, with the path, where they are not this network's."""
     try:
         if not str(path).endswith(".h5") or str(path).endswith(".weights.h5"):
-            raise ValueError("Keras goes by the name, expected one that ends in .h5, but not in .weights.h5")
+            raise ValueError(
+                "Keras goes by the name, expected one that ends in .h5, but not in .weights.h5"
+            )
         weights.check(path, shapes(network))
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
@@ -208,10 +235,23 @@ def train(network, batches, round_number, epochs, report=print):
     rows = []
     for epoch in range(1, epochs + 1):
         started = time.monotonic()
-        history = network.fit(batches.start(round_number, epoch).dataset, epochs=1, steps_per_epoch=batches.steps,
-                              shuffle=False, verbose=1 if sys.stdout.isatty() else 0).history  # it is shuffled
-        rows.append({"round": round_number, "epoch": epoch, "loss": history["loss"][0], "accuracy": history["accuracy"][0],
-                     "num_examples": len(batches.images), "seconds": time.monotonic() - started})
+        history = network.fit(
+            batches.start(round_number, epoch).dataset,
+            epochs=1,
+            steps_per_epoch=batches.steps,
+            shuffle=False,
+            verbose=1 if sys.stdout.isatty() else 0,
+        ).history  # it is shuffled
+        rows.append(
+            {
+                "round": round_number,
+                "epoch": epoch,
+                "loss": history["loss"][0],
+                "accuracy": history["accuracy"][0],
+                "num_examples": len(batches.images),
+                "seconds": time.monotonic() - started,
+            }
+        )
         report(rows[-1])
     return rows
 
@@ -231,11 +271,13 @@ def scores(p_healthy, labels):
     """The metrics of `evaluate` from P(healthy) (n,) and labels (n,), 1 = healthy; nan where a class is absent."""
     dr, found = labels < 0.5, p_healthy < 0.5
     p = np.clip(p_healthy, 1e-7, 1 - 1e-7)  # as Keras clips
-    return {"loss": float(-np.mean(np.where(dr, np.log(1 - p), np.log(p)))),
-            "accuracy": float(np.mean(found == dr)),
-            "auc": auc(1 - p_healthy, dr),
-            "sensitivity": float(np.mean(found[dr])) if dr.any() else float("nan"),
-            "specificity": float(np.mean(~found[~dr])) if (~dr).any() else float("nan")}
+    return {
+        "loss": float(-np.mean(np.where(dr, np.log(1 - p), np.log(p)))),
+        "accuracy": float(np.mean(found == dr)),
+        "auc": auc(1 - p_healthy, dr),
+        "sensitivity": float(np.mean(found[dr])) if dr.any() else float("nan"),
+        "specificity": float(np.mean(~found[~dr])) if (~dr).any() else float("nan"),
+    }
 
 
 def auc(score, positive):
@@ -243,4 +285,6 @@ def auc(score, positive):
     values, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
     rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     n1, n0 = int(positive.sum()), int((~positive).sum())
-    return float((rank[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)) if n1 and n0 else float("nan")
+    return (
+        float((rank[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)) if n1 and n0 else float("nan")
+    )

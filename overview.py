@@ -15,7 +15,9 @@ def table(sets):
     for name, records in sets.items():
         none, *dr = count(records)
         cells = zip(headings, (none, *dr, none, sum(dr), none + sum(dr)), strict=True)
-        lines.append(f"{name:12}" + "".join(f"  {cell:{max(5, len(heading))}}" for heading, cell in cells))
+        lines.append(
+            f"{name:12}" + "".join(f"  {cell:{max(5, len(heading))}}" for heading, cell in cells)
+        )
     return "\n".join(lines)
 
 
@@ -28,9 +30,13 @@ def save_contact_sheet(path, records):
     """The first pictures of each grade, a row a grade, as a PNG."""
     sheet = Image.new("RGB", (COLUMNS * CELL, len(GRADES) * CELL))
     for grade in range(len(GRADES)):
-        for column, record in enumerate([record for record in records if record["label"] == grade][:COLUMNS]):
+        for column, record in enumerate(
+            [record for record in records if record["label"] == grade][:COLUMNS]
+        ):
             with Image.open(record["dir"]) as picture:
-                sheet.paste(picture.convert("RGB").resize((CELL, CELL)), (column * CELL, grade * CELL))
+                sheet.paste(
+                    picture.convert("RGB").resize((CELL, CELL)), (column * CELL, grade * CELL)
+                )
     with replacing(path) as written:
         sheet.save(written)
 

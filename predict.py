@@ -1,6 +1,6 @@
 """DR scores (0 healthy ... 1 DR) of new photographs, prepared as the training images were.
 
-    python3 predict.py eye1.jpg eye2.png
+python3 predict.py eye1.jpg eye2.png
 """
 
 import argparse
@@ -22,9 +22,18 @@ DRAWN = "  (the model was trained on drawn images: its score of a photograph say
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a JPEG, PNG, TIFF or BMP; one in preprocessed/ is prepared")
-    parser.add_argument("--weights", default="server/server_weight.h5", metavar="FILE", help="(%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="a JPEG, PNG, TIFF or BMP; one in preprocessed/ is prepared",
+    )
+    parser.add_argument(
+        "--weights", default="server/server_weight.h5", metavar="FILE", help="(%(default)s)"
+    )
     args = parser.parse_args(argv)
     try:
         for needed in (args.weights, "server/state.json", "index/prepared.json"):
@@ -46,7 +55,10 @@ def main(argv=None):
 
 def predict(network, made, path):
     """Prints the score of one photograph; returns whether it could be read. made: what prepared.json says."""
-    drawn, prepared = made["preprocessing"] == "drawn", Path("preprocessed").resolve() in Path(path).resolve().parents
+    drawn, prepared = (
+        made["preprocessing"] == "drawn",
+        Path("preprocessed").resolve() in Path(path).resolve().parents,
+    )
     try:
         image = photos.open_image(path)
         if not prepared and not drawn:
@@ -55,7 +67,10 @@ def predict(network, made, path):
         fail("predict", error if str(error).startswith(path) else f"{path}: {error}")
         return False
     pixels = np.asarray(image.resize(network.input_shape[1:3]))[None]  # (1, size, size, 3)
-    print(f"{path}  DR score {1 - model.predict(network, pixels)[0]:.3f}{DRAWN * (drawn and not prepared)}", flush=True)
+    print(
+        f"{path}  DR score {1 - model.predict(network, pixels)[0]:.3f}{DRAWN * (drawn and not prepared)}",
+        flush=True,
+    )
     return True
 
 

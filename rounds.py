@@ -15,7 +15,9 @@ import time
 
 from files import publish, publish_rows, save_state, sha256_of
 
-HISTORY_COLUMNS = ("round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds").split(",")
+HISTORY_COLUMNS = (
+    "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds"
+).split(",")
 REPORT_EVERY_S = 30
 
 
@@ -33,8 +35,18 @@ class TooFewClients(Exception):
 
 def new_state(run, clients, rounds, weights_sha256, **choices):
     """The state of a run before its first round; `choices` (arch, seed ...) are kept to be compared at a restart."""
-    return {"run": run, "clients": sorted(clients), **choices, "rounds": rounds, "round": 1, "weights_sha256": weights_sha256,
-            "uploads": {}, "frozen": None, "counted": {}, "history": []}
+    return {
+        "run": run,
+        "clients": sorted(clients),
+        **choices,
+        "rounds": rounds,
+        "round": 1,
+        "weights_sha256": weights_sha256,
+        "uploads": {},
+        "frozen": None,
+        "counted": {},
+        "history": [],
+    }
 
 
 class Rounds:
@@ -46,8 +58,16 @@ class Rounds:
     evaluate    evaluate() -> dict of the metrics of the merged weights
     """
 
-    def __init__(self, folder, state, merge, evaluate, min_clients=None, round_timeout_s=0, say=print):
-        self.folder, self.state, self.merge, self.evaluate, self.say = folder, state, merge, evaluate, say
+    def __init__(
+        self, folder, state, merge, evaluate, min_clients=None, round_timeout_s=0, say=print
+    ):
+        self.folder, self.state, self.merge, self.evaluate, self.say = (
+            folder,
+            state,
+            merge,
+            evaluate,
+            say,
+        )
         self.clients = state["clients"]
         self.min_clients = min_clients or len(self.clients)
         self.round_timeout_s = round_timeout_s
@@ -87,16 +107,22 @@ class Rounds:
     def _uploads_on_disk(self):
         """{client: upload} of the open round: of each client's candidates the one whose bytes are in its file."""
         digests = {client: sha256_of(self.upload_path(client)) for client in self.state["uploads"]}
-        return {client: upload for client, candidates in self.state["uploads"].items() for upload in candidates
-                if upload["sha256"] == digests[client]}
+        return {
+            client: upload
+            for client, candidates in self.state["uploads"].items()
+            for upload in candidates
+            if upload["sha256"] == digests[client]
+        }
 
     # --- the coordinator ---
 
     def open(self):
         """Finishes what a crash interrupted, before anyone is served: the same set gives the same bits."""
         if lost := set(self.state["frozen"] or ()) - set(self.uploads):
-            raise ValueError(f"round {self.round} was being merged, but the weights of {', '.join(sorted(lost))} in "
-                             f"{self.folder} are not those that were delivered: put them back, or begin with --fresh")
+            raise ValueError(
+                f"round {self.round} was being merged, but the weights of {', '.join(sorted(lost))} in "
+                f"{self.folder} are not those that were delivered: put them back, or begin with --fresh"
+            )
         if self.state["frozen"]:
             self._merge_and_commit()
         if self.answered < self.round - 1:
@@ -114,8 +140,11 @@ class Rounds:
             self.stop("UNAVAILABLE", str(error))
             raise
         except BaseException as error:
-            self.stop("INTERNAL", f"round {self.answered + 1} could not be closed: {type(error).__name__}: {error}; "
-                                  "what was delivered is kept, the server stops")
+            self.stop(
+                "INTERNAL",
+                f"round {self.answered + 1} could not be closed: {type(error).__name__}: {error}; "
+                "what was delivered is kept, the server stops",
+            )
             raise
 
     def stop(self, code, sentence):
@@ -136,23 +165,37 @@ class Rounds:
                 if now >= limit and len(self.uploads) >= self.min_clients:
                     break
                 if now >= limit:
-                    raise TooFewClients(f"round {self.round}: {self.describe()}; {len(self.uploads)} of at least "
-                                        f"{self.min_clients} clients after {self.round_timeout_s:g} s: the server stops, its "
-                                        "state is kept")
+                    raise TooFewClients(
+                        f"round {self.round}: {self.describe()}; {len(self.uploads)} of at least "
+                        f"{self.min_clients} clients after {self.round_timeout_s:g} s: the server stops, its "
+                        "state is kept"
+                    )
                 if now - reported >= REPORT_EVERY_S:
-                    self.say(f"round {self.round}: {self.describe()}; waiting for {now - self.opened:.0f} s")
+                    self.say(
+                        f"round {self.round}: {self.describe()}; waiting for {now - self.opened:.0f} s"
+                    )
                     reported = now
                 self.changed.wait(max(0.01, min(reported + REPORT_EVERY_S, limit) - now))
-            self._save(frozen=sorted(self.uploads), uploads={client: [upload] for client, upload in self.uploads.items()})
+            self._save(
+                frozen=sorted(self.uploads),
+                uploads={client: [upload] for client, upload in self.uploads.items()},
+            )
 
     def describe(self):
         """'have client001, client003; waiting for client002, last seen 14 s ago', or 'have all'."""
+
         def seen(client):
             at = self.last_seen.get(client)
-            return f"{client}, " + ("not seen yet" if at is None else f"last seen {time.monotonic() - at:.0f} s ago")
+            return f"{client}, " + (
+                "not seen yet" if at is None else f"last seen {time.monotonic() - at:.0f} s ago"
+            )
 
         missing = "; ".join(seen(client) for client in self.clients if client not in self.uploads)
-        return f"have {', '.join(sorted(self.uploads)) or 'no one'}; waiting for {missing}" if missing else "have all"
+        return (
+            f"have {', '.join(sorted(self.uploads)) or 'no one'}; waiting for {missing}"
+            if missing
+            else "have all"
+        )
 
     def _merge_and_commit(self):
         started = time.monotonic()
@@ -161,12 +204,22 @@ class Rounds:
         digest = self.merge([self.upload_path(name) for name in names], num_examples)
         with self.changed:
             closing = {  # what the history row needs, should a crash come before the evaluation
-                "round": number, "clients": len(names), "missing": " ".join(sorted(set(self.clients) - set(names))),
+                "round": number,
+                "clients": len(names),
+                "missing": " ".join(sorted(set(self.clients) - set(names))),
                 "num_examples": sum(num_examples),
-                "wait_seconds": started - self.opened, "merge_seconds": time.monotonic() - started}
+                "wait_seconds": started - self.opened,
+                "merge_seconds": time.monotonic() - started,
+            }
             counted = {name: {"round": number, **upload} for name, upload in self.uploads.items()}
-            self._save(round=number + 1, weights_sha256=digest, closing=closing, uploads={}, frozen=None,
-                       counted={**self.state["counted"], **counted})
+            self._save(
+                round=number + 1,
+                weights_sha256=digest,
+                closing=closing,
+                uploads={},
+                frozen=None,
+                counted={**self.state["counted"], **counted},
+            )
             self.uploads = {}
             self.changed.notify_all()
 
@@ -174,14 +227,19 @@ class Rounds:
         started = time.monotonic()
         row = {**self.state["closing"], **self.evaluate()}
         now = time.monotonic()
-        history = [*self.state["history"], {**row, "evaluate_seconds": now - started, "seconds": now - self.opened}]
+        history = [
+            *self.state["history"],
+            {**row, "evaluate_seconds": now - started, "seconds": now - self.opened},
+        ]
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, history)
         with self.changed:
             self._save(history=history)
             missing = f", without {row['missing']}" if row["missing"] else ""
-            self.say(f"round {row['round']}/{self.state['rounds']}: loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  "
-                     f"AUC {row['auc']:.3f}  sensitivity {row['sensitivity']:.3f}  specificity {row['specificity']:.3f}  "
-                     f"({row['clients']} clients{missing}, {row['num_examples']} examples, {now - self.opened:.1f} s)")
+            self.say(
+                f"round {row['round']}/{self.state['rounds']}: loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  "
+                f"AUC {row['auc']:.3f}  sensitivity {row['sensitivity']:.3f}  specificity {row['specificity']:.3f}  "
+                f"({row['clients']} clients{missing}, {row['num_examples']} examples, {now - self.opened:.1f} s)"
+            )
             self.changed.notify_all()
 
     # --- what the servicer calls ---
@@ -230,7 +288,10 @@ class Rounds:
                 if not alive():
                     raise Refused("CANCELLED", f"{client} went away; what it delivered counts")
                 if self.waiting[client] is not ticket:
-                    raise Refused("ABORTED", f"{client} has delivered again on another connection, which gets the answer")
+                    raise Refused(
+                        "ABORTED",
+                        f"{client} has delivered again on another connection, which gets the answer",
+                    )
                 if self.over:
                     raise self.over
                 self.changed.wait()
@@ -242,7 +303,9 @@ class Rounds:
     def wait_until_all_left(self, timeout_s):
         """After the last round: until every client has its last answer, or the time is over."""
         with self.changed:
-            self.say(f"the run is over; staying up to {timeout_s:g} s, until all have their last answer")
+            self.say(
+                f"the run is over; staying up to {timeout_s:g} s, until all have their last answer"
+            )
             self.changed.wait_for(lambda: self.finished >= set(self.clients), timeout_s)
 
     def _round_of_silent_peer(self, client, sha256):
@@ -252,15 +315,22 @@ class Rounds:
         if counted and counted["sha256"] == sha256:
             return counted["round"]
         if self.min_clients < len(self.clients):
-            raise Refused("FAILED_PRECONDITION", f"{client} did not fetch on this connection, so its round is unknown: fetch, "
-                                                 f"then send; the open round is {self.round}")
+            raise Refused(
+                "FAILED_PRECONDITION",
+                f"{client} did not fetch on this connection, so its round is unknown: fetch, "
+                f"then send; the open round is {self.round}",
+            )
         return self.round
 
     def _judge(self, client, run, round_number, sha256):
         """'new' or 'repeat'. Raises Refused for what cannot count, or not any more."""
+
         def refused(what):
-            return Refused("FAILED_PRECONDITION", f"{client} delivers for {what}; the server is in run {self.state['run']}, "
-                                                  f"round {self.round}: fetch again")
+            return Refused(
+                "FAILED_PRECONDITION",
+                f"{client} delivers for {what}; the server is in run {self.state['run']}, "
+                f"round {self.round}: fetch again",
+            )
 
         if self.over:
             raise self.over
@@ -270,7 +340,9 @@ class Rounds:
         if counted and (counted["round"], counted["sha256"]) == (round_number, sha256):
             return "repeat"
         if round_number != self.round or self.done:
-            raise refused(f"round {round_number}, which is {'over' if round_number < self.round else 'not open'}")
+            raise refused(
+                f"round {round_number}, which is {'over' if round_number < self.round else 'not open'}"
+            )
         if not self.state["frozen"]:
             return "new"
         if client in self.uploads and self.uploads[client]["sha256"] == sha256:
@@ -291,5 +363,13 @@ class Rounds:
                 self.uploads = self._uploads_on_disk()  # it may be in place all the same
                 raise
         self.uploads[client] = upload
-        again = "" if not old else " again, the same weights" if keep_file else " again, replacing its earlier upload"
-        self.say(f"round {self.round}: {client} delivered {num_examples} examples{again}; {self.describe()}")
+        again = (
+            ""
+            if not old
+            else " again, the same weights"
+            if keep_file
+            else " again, replacing its earlier upload"
+        )
+        self.say(
+            f"round {self.round}: {client} delivered {num_examples} examples{again}; {self.describe()}"
+        )

@@ -30,8 +30,11 @@ def missing_package(kind, error, trace):
     """sys.excepthook: where a package is missing, a sentence in place of Python's own last words."""
     if kind is not ModuleNotFoundError:
         return sys.__excepthook__(kind, error, trace)
-    fail(Path(sys.argv[0]).name, f"{sys.executable} has no package {error.name!r}: start it with .venv/bin/python, which "
-                                 "`bash setup.sh requirements.txt` makes, or pip install -r requirements.txt")
+    fail(
+        Path(sys.argv[0]).name,
+        f"{sys.executable} has no package {error.name!r}: start it with .venv/bin/python, which "
+        "`bash setup.sh requirements.txt` makes, or pip install -r requirements.txt",
+    )
 
 
 sys.excepthook = missing_package
@@ -40,6 +43,7 @@ sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be t
 
 def at_least(least, most=999_999_999):
     """An argparse type: a whole number of at least `least`, and of nine digits at most, as the wire takes them."""
+
     def whole_number(text):
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
@@ -66,6 +70,7 @@ def seconds(text):
 
 def exit_on_signals(last_words):
     """SIGINT and SIGTERM end the process at once with 130 or 143: every published file is whole at every instant."""
+
     def end(number, frame):
         os.write(1, f"{last_words}\n".encode())  # print could be interrupted within itself
         os._exit(128 + number)
@@ -79,8 +84,15 @@ def keep_heap_small():
     itself glibc gives each thread a cache and every few threads a heap, and pieces and tensors leave all of them full of holes.
     glibc reads these settings only when a process starts (a user's own stay); any other C library passes over them."""
     if "GLIBC_TUNABLES" not in os.environ:
-        settings = {"arena_max": 1, "tcache_count": 0, "mmap_threshold": 32 << 20, "trim_threshold": 4 << 20}
-        os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in settings.items())
+        settings = {
+            "arena_max": 1,
+            "tcache_count": 0,
+            "mmap_threshold": 32 << 20,
+            "trim_threshold": 4 << 20,
+        }
+        os.environ["GLIBC_TUNABLES"] = ":".join(
+            f"glibc.malloc.{name}={value}" for name, value in settings.items()
+        )
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -29,15 +29,38 @@ import weights
 from generated import todo_pb2, todo_pb2_grpc
 
 HISTORY_COLUMNS = "round,epoch,loss,accuracy,num_examples,seconds".split(",")
-SETTINGS = "name", "threads", "seed", "epochs", "batch_size", "freeze_base", "no_augmentation"  # what was trained follows
+SETTINGS = (
+    "name",
+    "threads",
+    "seed",
+    "epochs",
+    "batch_size",
+    "freeze_base",
+    "no_augmentation",
+)  # what was trained follows
 REPORT_EVERY_S = 30
-CONNECT_S = 10  # an attempt that lasted longer than a connection may take had a server at its other end
+CONNECT_S = (
+    10  # an attempt that lasted longer than a connection may take had a server at its other end
+)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10
 MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
-SEED_TASK = {"run": "", "arch": "vgg16", "image_size": 224}  # what a server trains that names nothing
-REFUSALS = {grpc.StatusCode[name] for name in (
-    "INVALID_ARGUMENT", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")}
+SEED_TASK = {
+    "run": "",
+    "arch": "vgg16",
+    "image_size": 224,
+}  # what a server trains that names nothing
+REFUSALS = {
+    grpc.StatusCode[name]
+    for name in (
+        "INVALID_ARGUMENT",
+        "PERMISSION_DENIED",
+        "UNAUTHENTICATED",
+        "ABORTED",
+        "RESOURCE_EXHAUSTED",
+        "UNIMPLEMENTED",
+    )
+}
 
 
 class Finished(Exception):
@@ -74,28 +97,76 @@ def federate(site):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--name", required=True, help="who this is, as the server's --clients has it")
     add("--server", default="localhost:50051", metavar="HOST:PORT", help="(default: %(default)s)")
-    add("--epochs", type=at_least(1), default=1, help="passes over the images in a round (default: %(default)s)")
+    add(
+        "--epochs",
+        type=at_least(1),
+        default=1,
+        help="passes over the images in a round (default: %(default)s)",
+    )
     add("--batch-size", type=at_least(1), default=16, metavar="N", help="(default: %(default)s)")
-    add("--seed", type=at_least(0), default=0, help="of shuffling and augmentation (default: %(default)s)")
-    add("--index", type=Path, metavar="FILE", help="(default: index/workerK.pkl, K the number at the end of the name)")
-    add("--client-dir", type=Path, metavar="DIR", help="weights, state, history (default: the name)")
-    add("--rounds", type=at_least(1), default=100, help="only for a server that names none (default: %(default)s)")
-    add("--threads", type=at_least(0), default=0, metavar="N", help="of TensorFlow (default: 0, all cores)")
+    add(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="of shuffling and augmentation (default: %(default)s)",
+    )
+    add(
+        "--index",
+        type=Path,
+        metavar="FILE",
+        help="(default: index/workerK.pkl, K the number at the end of the name)",
+    )
+    add(
+        "--client-dir", type=Path, metavar="DIR", help="weights, state, history (default: the name)"
+    )
+    add(
+        "--rounds",
+        type=at_least(1),
+        default=100,
+        help="only for a server that names none (default: %(default)s)",
+    )
+    add(
+        "--threads",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="of TensorFlow (default: 0, all cores)",
+    )
     add("--freeze-base", action="store_true", help="train only the dense layers of a vgg16")
-    add("--no-augmentation", action="store_true", help="train on the images as they are, without rotation and flips")
-    add("--give-up-after", type=seconds, default=600, metavar="S", help="of a server that is away (default: %(default)s)")
-    tls.add_arguments(add, "that signed the server's certificate: speak TLS", "this client's certificate, in its --name")
+    add(
+        "--no-augmentation",
+        action="store_true",
+        help="train on the images as they are, without rotation and flips",
+    )
+    add(
+        "--give-up-after",
+        type=seconds,
+        default=600,
+        metavar="S",
+        help="of a server that is away (default: %(default)s)",
+    )
+    tls.add_arguments(
+        add,
+        "that signed the server's certificate: speak TLS",
+        "this client's certificate, in its --name",
+    )
     arguments = parser.parse_args(argv)
     tls.check_arguments(parser, arguments, arguments.server, bool(arguments.tls_ca))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
-        parser.error(f"--name {arguments.name[:80]!r}: expected letters, digits, '.', '_', '-', at most 64")
+        parser.error(
+            f"--name {arguments.name[:80]!r}: expected letters, digits, '.', '_', '-', at most 64"
+        )
     if arguments.index is None:
         if not (number := re.search(r"\d+$", arguments.name)):
-            parser.error(f"--name {arguments.name} ends in no number: say which images are its own with --index FILE")
+            parser.error(
+                f"--name {arguments.name} ends in no number: say which images are its own with --index FILE"
+            )
         arguments.index = Path("index") / f"worker{int(number[0])}.pkl"
     arguments.client_dir = arguments.client_dir or Path(arguments.name)
     return arguments
@@ -119,7 +190,9 @@ class Site:
         self.state = files.load_state(arguments.client_dir / "state.json", nothing) or nothing
         arguments.threads = arguments.threads or model.default_threads()
         self.settings = {name: getattr(arguments, name) for name in SETTINGS} | {
-            "index": files.sha256_of(arguments.index)[:12], "num_examples": len(self.records)}
+            "index": files.sha256_of(arguments.index)[:12],
+            "num_examples": len(self.records),
+        }
         self.network = self.batches = None
         self.sent = False  # whether the open round's weights went out whole at least once
 
@@ -134,48 +207,83 @@ class Site:
         trained = self.state["trained"]
         if trained is None or trained["sha256"] != files.sha256_of(self.weights):
             return False
-        changed = [f"{name} was {trained.get(name)}, is {now}" for name, now in self.settings.items()
-                   if trained.get(name) != now]
+        changed = [
+            f"{name} was {trained.get(name)}, is {now}"
+            for name, now in self.settings.items()
+            if trained.get(name) != now
+        ]
         if changed:
-            self.say(f"round {self.state['round']}: trained before with other settings ({'; '.join(changed)}): training again")
+            self.say(
+                f"round {self.state['round']}: trained before with other settings ({'; '.join(changed)}): training again"
+            )
         return not changed
 
     def prepare(self, task):
         """The network and the images, once for all rounds."""
         import data
 
-        if self.network is None or (self.network.name, self.network.input_shape[1]) != (task["arch"], task["image_size"]):
+        if self.network is None or (self.network.name, self.network.input_shape[1]) != (
+            task["arch"],
+            task["image_size"],
+        ):
             model.configure(self.arguments.seed, self.arguments.threads)
             self.network = model.build(task["arch"], task["image_size"])
             if self.arguments.freeze_base:
                 model.freeze_base(self.network)
-            images = data.load_images(self.records, task["image_size"], files.temporary(self.weights.with_name("images.npy")))
-            self.batches = data.TrainingBatches(images, data.healthy(self.records), self.arguments.batch_size,
-                                                self.arguments.seed, self.name, not self.arguments.no_augmentation)
+            images = data.load_images(
+                self.records,
+                task["image_size"],
+                files.temporary(self.weights.with_name("images.npy")),
+            )
+            self.batches = data.TrainingBatches(
+                images,
+                data.healthy(self.records),
+                self.arguments.batch_size,
+                self.arguments.seed,
+                self.name,
+                not self.arguments.no_augmentation,
+            )
 
 
 def ClientgetWeight(stub, site):
     """get weight from server: client_weights.h5 is then the server's. Returns the task (dict): run, round, rounds, arch,
     image_size. Raises Finished."""
     with waiting(site, "for the weights"), files.replacing(site.weights) as written:
-        call = stub.getWeight(todo_pb2.void(), metadata=(("fedml-client", site.name), ("fedml-accept", "blob")))
+        call = stub.getWeight(
+            todo_pb2.void(), metadata=(("fedml-client", site.name), ("fedml-accept", "blob"))
+        )
         told = dict(call.initial_metadata())
         digest = weights.spool(call, written, MAX_WEIGHTS_BYTES)
         if told.get("fedml-sha256", digest) != digest:
-            raise ValueError(f"the weights arrived with SHA-256 {digest}, the server announced {told['fedml-sha256']}")
+            raise ValueError(
+                f"the weights arrived with SHA-256 {digest}, the server announced {told['fedml-sha256']}"
+            )
     if "fedml-run" in told:
         try:
-            task = {"run": told["fedml-run"], "arch": told["fedml-arch"], "image_size": pixels(told["fedml-image-size"]),
-                    "round": at_least(1)(told["fedml-round"]), "rounds": at_least(1)(told["fedml-rounds"])}
+            task = {
+                "run": told["fedml-run"],
+                "arch": told["fedml-arch"],
+                "image_size": pixels(told["fedml-image-size"]),
+                "round": at_least(1)(told["fedml-round"]),
+                "rounds": at_least(1)(told["fedml-rounds"]),
+            }
             model.ARCHS[task["arch"]]  # known?
         except (KeyError, ValueError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f"the server names a run, but not its network and round as expected ({error}): is it this "
-                             "project's todoServer.py, of the same commit?") from None
+            raise ValueError(
+                f"the server names a run, but not its network and round as expected ({error}): is it this "
+                "project's todoServer.py, of the same commit?"
+            ) from None
     else:  # the thesis demo's server: the client counts
-        counted = site.state["round"] - bool(site.state["trained"]) if site.state["run"] == SEED_TASK["run"] else 0
+        counted = (
+            site.state["round"] - bool(site.state["trained"])
+            if site.state["run"] == SEED_TASK["run"]
+            else 0
+        )
         task = {**SEED_TASK, "round": counted + 1, "rounds": site.arguments.rounds}
     if task["round"] > task["rounds"]:
-        raise Finished(f"the run is over after {task['rounds']} rounds; its result is in {site.weights}")
+        raise Finished(
+            f"the run is over after {task['rounds']} rounds; its result is in {site.weights}"
+        )
     return task
 
 
@@ -185,15 +293,27 @@ def train(site, task):
     model.load(site.network, site.weights)
     title = f"round {task['round']}/{task['rounds']}"
     site.say(f"{title}: training on {len(site.records)} images")
-    rows = model.train(site.network, site.batches, task["round"], site.arguments.epochs, lambda row: site.say(
-        f"{title}: epoch {row['epoch']}/{site.arguments.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  "
-        f"({row['seconds']:.1f} s)"))
+    rows = model.train(
+        site.network,
+        site.batches,
+        task["round"],
+        site.arguments.epochs,
+        lambda row: site.say(
+            f"{title}: epoch {row['epoch']}/{site.arguments.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  "
+            f"({row['seconds']:.1f} s)"
+        ),
+    )
     model.save(site.network, site.weights)
     before = site.state["history"] if site.state["run"] == task["run"] else []
     history = [row for row in before if row["round"] < task["round"]] + rows
     files.publish_rows(site.arguments.client_dir / "history.csv", HISTORY_COLUMNS, history)
-    site.save(run=task["run"], round=task["round"], rounds=task["rounds"], history=history,
-              trained={**site.settings, "sha256": files.sha256_of(site.weights)})
+    site.save(
+        run=task["run"],
+        round=task["round"],
+        rounds=task["rounds"],
+        history=history,
+        trained={**site.settings, "sha256": files.sha256_of(site.weights)},
+    )
     site.sent = False
 
 
@@ -202,12 +322,18 @@ def ClientsendWeight(stub, site):
     state, trained = site.state, site.state["trained"]
     title = f"round {state['round']}/{state['rounds']}"
     if state["run"]:
-        metadata = (("fedml-client", site.name), ("fedml-run", state["run"]), ("fedml-round", str(state["round"])),
-                    ("fedml-sha256", trained["sha256"]))
+        metadata = (
+            ("fedml-client", site.name),
+            ("fedml-run", state["run"]),
+            ("fedml-round", str(state["round"])),
+            ("fedml-sha256", trained["sha256"]),
+        )
         messages = weights.blob_messages(site.weights, site.name, trained["num_examples"])
     else:
         metadata = ()
-        messages = weights.base64_messages(site.weights, f"{site.name}/{weights.SEED_FILE_NAME}", trained["num_examples"])
+        messages = weights.base64_messages(
+            site.weights, f"{site.name}/{weights.SEED_FILE_NAME}", trained["num_examples"]
+        )
 
     def noted():
         yield from messages
@@ -224,10 +350,14 @@ def ClientsendWeight(stub, site):
     told = dict(call.trailing_metadata())
     site.save(trained=None, round=state["round"] - (answer.value != 1))
     if answer.value != 1:
-        return site.say(f"{title}: the server did not merge (answer {answer.value}): fetching again")
+        return site.say(
+            f"{title}: the server did not merge (answer {answer.value}): fetching again"
+        )
     if "fedml-done" in told or (not state["run"] and state["round"] >= state["rounds"]):
-        raise Finished(f"the run is over after {state['rounds']} rounds; {site.weights} is this site's last; "
-                       "the merged model is the server's server_weight.h5")
+        raise Finished(
+            f"the run is over after {state['rounds']} rounds; {site.weights} is this site's last; "
+            "the merged model is the server's server_weight.h5"
+        )
 
 
 def keep_trying(attempt, site):
@@ -252,10 +382,18 @@ def keep_trying(attempt, site):
             said = now
             if code == grpc.StatusCode.UNAVAILABLE and (why := tls.explain(site.arguments)):
                 raise ValueError(why)
-            reason = "no server answers there yet" if "connect" in sentence.lower() else sentence or code.name
-            site.say(f"waiting for the server at {site.arguments.server} ({reason}); "
-                     f"giving up in {give_up_s - (now - away_since):.0f} s")
-        time.sleep(min(pause_s * random.uniform(0.5, 1.5), max(0, away_since + give_up_s - now)))  # jitter: not all at once
+            reason = (
+                "no server answers there yet"
+                if "connect" in sentence.lower()
+                else sentence or code.name
+            )
+            site.say(
+                f"waiting for the server at {site.arguments.server} ({reason}); "
+                f"giving up in {give_up_s - (now - away_since):.0f} s"
+            )
+        time.sleep(
+            min(pause_s * random.uniform(0.5, 1.5), max(0, away_since + give_up_s - now))
+        )  # jitter: not all at once
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
@@ -263,18 +401,31 @@ def gave_up(site):
     away = f"the server at {site.arguments.server} did not answer for {site.arguments.give_up_after:g} s"
     state = site.state
     if state["trained"] and site.sent and state["round"] == state["rounds"]:
-        return GaveUp(f"{away}; the last round's weights were delivered and never answered: the run is probably over, "
-                      "look at the server; started again, this client asks again", 5)
-    return GaveUp(f"{away}; what was trained is kept: start this client again when the server is back", 4)
+        return GaveUp(
+            f"{away}; the last round's weights were delivered and never answered: the run is probably over, "
+            "look at the server; started again, this client asks again",
+            5,
+        )
+    return GaveUp(
+        f"{away}; what was trained is kept: start this client again when the server is back", 4
+    )
 
 
 def connect(site):
     """A channel of its own for each attempt: an old one would keep its back-off and its dead connection."""
-    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", MESSAGE_BYTES),
-               ("grpc.min_reconnect_backoff_ms", CONNECT_S * 1000)]
-    if site.state["run"]:  # a server of ours: it lets us knock while everyone trains, the thesis demo's would hang up
-        options += [("grpc.keepalive_time_ms", 8000), ("grpc.keepalive_timeout_ms", 20_000),
-                    ("grpc.http2.max_pings_without_data", 0)]
+    options = [
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.min_reconnect_backoff_ms", CONNECT_S * 1000),
+    ]
+    if site.state[
+        "run"
+    ]:  # a server of ours: it lets us knock while everyone trains, the thesis demo's would hang up
+        options += [
+            ("grpc.keepalive_time_ms", 8000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
     return tls.channel(site.arguments, options)
 
 
@@ -285,7 +436,9 @@ def waiting(site, what, title=""):
 
     def report():
         while not over.wait(REPORT_EVERY_S):
-            site.say(f"{title + ': ' if title else ''}waiting {what} for {time.monotonic() - started:.0f} s")
+            site.say(
+                f"{title + ': ' if title else ''}waiting {what} for {time.monotonic() - started:.0f} s"
+            )
 
     threading.Thread(target=report, daemon=True).start()
     try:

@@ -23,9 +23,17 @@ from rounds import Refused, Rounds, TooFewClients, new_state
 from script import at_least, exit_on_signals, fail, keep_heap_small, pixels, seconds, trim_heap
 from script import say as say_as
 
-LAST_ANSWER_S = 30  # how long a finished server stays for clients that have not heard its last answer
-NEW_RUN = {"clients": ["client001", "client002", "client003"], "rounds": 10, "arch": "drcnn", "image_size": None, "seed": 0,
-           "weights": "none"}
+LAST_ANSWER_S = (
+    30  # how long a finished server stays for clients that have not heard its last answer
+)
+NEW_RUN = {
+    "clients": ["client001", "client002", "client003"],
+    "rounds": 10,
+    "arch": "drcnn",
+    "image_size": None,
+    "seed": 0,
+    "weights": "none",
+}
 
 
 def main(argv=None):
@@ -44,30 +52,81 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--listen", default="localhost:50051", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
-    add("--clients", metavar="NAME,...", help=f"all that take part (default: {','.join(NEW_RUN['clients'])})")
-    add("--rounds", type=at_least(1), help="of the whole run; more than a finished run's extends it (default: 10)")
+    add(
+        "--listen",
+        default="localhost:50051",
+        metavar="HOST:PORT",
+        help="port 0 takes a free one (default: %(default)s)",
+    )
+    add(
+        "--clients",
+        metavar="NAME,...",
+        help=f"all that take part (default: {','.join(NEW_RUN['clients'])})",
+    )
+    add(
+        "--rounds",
+        type=at_least(1),
+        help="of the whole run; more than a finished run's extends it (default: 10)",
+    )
     add("--arch", choices=["drcnn", "vgg16"], help="the network (default: drcnn)")
-    add("--image-size", type=pixels, metavar="PIXELS", help="a side (default: 128 for drcnn, 224 for vgg16)")
+    add(
+        "--image-size",
+        type=pixels,
+        metavar="PIXELS",
+        help="a side (default: 128 for drcnn, 224 for vgg16)",
+    )
     add("--seed", type=at_least(0), help="of the initial weights (default: 0)")
     add("--weights", metavar="none|imagenet|FILE", help="to start from (default: none, random)")
-    add("--server-dir", type=Path, default=Path("server"), metavar="DIR", help="weights, state, history (default: server)")
-    add("--index-dir", type=Path, default=Path("index"), metavar="DIR", help="where val_set.pkl lies (default: index)")
+    add(
+        "--server-dir",
+        type=Path,
+        default=Path("server"),
+        metavar="DIR",
+        help="weights, state, history (default: server)",
+    )
+    add(
+        "--index-dir",
+        type=Path,
+        default=Path("index"),
+        metavar="DIR",
+        help="where val_set.pkl lies (default: index)",
+    )
     add("--fresh", action="store_true", help="begin a new run; the old one's files are moved aside")
-    add("--round-timeout", type=seconds, default=0, metavar="S",
-        help="merge a round after S seconds with those who are there (default: 0, wait for all for ever)")
-    add("--min-clients", type=at_least(1), metavar="N",
-        help="after --round-timeout, merge with N or more, else stop (default: all)")
-    add("--max-examples", type=at_least(1), default=10_000_000, metavar="N",
-        help="refuse a client that says it has more (default: %(default)s)")
-    tls.add_arguments(add, "that signed the clients' certificates: each client must show its own, in its name (mutual TLS)",
-                      "the server's certificate, for TLS")
+    add(
+        "--round-timeout",
+        type=seconds,
+        default=0,
+        metavar="S",
+        help="merge a round after S seconds with those who are there (default: 0, wait for all for ever)",
+    )
+    add(
+        "--min-clients",
+        type=at_least(1),
+        metavar="N",
+        help="after --round-timeout, merge with N or more, else stop (default: all)",
+    )
+    add(
+        "--max-examples",
+        type=at_least(1),
+        default=10_000_000,
+        metavar="N",
+        help="refuse a client that says it has more (default: %(default)s)",
+    )
+    tls.add_arguments(
+        add,
+        "that signed the clients' certificates: each client must show its own, in its name (mutual TLS)",
+        "the server's certificate, for TLS",
+    )
     arguments = parser.parse_args(argv)
     tls.check_arguments(parser, arguments, arguments.listen, bool(arguments.tls_cert))
     if arguments.min_clients and not arguments.round_timeout:
-        parser.error("--min-clients needs --round-timeout: without a limit the server waits for all clients")
+        parser.error(
+            "--min-clients needs --round-timeout: without a limit the server waits for all clients"
+        )
     if arguments.clients is not None:
         arguments.clients = checked_names(parser, arguments.clients)
     return arguments
@@ -101,7 +160,9 @@ def load(arguments):
     examples = data.read_index(arguments.index_dir / "val_set.pkl")
     state = begin(arguments) if state is None else resume(arguments, state)
     if arguments.min_clients and arguments.min_clients > len(state["clients"]):
-        raise ValueError(f"--min-clients {arguments.min_clients} is more than the run's {len(state['clients'])} clients")
+        raise ValueError(
+            f"--min-clients {arguments.min_clients} is more than the run's {len(state['clients'])} clients"
+        )
     return state, examples
 
 
@@ -110,12 +171,18 @@ def resume(arguments, state):
     for flag in ("clients", "arch", "image_size", "seed", "weights"):
         asked = getattr(arguments, flag)
         if asked is not None and asked != state[flag]:
-            raise ValueError(f"--{flag.replace('_', '-')} is {asked}, but the run in {arguments.server_dir} has {state[flag]}: "
-                             "leave the flag out to go on with that run, or begin a new one with --fresh")
+            raise ValueError(
+                f"--{flag.replace('_', '-')} is {asked}, but the run in {arguments.server_dir} has {state[flag]}: "
+                "leave the flag out to go on with that run, or begin a new one with --fresh"
+            )
     state["rounds"] = arguments.rounds or state["rounds"]
-    answered = len(state["history"])  # a round less than are merged, where the last evaluation was interrupted
+    answered = len(
+        state["history"]
+    )  # a round less than are merged, where the last evaluation was interrupted
     if answered >= state["rounds"]:
-        say(f"run {state['run']} is finished ({answered} rounds); --rounds N goes on, --fresh begins a new one")
+        say(
+            f"run {state['run']} is finished ({answered} rounds); --rounds N goes on, --fresh begins a new one"
+        )
     else:
         where = arguments.server_dir / "state.json"
         say(f"resuming run {state['run']} at round {answered + 1}/{state['rounds']} from {where}")
@@ -129,8 +196,10 @@ def begin(arguments):
     given = {name: getattr(arguments, name) for name in NEW_RUN}
     choices = {name: NEW_RUN[name] if value is None else value for name, value in given.items()}
     size = choices["image_size"] = choices["image_size"] or model.ARCHS[choices["arch"]]
-    say(f"a new run of {choices['rounds']} rounds: {choices['arch']} at {size} x {size} pixels, seed {choices['seed']}, "
-        f"clients {', '.join(choices['clients'])}")
+    say(
+        f"a new run of {choices['rounds']} rounds: {choices['arch']} at {size} x {size} pixels, seed {choices['seed']}, "
+        f"clients {', '.join(choices['clients'])}"
+    )
     model.configure(choices["seed"])
     path = arguments.server_dir / "server_weight.h5"
     network = model.build(choices["arch"], size, choices["seed"])
@@ -151,10 +220,14 @@ def open_rounds(arguments, state, examples):
     folder = arguments.server_dir
     path = folder / "server_weight.h5"
     if not path.exists():
-        raise ValueError(f"{path} is missing, though {folder / 'state.json'} knows a run: put it back, or begin with --fresh")
+        raise ValueError(
+            f"{path} is missing, though {folder / 'state.json'} knows a run: put it back, or begin with --fresh"
+        )
     if not state["frozen"] and files.sha256_of(path) != state["weights_sha256"]:
-        raise ValueError(f"{path} is not the model of round {state['round']} of the run in {folder / 'state.json'}: put that "
-                         "back, or begin with --fresh")
+        raise ValueError(
+            f"{path} is not the model of round {state['round']} of the run in {folder / 'state.json'}: put that "
+            "back, or begin with --fresh"
+        )
     for place in [folder, *(folder / client for client in state["clients"])]:
         files.clean(place)
     images = data.load_images(examples, state["image_size"], files.temporary(folder / "images.npy"))
@@ -175,7 +248,9 @@ def open_rounds(arguments, state, examples):
         trim_heap()  # of what the uploads left
         return weights.fedavg(paths, num_examples, layout=path, target=path)
 
-    rounds = Rounds(folder, state, merge, evaluate, arguments.min_clients, arguments.round_timeout, say)
+    rounds = Rounds(
+        folder, state, merge, evaluate, arguments.min_clients, arguments.round_timeout, say
+    )
     rounds.open()
     return rounds
 
@@ -187,19 +262,35 @@ def listen(arguments, rounds):
     """A started gRPC server."""
     from service import create_server
 
-    local, credentials = tls.is_this_machine(arguments.listen), tls.credentials(arguments, of_server=True)
-    server, address = create_server(rounds, arguments.listen, arguments.max_examples, credentials,
-                                    serve_unnamed=local or arguments.insecure)
+    local, credentials = (
+        tls.is_this_machine(arguments.listen),
+        tls.credentials(arguments, of_server=True),
+    )
+    server, address = create_server(
+        rounds,
+        arguments.listen,
+        arguments.max_examples,
+        credentials,
+        serve_unnamed=local or arguments.insecure,
+    )
     if not (local or arguments.tls_cert and arguments.tls_ca):
-        say("warning: " + ("without --tls-ca a client is whoever says its name" if arguments.tls_cert else
-                           "plaintext: who is on the way reads and changes the weights, and a client is whoever says its name"))
+        say(
+            "warning: "
+            + (
+                "without --tls-ca a client is whoever says its name"
+                if arguments.tls_cert
+                else "plaintext: who is on the way reads and changes the weights, and a client is whoever says its name"
+            )
+        )
     say(f"listening on {address}")
     return server
 
 
 def serve(server, rounds):
     """Runs the rounds until they are over or a signal comes. Returns the exit code."""
-    ends = queue.SimpleQueue()  # the one thing that the main thread waits for; signal handlers may put into it
+    ends = (
+        queue.SimpleQueue()
+    )  # the one thing that the main thread waits for; signal handlers may put into it
 
     def coordinate():
         try:
@@ -211,8 +302,13 @@ def serve(server, rounds):
         except Refused:
             pass  # a signal stopped the rounds: its code is in the queue
         except Exception as error:
-            ends.put(fail("server", f"round {rounds.answered + 1} failed: {type(error).__name__}: {error}; what was "
-                                    "delivered is kept: start the server again when the cause is gone"))
+            ends.put(
+                fail(
+                    "server",
+                    f"round {rounds.answered + 1} failed: {type(error).__name__}: {error}; what was "
+                    "delivered is kept: start the server again when the cause is gone",
+                )
+            )
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: ends.put(128 + number))
@@ -232,7 +328,9 @@ def serve(server, rounds):
     else:
         server.stop(1).wait(1.5)
     if code == 0:
-        say(f"finished after {rounds.state['rounds']} rounds; the model is {rounds.folder / 'server_weight.h5'}")
+        say(
+            f"finished after {rounds.state['rounds']} rounds; the model is {rounds.folder / 'server_weight.h5'}"
+        )
     os._exit(code)  # every file is whole: nothing is owed to a thread that may still evaluate
 
 

@@ -26,7 +26,9 @@ from generated import todo_pb2
 BLOB_BYTES = 1 << 20  # the fastest piece on the wire (DESIGN: 256 KiB and 4 MiB are slower)
 SEED_CHARACTERS = 100_000  # the thesis demo cuts its base64 text here ...
 SEED_EXTRA_BYTES = 45  # ... and accepts at most this much of anything else in a message
-SLAB_ELEMENTS = 1 << 20  # tensors are read and averaged in slabs of this size: memory does not follow the model
+SLAB_ELEMENTS = (
+    1 << 20
+)  # tensors are read and averaged in slabs of this size: memory does not follow the model
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SEED_FILE_NAME = "client_weights.h5"
 CHECK_S = 20  # and a second for each 10 MB: what checking a file may take
@@ -51,11 +53,15 @@ def base64_messages(path_or_file, clientname="", clientsize=0):
     75,000 bytes are 100,000 characters, so each piece is encoded by itself and the text never exists as a whole.
     A name too long for the demo's message limit gets shorter pieces.
     """
-    extra = todo_pb2.modelWeight(clientname=clientname, clientsize=clientsize).ByteSize() + 4  # + header of `model`
+    extra = (
+        todo_pb2.modelWeight(clientname=clientname, clientsize=clientsize).ByteSize() + 4
+    )  # + header of `model`
     characters = SEED_CHARACTERS - max(0, extra - SEED_EXTRA_BYTES)
     with _opened(path_or_file) as file:
         while piece := file.read(characters // 4 * 3):
-            yield todo_pb2.modelWeight(model=base64.b64encode(piece), clientname=clientname, clientsize=clientsize)
+            yield todo_pb2.modelWeight(
+                model=base64.b64encode(piece), clientname=clientname, clientsize=clientsize
+            )
 
 
 @contextmanager
@@ -74,8 +80,10 @@ def client_of(clientname):
     """'client001' from the wire's 'client001' or the demo's 'client001/client_weights.h5'. Raises ValueError otherwise."""
     name = clientname.removesuffix("/" + SEED_FILE_NAME)
     if not CLIENT_NAME.fullmatch(name):
-        raise ValueError(f"client name {clientname[:80]!r} ({len(clientname)} characters) is refused: expected letters, "
-                         f"digits, '.', '_', '-' (at most 64), with '/{SEED_FILE_NAME}' behind it or nothing")
+        raise ValueError(
+            f"client name {clientname[:80]!r} ({len(clientname)} characters) is refused: expected letters, "
+            f"digits, '.', '_', '-' (at most 64), with '/{SEED_FILE_NAME}' behind it or nothing"
+        )
     return name
 
 
@@ -90,8 +98,10 @@ def spool(messages, path, max_bytes):
         for message in messages:
             name, size = first = first or (message.clientname, message.clientsize)
             if message.clientname not in ("", name) or message.clientsize not in (0, size):
-                raise ValueError(f"the stream began as {name[:80]!r} with {size} examples and goes on as "
-                                 f"{message.clientname[:80]!r} with {message.clientsize}: one upload is of one client")
+                raise ValueError(
+                    f"the stream began as {name[:80]!r} with {size} examples and goes on as "
+                    f"{message.clientname[:80]!r} with {message.clientsize}: one upload is of one client"
+                )
             kind = kind or ("base64" if message.model else "bytes" if message.blob else None)
             if message.blob if kind == "base64" else message.model:
                 raise ValueError("base64 and bytes are mixed in one stream")
@@ -104,12 +114,16 @@ def spool(messages, path, max_bytes):
                 piece, padded = _decoded(text[: len(text) - len(carry)])
             written += len(piece)
             if written > max_bytes:
-                raise ValueError(f"the file is larger than {max_bytes:,} bytes, the most that is accepted for this model")
+                raise ValueError(
+                    f"the file is larger than {max_bytes:,} bytes, the most that is accepted for this model"
+                )
             digest.update(piece)
             file.write(piece)
             message = piece = None  # while the next is waited for, no memory is held
     if carry:
-        raise ValueError(f"the base64 text ends in the middle of a group of 4 ({len(carry)} characters left over)")
+        raise ValueError(
+            f"the base64 text ends in the middle of a group of 4 ({len(carry)} characters left over)"
+        )
     if not written:
         raise ValueError("the stream holds no weights (0 bytes)")
     return digest.hexdigest()
@@ -128,13 +142,23 @@ def _decoded(text):
 def _names(group, attribute):
     """A list attribute of Keras's layout, read only after its type and size were looked at."""
     if attribute not in group.attrs:
-        raise ValueError(f"group {group.name!r} has no attribute {attribute!r}: not a Keras weight file")
+        raise ValueError(
+            f"group {group.name!r} has no attribute {attribute!r}: not a Keras weight file"
+        )
     found = group.attrs.get_id(attribute)
     # a model without weights writes an empty list, which NumPy makes a float array
-    if len(found.shape) != 1 or found.shape[0] > 10_000 or (found.dtype.kind not in "SO" and found.shape[0]):
-        raise ValueError(f"attribute {attribute!r} of {group.name!r} is {found.dtype} {found.shape}, expected a list of names")
+    if (
+        len(found.shape) != 1
+        or found.shape[0] > 10_000
+        or (found.dtype.kind not in "SO" and found.shape[0])
+    ):
+        raise ValueError(
+            f"attribute {attribute!r} of {group.name!r} is {found.dtype} {found.shape}, expected a list of names"
+        )
     names = group.attrs[attribute]
-    return [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names]
+    return [
+        name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names
+    ]
 
 
 def _member(group, path):
@@ -143,7 +167,9 @@ def _member(group, path):
         if not isinstance(group, h5py.Group) or name in ("", ".", "..") or name not in group:
             raise ValueError(f"{path!r} is named but not in the file")
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise ValueError(f"{path!r} is a link to another place: expected the weights themselves")
+            raise ValueError(
+                f"{path!r} is a link to another place: expected the weights themselves"
+            )
         group = group[name]
     return group
 
@@ -169,7 +195,9 @@ def shapes_of(path):
         with h5py.File(path, "r") as file:
             return [(layer, dataset.shape) for layer, _, dataset in tensors(file)]
     except OSError:
-        raise ValueError(f"{path} cannot be used: there is no such file, or it is no HDF5 weight file") from None
+        raise ValueError(
+            f"{path} cannot be used: there is no such file, or it is no HDF5 weight file"
+        ) from None
 
 
 def check(path, expected):
@@ -197,8 +225,12 @@ def check(path, expected):
         raise
     except FileNotFoundError:
         raise ValueError("there is no such file") from None
-    except Exception as error:  # HDF5 reports damage in many classes; all of them mean the same here
-        raise ValueError(f"not a whole HDF5 weight file ({type(error).__name__}: {str(error)[:200]})") from None
+    except (
+        Exception
+    ) as error:  # HDF5 reports damage in many classes; all of them mean the same here
+        raise ValueError(
+            f"not a whole HDF5 weight file ({type(error).__name__}: {str(error)[:200]})"
+        ) from None
 
 
 class Checker:
@@ -211,9 +243,14 @@ class Checker:
     def __call__(self, path):
         with self.lock:
             if self.process is None or self.process.poll() is not None:
-                self.process = subprocess.Popen([sys.executable, __file__, json.dumps(self.expected)], text=True,
-                                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                                start_new_session=True)  # Ctrl-C in a terminal is not for it
+                self.process = subprocess.Popen(
+                    [sys.executable, __file__, json.dumps(self.expected)],
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )  # Ctrl-C in a terminal is not for it
             limit = threading.Timer(CHECK_S + os.path.getsize(path) / 1e7, self.process.kill)
             limit.start()
             try:
@@ -224,7 +261,10 @@ class Checker:
             limit.cancel()
             if not answer:
                 self.process.wait()
-        sentence = json.loads(answer or '"not a whole HDF5 weight file (the library that reads it crashed or did not end)"')
+        sentence = json.loads(
+            answer
+            or '"not a whole HDF5 weight file (the library that reads it crashed or did not end)"'
+        )
         if sentence:
             raise ValueError(sentence)
 
@@ -249,8 +289,10 @@ def _check_storage(where, dataset, shape):
         raise ValueError(f"{where} has shape {dataset.shape}, expected {tuple(shape)}")
     layout = dataset.id.get_create_plist().get_layout()
     if layout != h5py.h5d.CONTIGUOUS or dataset.external or dataset.id.get_offset() is None:
-        raise ValueError(f"{where} is stored chunked, compressed, virtual, outside the file or not at all: expected plain "
-                         "storage, as Keras writes")
+        raise ValueError(
+            f"{where} is stored chunked, compressed, virtual, outside the file or not at all: expected plain "
+            "storage, as Keras writes"
+        )
 
 
 def _slabs(shape):
@@ -276,7 +318,9 @@ def fedavg(paths, num_examples, layout, target):
             result = stack.enter_context(open(merged, "r+b", buffering=0))
             uploads = [stack.enter_context(open(path, "rb", buffering=0)) for path in paths]
             # plain files and offsets: an HDF5 library that holds 48 files open holds 70 MB
-            for (_, shape), own, *offsets in zip(shapes_of(merged), _offsets(merged), *map(_offsets, paths), strict=True):
+            for (_, shape), own, *offsets in zip(
+                shapes_of(merged), _offsets(merged), *map(_offsets, paths), strict=True
+            ):
                 for first, count in _slabs(shape):
                     total = np.zeros(count, np.float64)
                     for n, file, offset in zip(num_examples, uploads, offsets, strict=True):

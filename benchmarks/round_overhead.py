@@ -27,12 +27,20 @@ import standin
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=84.6)
-    parser.add_argument("--rounds", type=int, default=5, help="that count; one more warms up (default: 5)")
-    parser.add_argument("--forms", default="blob,base64", help="of the wire, to be measured (default: %(default)s)")
-    parser.add_argument("--tls", action="store_true", help="blob under mutual TLS too, in turn with plaintext")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="that count; one more warms up (default: 5)"
+    )
+    parser.add_argument(
+        "--forms", default="blob,base64", help="of the wire, to be measured (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tls", action="store_true", help="blob under mutual TLS too, in turn with plaintext"
+    )
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start.h5"
@@ -53,10 +61,17 @@ def tls_to_plain(folder, start, arguments):
     seconds = {"plain": [], "tls": []}
     for turn in range(3):
         for form in seconds:
-            result = real_rounds(folder / f"{form}{turn}", start, arguments, certs=folder / "certs" if form == "tls" else None)
+            result = real_rounds(
+                folder / f"{form}{turn}",
+                start,
+                arguments,
+                certs=folder / "certs" if form == "tls" else None,
+            )
             seconds[form].extend(result["seconds"])
     plain, tls = (statistics.median(seconds[form]) for form in ("plain", "tls"))
-    print(f"plaintext {plain:.2f} s, mutual TLS {tls:.2f} s a round\nratio_tls_to_plain {tls / plain:.2f}")
+    print(
+        f"plaintext {plain:.2f} s, mutual TLS {tls:.2f} s a round\nratio_tls_to_plain {tls / plain:.2f}"
+    )
 
 
 class Peak:
@@ -92,12 +107,19 @@ class Peak:
 
 
 def start(command, cwd, **environment):
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            text=True, env={**os.environ, **environment})
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
 def together(*processes):
     """Whoever fails ends the others too, so that nobody waits for it; it has said why on stderr."""
+
     def look(process):
         if process.wait() != 0:
             for other in processes:
@@ -110,7 +132,9 @@ def together(*processes):
 def all_ended(*processes):
     codes = [process.wait() for process in processes]
     if any(codes):
-        sys.exit(f"benchmark: error: the processes ended with {codes}, expected 0 of each; see above")
+        sys.exit(
+            f"benchmark: error: the processes ended with {codes}, expected 0 of each; see above"
+        )
 
 
 def index_of_one(folder):
@@ -135,14 +159,48 @@ def real_rounds(folder, weights, arguments, form="blob", certs=None):
     """{"seconds": of each counted round, "server": bytes above the level after the first download, "client": above idle}"""
     index_of_one(folder)
     names = [f"client{number + 1:03}" for number in range(arguments.clients)]
-    environment = {"BENCHMARK_WEIGHTS": str(weights), "BENCHMARK_BASE64": str(int(form == "base64"))}
-    server = start([HERE / "standin.py", "todoServer", "--listen", "localhost:0", "--clients", ",".join(names), "--image-size",
-                    "16", "--rounds", arguments.rounds + 1, *tls_flags(certs, "server")], folder, **environment)
+    environment = {
+        "BENCHMARK_WEIGHTS": str(weights),
+        "BENCHMARK_BASE64": str(int(form == "base64")),
+    }
+    server = start(
+        [
+            HERE / "standin.py",
+            "todoServer",
+            "--listen",
+            "localhost:0",
+            "--clients",
+            ",".join(names),
+            "--image-size",
+            "16",
+            "--rounds",
+            arguments.rounds + 1,
+            *tls_flags(certs, "server"),
+        ],
+        folder,
+        **environment,
+    )
     memory = Peak(server)
     lines = iter(server.stdout)
     address = next(found[1] for line in lines if (found := re.search(r"listening on (\S+)", line)))
-    clients = [start([HERE / "standin.py", "todoClient", "--name", name, "--server", address, "--index", "index/worker1.pkl",
-                      *tls_flags(certs, name)], folder, **environment) for name in names]
+    clients = [
+        start(
+            [
+                HERE / "standin.py",
+                "todoClient",
+                "--name",
+                name,
+                "--server",
+                address,
+                "--index",
+                "index/worker1.pkl",
+                *tls_flags(certs, name),
+            ],
+            folder,
+            **environment,
+        )
+        for name in names
+    ]
     together(server, *clients)
     peaks = [Peak(client) for client in clients]
     waiting = set(names)
@@ -155,7 +213,9 @@ def real_rounds(folder, weights, arguments, form="blob", certs=None):
                 waiting.discard(line.split(":")[0])
                 peak.level = 0
 
-    followers = [threading.Thread(target=follow, args=pair) for pair in zip(clients, peaks, strict=True)]
+    followers = [
+        threading.Thread(target=follow, args=pair) for pair in zip(clients, peaks, strict=True)
+    ]
     for follower in followers:
         follower.start()
     for _ in lines:
@@ -165,21 +225,38 @@ def real_rounds(folder, weights, arguments, form="blob", certs=None):
     all_ended(server, *clients)
     with open(folder / "server" / "history.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)][1:]
-    idle = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['']\n"
-                           "import standin; sys.modules['model'] = standin; import todoClient\n"
-                           "print(open('/proc/self/statm').read().split()[1])",
-                           str(HERE)], capture_output=True, text=True, check=True).stdout
+    idle = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['']\n"
+            "import standin; sys.modules['model'] = standin; import todoClient\n"
+            "print(open('/proc/self/statm').read().split()[1])",
+            str(HERE),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     idle = int(idle) * os.sysconf("SC_PAGE_SIZE")
-    return {"seconds": seconds, "server": memory.peak - memory.level, "client": max(peak.peak for peak in peaks) - idle}
+    return {
+        "seconds": seconds,
+        "server": memory.peak - memory.level,
+        "client": max(peak.peak for peak in peaks) - idle,
+    }
 
 
 def bare_rounds(folder, weights, arguments):
     folder.mkdir()
-    server = start([HERE / "bare.py", "server", weights, arguments.clients, arguments.rounds + 1], folder)
+    server = start(
+        [HERE / "bare.py", "server", weights, arguments.clients, arguments.rounds + 1], folder
+    )
     lines = iter(server.stdout)
     port = next(lines).strip()
-    clients = [start([HERE / "bare.py", "client", port, arguments.rounds + 1, f"c{number}"], folder)
-               for number in range(arguments.clients)]
+    clients = [
+        start([HERE / "bare.py", "client", port, arguments.rounds + 1, f"c{number}"], folder)
+        for number in range(arguments.clients)
+    ]
     together(server, *clients)
     seconds = [float(line) for line in lines]
     all_ended(server, *clients)
@@ -189,20 +266,31 @@ def bare_rounds(folder, weights, arguments):
 def report(results, arguments):
     floor = statistics.median(results["floor"]["seconds"])
     moved = 2 * arguments.clients * arguments.megabytes
-    print(f"{arguments.clients} clients, {arguments.megabytes:g} MB, medians of {arguments.rounds} rounds\n")
-    print("| form | seconds a round | MB of weights moved | MB on the wire | server peak above its level, MB | "
-          "client peak above idle, MB | ratio to the floor |")
+    print(
+        f"{arguments.clients} clients, {arguments.megabytes:g} MB, medians of {arguments.rounds} rounds\n"
+    )
+    print(
+        "| form | seconds a round | MB of weights moved | MB on the wire | server peak above its level, MB | "
+        "client peak above idle, MB | ratio to the floor |"
+    )
     print("|---|---|---|---|---|---|---|")
     for form, result in results.items():
         seconds = statistics.median(result["seconds"])
         wire = moved * (4 / 3 if form == "base64" else 1)
-        memory = ["-" if result[who] is None else f"{result[who] / 1e6:.0f}" for who in ("server", "client")]
-        print(f"| {form} | {seconds:.2f} | {moved:.0f} | {wire:.0f} | {' | '.join(memory)} | {seconds / floor:.2f} |")
+        memory = [
+            "-" if result[who] is None else f"{result[who] / 1e6:.0f}"
+            for who in ("server", "client")
+        ]
+        print(
+            f"| {form} | {seconds:.2f} | {moved:.0f} | {wire:.0f} | {' | '.join(memory)} | {seconds / floor:.2f} |"
+        )
     print()
     for form in results:
         if form != "floor":
-            print(f"ratio_to_floor{'' if form == 'blob' else '_' + form} "
-                  f"{statistics.median(results[form]['seconds']) / floor:.2f}")
+            print(
+                f"ratio_to_floor{'' if form == 'blob' else '_' + form} "
+                f"{statistics.median(results[form]['seconds']) / floor:.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,16 @@ def load(network, path):
 
 
 def train(network, batches, round_number, epochs, report):
-    return [{"round": round_number, "epoch": 1, "loss": 0.0, "accuracy": 0.0, "num_examples": 1, "seconds": 0.0}]
+    return [
+        {
+            "round": round_number,
+            "epoch": 1,
+            "loss": 0.0,
+            "accuracy": 0.0,
+            "num_examples": 1,
+            "seconds": 0.0,
+        }
+    ]
 
 
 def save(network, path):

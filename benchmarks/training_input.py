@@ -27,8 +27,12 @@ REPEATS = 5
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epoch-with-threads", type=int, help=argparse.SUPPRESS)  # one of three clients at once
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--epoch-with-threads", type=int, help=argparse.SUPPRESS
+    )  # one of three clients at once
     arguments = parser.parse_args(argv)
     if arguments.epoch_with_threads:
         return one_of_three(arguments.epoch_with_threads)
@@ -51,8 +55,11 @@ def rate(n, function):
 def paired(n, one, other):
     """Medians of REPEATS runs in turn, and of the ratio pair by pair."""
     pairs = [(rate(n, one), rate(n, other)) for _ in range(REPEATS)]
-    return (statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs),
-            statistics.median(a / b for a, b in pairs))
+    return (
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(a / b for a, b in pairs),
+    )
 
 
 def epochs(batches, images, labels):
@@ -60,8 +67,13 @@ def epochs(batches, images, labels):
 
     network = model.build("drcnn", 128)
     # cut beforehand
-    cut = [(tf.constant(images[start : start + 16] / 255.0, tf.float32), tf.constant(labels[start : start + 16]))
-           for start in range(0, len(images), 16)]
+    cut = [
+        (
+            tf.constant(images[start : start + 16] / 255.0, tf.float32),
+            tf.constant(labels[start : start + 16]),
+        )
+        for start in range(0, len(images), 16)
+    ]
 
     def memory():
         for pixels, healthy in cut:
@@ -69,9 +81,13 @@ def epochs(batches, images, labels):
 
     model.train(network, batches, 1, 1, lambda row: None)
     memory()
-    client, tensors, ratio = paired(len(images), lambda: model.train(network, batches, 1, 1, lambda row: None), memory)
+    client, tensors, ratio = paired(
+        len(images), lambda: model.train(network, batches, 1, 1, lambda row: None), memory
+    )
     print("| an epoch of drcnn, 300 images of 128 x 128 | images a second |\n|---|---|")
-    print(f"| a client, with augmentation | {client:.0f} |\n| tensors in memory | {tensors:.0f} |\n| ratio | {ratio:.2f} |\n")
+    print(
+        f"| a client, with augmentation | {client:.0f} |\n| tensors in memory | {tensors:.0f} |\n| ratio | {ratio:.2f} |\n"
+    )
 
 
 def pipelines(batches, records):
@@ -82,9 +98,13 @@ def pipelines(batches, records):
             place = Path(folder) / record["new_label"] / record["picture"]
             place.parent.mkdir(exist_ok=True)
             place.symlink_to(ROOT / record["dir"])
-        generator = ImageDataGenerator(rotation_range=360, horizontal_flip=True, vertical_flip=True, rescale=1 / 255)
+        generator = ImageDataGenerator(
+            rotation_range=360, horizontal_flip=True, vertical_flip=True, rescale=1 / 255
+        )
         with contextlib.redirect_stdout(sys.stderr):  # "Found 300 images"
-            flow = generator.flow_from_directory(folder, target_size=(128, 128), batch_size=16, class_mode="binary")
+            flow = generator.flow_from_directory(
+                folder, target_size=(128, 128), batch_size=16, class_mode="binary"
+            )
 
         def ours():
             for _ in batches.start(1, 1).dataset:
@@ -113,7 +133,10 @@ def threads():
 def three_at_once(number):
     """Images a second of three clients together, each with so many threads."""
     command = [sys.executable, __file__, "--epoch-with-threads", str(number)]
-    clients = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    clients = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     for client in clients:
         client.stdout.readline()  # warm
     started = time.monotonic()
@@ -126,7 +149,9 @@ def three_at_once(number):
 def one_of_three(number):
     model.configure(0, number)
     records = data.read_index("index/worker1.pkl")
-    batches = data.TrainingBatches(data.load_images(records, 128), data.healthy(records), 16, 0, "client001")
+    batches = data.TrainingBatches(
+        data.load_images(records, 128), data.healthy(records), 16, 0, "client001"
+    )
     network = model.build("drcnn", 128)
     model.train(network, batches, 1, 1, lambda row: None)
     print("warm", flush=True)

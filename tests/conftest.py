@@ -1,8 +1,8 @@
 """What several tests need: tiny weight files, tiny data sets, real processes that never outlive their test, deadlines.
 
-    python3 -m pytest                    # the fast tests
-    python3 -m pytest --slow             # all of them
-    python3 -m pytest --slow -m slow     # the long ones only
+python3 -m pytest                    # the fast tests
+python3 -m pytest --slow             # all of them
+python3 -m pytest --slow -m slow     # the long ones only
 """
 
 import os
@@ -26,11 +26,20 @@ import weights
 from rounds import Rounds, new_state
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = [("conv1", (3, 3, 3, 2)), ("norm1", (2,)), ("healthy", (2, 1)), ("healthy", (1,))]  # of the tiny weight file
+SHAPES = [
+    ("conv1", (3, 3, 3, 2)),
+    ("norm1", (2,)),
+    ("healthy", (2, 1)),
+    ("healthy", (1,)),
+]  # of the tiny weight file
 DEADLINE_S = 60  # for what takes a second on an idle machine
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, as in a background job, it would stay so in children
-model.default_threads = lambda: 1  # TensorFlow's pool is sized once a process, and all tests share this one
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # ignored, as in a background job, it would stay so in children
+model.default_threads = lambda: (
+    1
+)  # TensorFlow's pool is sized once a process, and all tests share this one
 
 
 def pytest_addoption(parser):
@@ -76,7 +85,9 @@ def write_weights(path, tensors=0, shapes=SHAPES, root=""):
         place = file.require_group(root) if root else file
         place.attrs["layer_names"] = [layer.encode() for layer in layers]
         for layer in layers:
-            own = [tensor for (name, _), tensor in zip(shapes, tensors, strict=True) if name == layer]
+            own = [
+                tensor for (name, _), tensor in zip(shapes, tensors, strict=True) if name == layer
+            ]
             names = [f"{layer}/weight{number}" for number in range(len(own))]
             group = place.create_group(layer)
             group.attrs["weight_names"] = [name.encode() for name in names]
@@ -89,21 +100,34 @@ def read_weights(path):
     """The tensors of a Keras weight file, in order: read here once more, independently of weights.py."""
     with h5py.File(path, "r") as file:
         place = file if "layer_names" in file.attrs else file["model_weights"]
-        return [place[layer][weight][()] for layer in place.attrs["layer_names"]
-                for weight in place[layer].attrs["weight_names"]]
+        return [
+            place[layer][weight][()]
+            for layer in place.attrs["layer_names"]
+            for weight in place[layer].attrs["weight_names"]
+        ]
 
 
 def averaged(uploads):
     """FedAvg as DESIGN promise 4 says it: uploads [(client, num_examples, tensors)] -> float32 tensors."""
     uploads = sorted(uploads, key=lambda upload: upload[0])
     total = sum(n for _, n, _ in uploads)
-    return [(sum(n * tensor.astype(np.float64) for n, tensor in zip([n for _, n, _ in uploads], column, strict=True)) / total)
-            .astype(np.float32) for column in zip(*(tensors for _, _, tensors in uploads), strict=True)]
+    return [
+        (
+            sum(
+                n * tensor.astype(np.float64)
+                for n, tensor in zip([n for _, n, _ in uploads], column, strict=True)
+            )
+            / total
+        ).astype(np.float32)
+        for column in zip(*(tensors for _, _, tensors in uploads), strict=True)
+    ]
 
 
 def same_bits(one, other):
-    return len(one) == len(other) and all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-                                          for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(
+        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 # --- a run without a network --------------------------------------------------------------------------------------
@@ -145,14 +169,26 @@ def metrics():
 class Run:
     """A run with real files, the real FedAvg on tiny weights and a coordinator thread; `say` goes to `said`."""
 
-    def __init__(self, folder, clients=("client001", "client002", "client003"), rounds=2, **options):
+    def __init__(
+        self, folder, clients=("client001", "client002", "client003"), rounds=2, **options
+    ):
         self.folder, self.options, self.said = folder, options, []
         self.weights = folder / "server_weight.h5"
         for client in clients:
             (folder / client).mkdir(parents=True, exist_ok=True)
         write_weights(self.weights, 1000)
-        files.save_state(folder / "state.json", new_state(
-            "run0", clients, rounds, files.sha256_of(self.weights), arch="drcnn", image_size=32, seed=0))
+        files.save_state(
+            folder / "state.json",
+            new_state(
+                "run0",
+                clients,
+                rounds,
+                files.sha256_of(self.weights),
+                arch="drcnn",
+                image_size=32,
+                seed=0,
+            ),
+        )
         self.merge = self.average
         self.evaluate = metrics
         self.start()
@@ -164,13 +200,23 @@ class Run:
         """Opens what is on disk, as a server does that is started."""
         state = files.load_state(self.folder / "state.json")
         state["rounds"] = rounds or state["rounds"]
-        self.rounds = Rounds(self.folder, state, lambda *a: self.merge(*a), lambda: self.evaluate(), say=self.said.append,
-                             **self.options)
+        self.rounds = Rounds(
+            self.folder,
+            state,
+            lambda *a: self.merge(*a),
+            lambda: self.evaluate(),
+            say=self.said.append,
+            **self.options,
+        )
         self.rounds.open()
-        assert files.load_state(self.folder / "state.json")["frozen"] is None  # from here the coordinator may freeze again
+        assert (
+            files.load_state(self.folder / "state.json")["frozen"] is None
+        )  # from here the coordinator may freeze again
         self.rounds.opened = None
         self.coordinator = Call(self.rounds.run)
-        until(lambda: self.rounds.opened is not None or self.coordinator.ended, "the time limit runs")
+        until(
+            lambda: self.rounds.opened is not None or self.coordinator.ended, "the time limit runs"
+        )
         return self
 
     def stop(self):
@@ -183,22 +229,39 @@ class Run:
         self.stop()
         return self.start(**options)
 
-    def deliver(self, client, seed, num_examples=1, run="run0", round_number=..., alive=lambda: True):
+    def deliver(
+        self, client, seed, num_examples=1, run="run0", round_number=..., alive=lambda: True
+    ):
         """A Call that delivers random_tensors(seed), for the open round unless another is named."""
         path = write_weights(files.temporary(self.rounds.upload_path(client)), seed)
         number = self.rounds.round if round_number is ... else round_number
-        return Call(self.rounds.deliver, client, num_examples, files.sha256_of(path), path, run, number, alive)
+        return Call(
+            self.rounds.deliver,
+            client,
+            num_examples,
+            files.sha256_of(path),
+            path,
+            run,
+            number,
+            alive,
+        )
 
     def delivered(self, client, seed, **options):
         """The same, once it waits: its upload is counted."""
         before, call = self.rounds.waiting.get(client), self.deliver(client, seed, **options)
-        until(lambda: self.rounds.waiting.get(client) is not before or call.ended, f"{client} is counted")
+        until(
+            lambda: self.rounds.waiting.get(client) is not before or call.ended,
+            f"{client} is counted",
+        )
         assert not call.ended, call.error
         return call
 
     def holds(self, *uploads):
         """Whether server_weight.h5 has the bits of FedAvg over uploads (client, num_examples, seed)."""
-        return same_bits(read_weights(self.weights), averaged([(c, n, random_tensors(seed)) for c, n, seed in uploads]))
+        return same_bits(
+            read_weights(self.weights),
+            averaged([(c, n, random_tensors(seed)) for c, n, seed in uploads]),
+        )
 
 
 @pytest.fixture
@@ -234,11 +297,19 @@ def make_data(folder, clients=3, images=8, image_size=32, validation=8):
         made = []
         for _ in range(count):
             grade = 2 * (number % 2)
-            pixels = np.random.default_rng(number).integers(0, 120 + 40 * grade, (image_size, image_size, 3), np.uint8)
+            pixels = np.random.default_rng(number).integers(
+                0, 120 + 40 * grade, (image_size, image_size, 3), np.uint8
+            )
             picture = f"{number:04}.png"
             Image.fromarray(pixels).save(folder / "preprocessed" / picture)
-            made.append({"picture": picture, "label": grade, "dir": f"preprocessed/{picture}",
-                         "new_label": str(grade == 0)})
+            made.append(
+                {
+                    "picture": picture,
+                    "label": grade,
+                    "dir": f"preprocessed/{picture}",
+                    "new_label": str(grade == 0),
+                }
+            )
             number += 1
         return made
 
@@ -269,8 +340,20 @@ class Started:
     def __init__(self, command, cwd, env=None):
         self.command, self.lines = command, []
         self.process = subprocess.Popen(
-            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONFAULTHANDLER": "1", **(env or {})})
+            command,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+                "CUDA_VISIBLE_DEVICES": "-1",
+                "PYTHONFAULTHANDLER": "1",
+                **(env or {}),
+            },
+        )
         self.changed = threading.Condition()
         self.ended = False
         threading.Thread(target=self._read, daemon=True).start()
@@ -301,8 +384,10 @@ class Started:
                     if found := re.search(pattern, line):
                         return found
                 if self.ended or not self.changed.wait(max(0, deadline - time.monotonic())):
-                    pytest.fail(f"{self.command}: no line with {pattern!r} {'before its end' if self.ended else ''} within "
-                                f"{timeout_s} s; it said:\n{self.output}")
+                    pytest.fail(
+                        f"{self.command}: no line with {pattern!r} {'before its end' if self.ended else ''} within "
+                        f"{timeout_s} s; it said:\n{self.output}"
+                    )
 
     def wait(self, timeout_s=DEADLINE_S):
         """The exit code (-9 where it was killed), after all of its output has been read."""
@@ -334,7 +419,9 @@ def start():
     started = []
 
     def begin(script, *arguments, cwd, env=None):
-        started.append(Started([sys.executable, str(ROOT / script), *map(str, arguments)], cwd, env))
+        started.append(
+            Started([sys.executable, str(ROOT / script), *map(str, arguments)], cwd, env)
+        )
         return started[-1]
 
     yield begin
@@ -383,6 +470,7 @@ def shared_site(tmp_path_factory):
 def begun(shared_site, tmp_path):
     """A function: the folder of a run that is begun but not served; todoServer.py goes on with it, without TensorFlow until
     it evaluates."""
+
     def begin(clients=("client001", "client002"), rounds=2):
         for name in ("preprocessed", "index"):
             (tmp_path / name).symlink_to(shared_site / name)
@@ -398,14 +486,27 @@ def begun(shared_site, tmp_path):
 def holding(site, script, *patches):
     """A file: the script as it is, but for patches (Python text) that are run before."""
     path = site / f"{script}_patched.py"
-    path.write_text("\n".join(["import sys, time", f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]", *patches,
-                               f"import {script}", f"sys.exit({script}.main())"]))
+    path.write_text(
+        "\n".join(
+            [
+                "import sys, time",
+                f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]",
+                *patches,
+                f"import {script}",
+                f"sys.exit({script}.main())",
+            ]
+        )
+    )
     return path
 
 
 def client_script(site, training_s=0):
     """todoClient.py whose training takes so long and always gives the same weights, without TensorFlow."""
-    return holding(site, "todoClient", f"TRAINING_S = {training_s}", """
+    return holding(
+        site,
+        "todoClient",
+        f"TRAINING_S = {training_s}",
+        """
 import model
 from conftest import SHAPES, write_weights
 class Network:
@@ -418,7 +519,8 @@ model.configure, model.build, model.load, model.train = lambda *_: 0, lambda *_:
 model.shapes, model.save = lambda _: SHAPES, lambda network, path: write_weights(path, 1)
 import todoClient
 todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05
-""")
+""",
+    )
 
 
 NO_EVALUATION = """

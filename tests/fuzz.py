@@ -36,14 +36,30 @@ from generated import todo_pb2
 
 INPUT_S, MEMORY_BYTES = 10, 600 << 20
 SHARES = {"chunks": 0.45, "index": 0.4, "hdf5": 0.15}  # of the inputs
-INTERESTING = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40, (1 << 64) - 1]
+INTERESTING = [
+    0,
+    1,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    1 << 40,
+    (1 << 64) - 1,
+]
 
 
 def mutated(rng, content, others=()):
     """One to eight of: a byte, a bit, a number, a cut, a piece doubled, moved or from another input."""
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
-        place, length = rng.randrange(len(content) + 1), rng.choice([1, 2, 4, 8, rng.randrange(1, 200)])
+        place, length = (
+            rng.randrange(len(content) + 1),
+            rng.choice([1, 2, 4, 8, rng.randrange(1, 200)]),
+        )
         match rng.randrange(7):
             case 0:
                 content[place : place + 1] = bytes([rng.randrange(256)])
@@ -75,11 +91,16 @@ class Chunks:
         self.content = self.good.read_bytes()
 
     def stream(self, rng):
-        size, whole = rng.choice([3, 299, 3000, 4000]), self.content[: rng.choice([0, 10, 3000, len(self.content)])]
+        size, whole = (
+            rng.choice([3, 299, 3000, 4000]),
+            self.content[: rng.choice([0, 10, 3000, len(self.content)])],
+        )
         base64_form = rng.random() < 0.6
         pieces = base64.b64encode(whole) if base64_form else whole
         pieces = [pieces[start : start + size] for start in range(0, len(pieces), size)][:60]
-        messages = [todo_pb2.modelWeight(**{"model" if base64_form else "blob": piece}) for piece in pieces]
+        messages = [
+            todo_pb2.modelWeight(**{"model" if base64_form else "blob": piece}) for piece in pieces
+        ]
         for message in messages[: None if base64_form else 1]:
             message.clientname, message.clientsize = "client001/client_weights.h5", 3
         for _ in range(rng.choice([0, 0, 1, 3])):
@@ -98,7 +119,8 @@ class Chunks:
                 case 4:
                     try:
                         messages[place] = todo_pb2.modelWeight.FromString(
-                            mutated(rng, messages[place].SerializeToString()))
+                            mutated(rng, messages[place].SerializeToString())
+                        )
                     except DecodeError:
                         pass  # gRPC ends such a call itself
         return messages
@@ -112,7 +134,9 @@ class Chunks:
                 pass
         digest = weights.spool(iter(messages), self.path, most)
         blobs = b"".join(message.blob for message in messages)
-        expected = blobs or base64.b64decode("".join(message.model for message in messages), validate=True)
+        expected = blobs or base64.b64decode(
+            "".join(message.model for message in messages), validate=True
+        )
         assert self.path.read_bytes() == expected and digest == hashlib.sha256(expected).hexdigest()
         assert 0 < len(expected) <= most
 
@@ -122,30 +146,64 @@ class Index:
 
     def __init__(self, folder):
         self.path, n = folder / "worker1.pkl", 40
-        columns = {"picture": [f"{k}.png" for k in range(n)], "label": [2 * (k % 2) for k in range(n)],
-                   "dir": [f"preprocessed/{k}.png" for k in range(n)], "new_label": [str(k % 2 == 0) for k in range(n)]}
-        others = [{"a": (1, 2.5, None, True), "b": {3, 4}, "c": [frozenset([5]), b"6", 1 << 70]}, os.mkdir, range(3)]
-        self.seeds = [pickle.dumps(value, protocol) for value in [columns] * 3 + others for protocol in range(6)]
+        columns = {
+            "picture": [f"{k}.png" for k in range(n)],
+            "label": [2 * (k % 2) for k in range(n)],
+            "dir": [f"preprocessed/{k}.png" for k in range(n)],
+            "new_label": [str(k % 2 == 0) for k in range(n)],
+        }
+        others = [
+            {"a": (1, 2.5, None, True), "b": {3, 4}, "c": [frozenset([5]), b"6", 1 << 70]},
+            os.mkdir,
+            range(3),
+        ]
+        self.seeds = [
+            pickle.dumps(value, protocol)
+            for value in [columns] * 3 + others
+            for protocol in range(6)
+        ]
         self.bombs = [
-            b"\x80\x04" + b"]" + b"r" + (0x7FFFFFFF).to_bytes(4, "little") + b".",  # a memo of 16 GB
-            b"\x80\x04]p99999999999999999999\n.", b"\x80\x04]r\xff\xff\xff\xff.",
-            b"\x80\x04})" + b"\x85" * 2_000_000 + b"K\x01s.",  # a key that is a tuple two million deep
-            b"\x80\x04" + b"]" * 1_000_000 + b"a" * 999_999 + b".", b"\x80\x04\x8b\xff\xff\xff\x7f.",
-            b"\x80\x04\x8e" + (1 << 62).to_bytes(8, "little"), b"\x80\x04\x95" + (1 << 62).to_bytes(8, "little") + b"].",
-            b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little"), b"I" + b"9" * 1_000_000 + b"\n.", b"(" * 2_000_000,
+            b"\x80\x04"
+            + b"]"
+            + b"r"
+            + (0x7FFFFFFF).to_bytes(4, "little")
+            + b".",  # a memo of 16 GB
+            b"\x80\x04]p99999999999999999999\n.",
+            b"\x80\x04]r\xff\xff\xff\xff.",
+            b"\x80\x04})"
+            + b"\x85" * 2_000_000
+            + b"K\x01s.",  # a key that is a tuple two million deep
+            b"\x80\x04" + b"]" * 1_000_000 + b"a" * 999_999 + b".",
+            b"\x80\x04\x8b\xff\xff\xff\x7f.",
+            b"\x80\x04\x8e" + (1 << 62).to_bytes(8, "little"),
+            b"\x80\x04\x95" + (1 << 62).to_bytes(8, "little") + b"].",
+            b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little"),
+            b"I" + b"9" * 1_000_000 + b"\n.",
+            b"(" * 2_000_000,
             b"\x80\x04(" + b"]" + b"2" * 1_000_000 + b"l.",
-            pickle.dumps({**columns, "label": [1 << 80_000] * n}), pickle.dumps({**columns, "dir": ["a" * 1_000_000] * n}),
+            pickle.dumps({**columns, "label": [1 << 80_000] * n}),
+            pickle.dumps({**columns, "dir": ["a" * 1_000_000] * n}),
         ]
 
     def __call__(self, rng):
-        content = self.bombs.pop() if self.bombs else mutated(rng, rng.choice(self.seeds), self.seeds)
+        content = (
+            self.bombs.pop() if self.bombs else mutated(rng, rng.choice(self.seeds), self.seeds)
+        )
         self.path.write_bytes(content)
         try:
             records = data.read_index(self.path)
         except ValueError as error:
-            assert str(self.path) in str(error) and "\n" not in str(error) and len(str(error)) < 1500, error
+            assert (
+                str(self.path) in str(error) and "\n" not in str(error) and len(str(error)) < 1500
+            ), error
             raise
-        assert all(set(record) == set(data.COLUMNS) and 0 <= record["label"] < data.GRADES for record in records) and records
+        assert (
+            all(
+                set(record) == set(data.COLUMNS) and 0 <= record["label"] < data.GRADES
+                for record in records
+            )
+            and records
+        )
 
 
 class Hdf5:
@@ -153,7 +211,9 @@ class Hdf5:
 
     def __init__(self, folder):
         self.path, good = folder / "upload.h5", folder / "good_hdf5.h5"
-        self.seeds = [write_weights(good, 5, root=root).read_bytes() for root in ("", "model_weights")]
+        self.seeds = [
+            write_weights(good, 5, root=root).read_bytes() for root in ("", "model_weights")
+        ]
         self.check, self.crashed = weights.Checker(weights.shapes_of(good)), 0
 
     def __call__(self, rng):
@@ -167,7 +227,13 @@ class Hdf5:
         pid = os.fork()  # what was accepted is readable without a crash
         if not pid:
             with h5py.File(self.path, "r") as file:
-                os._exit(0 if all(np.isfinite(dataset[()]).all() for _, _, dataset in weights.tensors(file)) else 1)
+                os._exit(
+                    0
+                    if all(
+                        np.isfinite(dataset[()]).all() for _, _, dataset in weights.tensors(file)
+                    )
+                    else 1
+                )
         assert os.waitpid(pid, 0)[1] == 0
 
 
@@ -178,13 +244,19 @@ def guard(folder):
     def hook(event, arguments):
         if not on:
             return
-        if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        if (
+            event == "open"
+            and isinstance(arguments[2], int)
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
             where = arguments[0]
         elif event in ("os.mkdir", "os.rename", "os.remove", "os.symlink", "os.link", "os.chmod"):
             where = arguments[-1] if event == "os.rename" else arguments[0]
         else:
             return
-        if not isinstance(where, int) and not str(Path(os.fsdecode(where)).absolute()).startswith((str(folder), os.devnull)):
+        if not isinstance(where, int) and not str(Path(os.fsdecode(where)).absolute()).startswith(
+            (str(folder), os.devnull)
+        ):
             print(f"{event} outside the folder: {where!r}", flush=True)
             os._exit(9)
 
@@ -193,7 +265,9 @@ def guard(folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, default=120_000)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=0)
@@ -204,8 +278,11 @@ def main(argv=None):
         outer, inner = Path(name), Path(name) / "a" / "scratch"
         inner.mkdir(parents=True)
         os.chdir(inner)
-        targets = {key: kind(inner) for key, kind in (("chunks", Chunks), ("index", Index), ("hdf5", Hdf5))
-                   if key in arguments.only.split(",")}
+        targets = {
+            key: kind(inner)
+            for key, kind in (("chunks", Chunks), ("index", Index), ("hdf5", Hdf5))
+            if key in arguments.only.split(",")
+        }
         files = set(os.listdir(inner)) | {"upload.h5", "worker1.pkl", "spooled.h5"}
         unguard = guard(inner)
         counts, slowest, began = collections.Counter(), collections.Counter(), time.monotonic()
@@ -227,17 +304,37 @@ def main(argv=None):
             slowest[key] = max(slowest[key], time.monotonic() - started)
             assert slowest[key] < INPUT_S, f"input {number} ({key}) took {slowest[key]:.1f} s"
             if number % 1000 == 0:
-                assert set(os.listdir(inner)) <= files and os.listdir(outer) == ["a"] and os.listdir(outer / "a") == ["scratch"]
+                assert (
+                    set(os.listdir(inner)) <= files
+                    and os.listdir(outer) == ["a"]
+                    and os.listdir(outer / "a") == ["scratch"]
+                )
         faulthandler.cancel_dump_traceback_later()
-        status = Path("/proc/self/status").read_text()  # its own: ru_maxrss begins with the parent's
+        status = Path(
+            "/proc/self/status"
+        ).read_text()  # its own: ru_maxrss begins with the parent's
         peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
         assert peak < MEMORY_BYTES, f"peak memory {peak:,} bytes"
         unguard()
         os.chdir("/")
     for key, target in targets.items():
-        print(f"{key}: {counts[key, 'accepted']} accepted, {counts[key, 'refused']} refused, slowest {slowest[key]:.2f} s" +
-              (f", {target.crashed} crashes or hangs of the library, contained" if key == "hdf5" else ""))
-    print(json.dumps({"inputs": sum(counts.values()), "seconds": round(time.monotonic() - began), "peak_mb": peak >> 20}))
+        print(
+            f"{key}: {counts[key, 'accepted']} accepted, {counts[key, 'refused']} refused, slowest {slowest[key]:.2f} s"
+            + (
+                f", {target.crashed} crashes or hangs of the library, contained"
+                if key == "hdf5"
+                else ""
+            )
+        )
+    print(
+        json.dumps(
+            {
+                "inputs": sum(counts.values()),
+                "seconds": round(time.monotonic() - began),
+                "peak_mb": peak >> 20,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -25,10 +25,14 @@ def seed_client(address, name, size, rounds, train, timeout_s=60):
     for _ in range(rounds):
         with grpc.insecure_channel(address, options=LIMITS) as channel:
             stub = todo_pb2_grpc.FedMLStub(channel)
-            content = base64.b64decode("".join(piece.model for piece in stub.getWeight(todo_pb2.void(), timeout=timeout_s)))
+            content = base64.b64decode(
+                "".join(piece.model for piece in stub.getWeight(todo_pb2.void(), timeout=timeout_s))
+            )
             fetched.append(content)
-            answer = stub.sendWeight(cut(train(content), clientname=f"{name}/client_weights.h5", clientsize=size),
-                                     timeout=timeout_s)
+            answer = stub.sendWeight(
+                cut(train(content), clientname=f"{name}/client_weights.h5", clientsize=size),
+                timeout=timeout_s,
+            )
             assert answer.value == 1
     return fetched
 

@@ -8,10 +8,27 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import DEADLINE_S, Call, Run, averaged, metrics, random_tensors, read_weights, same_bits, until, write_weights
+from conftest import (
+    DEADLINE_S,
+    Call,
+    Run,
+    averaged,
+    metrics,
+    random_tensors,
+    read_weights,
+    same_bits,
+    until,
+    write_weights,
+)
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 import files
 import rounds
@@ -65,7 +82,9 @@ class Oracle:
         if number != self.round or self.done:
             return number, OVER
         if self.frozen:
-            return number, "waits" if client in self.uploads and self.uploads[client][1] == upload[1] else OVER
+            return number, "waits" if client in self.uploads and self.uploads[client][1] == upload[
+                1
+            ] else OVER
         self.uploads[client] = upload
         return number, "waits"
 
@@ -73,10 +92,16 @@ class Oracle:
         """What the coordinator does now, as far as it is let."""
         self.frozen = self.frozen or (self.waits and len(self.uploads) == len(CLIENTS))
         if self.frozen and merge:
-            self.weights = averaged([(client, n, random_tensors(seed)) for client, (n, seed) in self.uploads.items()])
-            self.counted.update({client: (self.round, upload) for client, upload in self.uploads.items()})
+            self.weights = averaged(
+                [(client, n, random_tensors(seed)) for client, (n, seed) in self.uploads.items()]
+            )
+            self.counted.update(
+                {client: (self.round, upload) for client, upload in self.uploads.items()}
+            )
             missing = " ".join(sorted(set(CLIENTS) - set(self.uploads)))
-            self.history.append((self.round, len(self.uploads), missing, sum(n for n, _ in self.uploads.values())))
+            self.history.append(
+                (self.round, len(self.uploads), missing, sum(n for n, _ in self.uploads.values()))
+            )
             self.uploads, self.frozen, self.round = {}, False, self.round + 1
         if self.answered < self.round - 1 and evaluate:
             self.answered += 1
@@ -89,7 +114,13 @@ class Killed(BaseException):
 
 class Delivery:
     def __init__(self, client, number):
-        self.client, self.number, self.present, self.replaced, self.call = client, number, True, False, None
+        self.client, self.number, self.present, self.replaced, self.call = (
+            client,
+            number,
+            True,
+            False,
+            None,
+        )
 
     def alive(self):
         return self.present
@@ -143,13 +174,22 @@ class AnyOrder(RuleBasedStateMachine):
 
             return step
 
-        self.run.merge, self.run.evaluate = gated("merge", self.run.average), gated("evaluate", metrics)
+        self.run.merge, self.run.evaluate = (
+            gated("merge", self.run.average),
+            gated("evaluate", metrics),
+        )
 
     # --- what happens ---
 
-    @rule(client=st.sampled_from(CLIENTS), num_examples=st.integers(1, 9), seed=st.integers(0, 2),
-          peer=st.sampled_from(["new", "new", "silent", "unseen"]),
-          what=st.sampled_from(["fresh", "fresh", "fresh", "repeat", "repeat", "late", "early", "other run"]))
+    @rule(
+        client=st.sampled_from(CLIENTS),
+        num_examples=st.integers(1, 9),
+        seed=st.integers(0, 2),
+        peer=st.sampled_from(["new", "new", "silent", "unseen"]),
+        what=st.sampled_from(
+            ["fresh", "fresh", "fresh", "repeat", "repeat", "late", "early", "other run"]
+        ),
+    )
     def deliver(self, client, num_examples, seed, peer, what):
         number = self.oracle.round + {"late": -1, "early": 1}.get(what, 0)
         if what == "repeat" and client in self.oracle.counted:
@@ -158,7 +198,9 @@ class AnyOrder(RuleBasedStateMachine):
         run = None if peer != "new" else "other" if what == "other run" else "run0"
         for_round, expected = self.oracle.deliver(client, (num_examples, seed), run, number)
         delivery = Delivery(client, for_round)
-        call = delivery.call = self.run.deliver(client, seed, num_examples, run, number, delivery.alive)
+        call = delivery.call = self.run.deliver(
+            client, seed, num_examples, run, number, delivery.alive
+        )
         if expected == "waits":
             for other in self.deliveries:
                 other.replaced |= other.client == client and other.number > self.oracle.answered
@@ -170,11 +212,17 @@ class AnyOrder(RuleBasedStateMachine):
         self.settle()
 
     @precondition(lambda self: self.oracle.frozen)
-    @rule(client=st.sampled_from(CLIENTS), seed=st.integers(0, 2), peer=st.sampled_from(["new", "silent", "unseen"]))
+    @rule(
+        client=st.sampled_from(CLIENTS),
+        seed=st.integers(0, 2),
+        peer=st.sampled_from(["new", "silent", "unseen"]),
+    )
     def deliver_while_merging(self, client, seed, peer):
         self.deliver(client, 3, seed, peer, "fresh")
 
-    @rule(clients=st.permutations(CLIENTS), seeds=st.lists(st.integers(0, 2), min_size=3, max_size=3))
+    @rule(
+        clients=st.permutations(CLIENTS), seeds=st.lists(st.integers(0, 2), min_size=3, max_size=3)
+    )
     def all_deliver_at_once(self, clients, seeds):
         """Without waiting for one another. Who had delivered repeats: a change would or would not be before the freeze."""
         if self.oracle.waits:
@@ -185,12 +233,16 @@ class AnyOrder(RuleBasedStateMachine):
                 upload = uploads.get(client, (seed + 1, seed))
                 self.oracle.deliver(client, upload, "run0", number)
                 self.deliveries.append(delivery := Delivery(client, number))
-                delivery.call = self.run.deliver(client, upload[1], upload[0], "run0", number, delivery.alive)
+                delivery.call = self.run.deliver(
+                    client, upload[1], upload[0], "run0", number, delivery.alive
+                )
         self.settle(at_once=True)
 
     @rule(known=st.booleans())
     def fetch(self, known):
-        self.fetches.append(Call(self.run.rounds.fetch, self.run.weights, "client001" if known else None))
+        self.fetches.append(
+            Call(self.run.rounds.fetch, self.run.weights, "client001" if known else None)
+        )
         self.settle()
 
     @precondition(lambda self: self.deliveries)
@@ -202,8 +254,11 @@ class AnyOrder(RuleBasedStateMachine):
         self.refused(gone.call, "CANCELLED")
         self.settle()
 
-    @rule(name=st.sampled_from(["merge", "evaluate"]), seeds=st.lists(st.integers(0, 2), min_size=3, max_size=3),
-          complete=st.sampled_from([True, True, False]))
+    @rule(
+        name=st.sampled_from(["merge", "evaluate"]),
+        seeds=st.lists(st.integers(0, 2), min_size=3, max_size=3),
+        complete=st.sampled_from([True, True, False]),
+    )
     def hold(self, name, seeds, complete):
         """The merge or the evaluation takes long: of this round, or of the next that is complete."""
         self.gates[name] = False
@@ -249,9 +304,14 @@ class AnyOrder(RuleBasedStateMachine):
         self.run.start(rounds=self.oracle.rounds)
         self.settle()
 
-    @rule(client=st.sampled_from(CLIENTS), num_examples=st.integers(1, 9), seed=st.integers(0, 2),
-          publishes=st.sampled_from([1, 1, 2, 2, 3, 4, 5, 6, 7, 8]), when=st.sampled_from(["before", "after"]),
-          replace=st.booleans())
+    @rule(
+        client=st.sampled_from(CLIENTS),
+        num_examples=st.integers(1, 9),
+        seed=st.integers(0, 2),
+        publishes=st.sampled_from([1, 1, 2, 2, 3, 4, 5, 6, 7, 8]),
+        when=st.sampled_from(["before", "after"]),
+        replace=st.booleans(),
+    )
     def crash_while_delivering(self, client, num_examples, seed, publishes, when, replace):
         """The server dies at a publish that this delivery, or the round that it closes, leads to."""
         if replace and self.oracle.uploads:
@@ -269,7 +329,9 @@ class AnyOrder(RuleBasedStateMachine):
         # accepted, or as if it had never come: what is on disk says which; there is no third
         state = files.load_state(self.folder / "state.json")
         there = files.sha256_of(self.run.rounds.upload_path(client)) == digest(seed)
-        named = {"num_examples": num_examples, "sha256": digest(seed)} in state["uploads"].get(client, [])
+        named = {"num_examples": num_examples, "sha256": digest(seed)} in state["uploads"].get(
+            client, []
+        )
         accepted = state["round"] > self.oracle.round or (there and named)
         if accepted and not self.oracle.done:
             self.oracle.deliver(client, (num_examples, seed), "run0", self.oracle.round)
@@ -280,7 +342,11 @@ class AnyOrder(RuleBasedStateMachine):
     def quiet(self, client, seed):
         """Whether the delivery is counted and more are awaited."""
         there = self.run.rounds.uploads
-        return client in there and len(there) < len(CLIENTS) and self.run.rounds.waiting.get(client) is not None
+        return (
+            client in there
+            and len(there) < len(CLIENTS)
+            and self.run.rounds.waiting.get(client) is not None
+        )
 
     # --- and what must hold ---
 
@@ -296,18 +362,28 @@ class AnyOrder(RuleBasedStateMachine):
 
         def where():
             there = run.rounds
-            uploads = {client: (upload["num_examples"], upload["sha256"]) for client, upload in there.uploads.items()}
+            uploads = {
+                client: (upload["num_examples"], upload["sha256"])
+                for client, upload in there.uploads.items()
+            }
             return there.round, there.answered, bool(there.state["frozen"]), uploads
 
         expected = {client: (n, digest(seed)) for client, (n, seed) in oracle.uploads.items()}
-        until(lambda: where() == (oracle.round, oracle.answered, oracle.frozen, expected),
-              lambda: f"the server is at {where()}, the oracle at {oracle}; {run.said}, {run.coordinator.error}", 20)
+        until(
+            lambda: where() == (oracle.round, oracle.answered, oracle.frozen, expected),
+            lambda: (
+                f"the server is at {where()}, the oracle at {oracle}; {run.said}, {run.coordinator.error}"
+            ),
+            20,
+        )
         if oracle.waits:
             until(lambda: run.rounds.opened == self.now, "the round is open", 20)
         for delivery in list(self.deliveries):
             if delivery.replaced and at_once:  # aborted, or answered just before
                 delivery.call.thread.join(DEADLINE_S)
-                assert delivery.call.ended and (delivery.call.error is None or delivery.call.error.code == "ABORTED")
+                assert delivery.call.ended and (
+                    delivery.call.error is None or delivery.call.error.code == "ABORTED"
+                )
                 self.deliveries.remove(delivery)
             elif delivery.replaced:
                 self.refused(delivery.call, "ABORTED")
@@ -328,7 +404,10 @@ class AnyOrder(RuleBasedStateMachine):
             assert same_bits(read_weights(run.weights), oracle.weights)
         state = files.load_state(self.folder / "state.json")
         assert state["round"] == oracle.round and bool(state["frozen"]) == oracle.frozen
-        rows = [(row["round"], row["clients"], row["missing"], row["num_examples"]) for row in state["history"]]
+        rows = [
+            (row["round"], row["clients"], row["missing"], row["num_examples"])
+            for row in state["history"]
+        ]
         assert rows == oracle.history[: oracle.answered]
         assert (self.folder / "history.csv").read_text().count("\n") == 1 + oracle.answered
         for client, (_, seed) in oracle.uploads.items():
@@ -360,9 +439,17 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 def run_machine(examples, **options):
-    run_state_machine_as_test(AnyOrder, settings=settings(
-        max_examples=examples, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck),
-        phases=[Phase.reuse, Phase.generate], **options))  # a failure that is a wait shrinks for hours
+    run_state_machine_as_test(
+        AnyOrder,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.reuse, Phase.generate],
+            **options,
+        ),
+    )  # a failure that is a wait shrinks for hours
 
 
 def test_any_order():

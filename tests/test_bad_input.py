@@ -31,15 +31,27 @@ class Served:
         self.run = Run(folder / "server", ["client001", "client002"], rounds=10_000)
         with open(self.run.weights, "ab") as file:  # room for bad files, which HDF5 lets grow
             file.truncate(self.run.weights.stat().st_size * 3)
-        self.server, self.address = service.create_server(self.run.rounds, "localhost:0", MAX_EXAMPLES)
+        self.server, self.address = service.create_server(
+            self.run.rounds, "localhost:0", MAX_EXAMPLES
+        )
         self.channel = grpc.insecure_channel(self.address, [("grpc.max_send_message_length", -1)])
         self.stub = todo_pb2_grpc.FedMLStub(self.channel)
 
     def send(self, path, client, metadata=None, num_examples=3):
         """A future: the answer to a whole, good upload."""
-        named = [("fedml-client", client), ("fedml-run", "run0"), ("fedml-round", str(self.run.rounds.round)),
-                 ("fedml-sha256", files.sha256_of(path))] if metadata is None else metadata
-        return self.stub.sendWeight.future(weights.blob_messages(path, client, num_examples), metadata=named, timeout=60)
+        named = (
+            [
+                ("fedml-client", client),
+                ("fedml-run", "run0"),
+                ("fedml-round", str(self.run.rounds.round)),
+                ("fedml-sha256", files.sha256_of(path)),
+            ]
+            if metadata is None
+            else metadata
+        )
+        return self.stub.sendWeight.future(
+            weights.blob_messages(path, client, num_examples), metadata=named, timeout=60
+        )
 
     def counted(self, path, client):
         """The same, once the upload is counted and its call waits."""
@@ -50,12 +62,16 @@ class Served:
 
     def tree(self):
         """Every file below and beside the server's folder with its bytes."""
-        return {str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else None
-                for path in self.folder.rglob("*")}
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else None
+            for path in self.folder.rglob("*")
+        }
 
     def half_sent(self):
         """Whether a part of an upload of client002 lies on the disk."""
-        return any(path.stat().st_size for path in (self.folder / "server" / "client002").glob(".*.tmp*"))
+        return any(
+            path.stat().st_size for path in (self.folder / "server" / "client002").glob(".*.tmp*")
+        )
 
     def close(self):
         self.run.stop()
@@ -75,6 +91,7 @@ def served(tmp_path_factory):
 
 def edited(change, **options):
     """A maker of files: a good one, in which change(h5py.File) was made."""
+
     def make(path):
         write_weights(path, 77, **options)
         with h5py.File(path, "r+") as file:
@@ -94,6 +111,7 @@ def with_value(value, shape=SHAPES):
 
 def replaced(name, **options):
     """The dataset `name` is another one, made with create_dataset(**options)."""
+
     def change(file):
         del file[name]
         file.create_dataset(name, **options)
@@ -121,7 +139,9 @@ def with_unknown_filter(file):
     plist.set_chunk((2, 1))
     plist.set_filter(32_123, h5py.h5z.FLAG_OPTIONAL, ())
     del file["healthy/healthy/weight0"]
-    dataset = h5py.Dataset(h5py.h5d.create(file["healthy/healthy"].id, b"weight0", h5py.h5t.IEEE_F32LE, space, plist))
+    dataset = h5py.Dataset(
+        h5py.h5d.create(file["healthy/healthy"].id, b"weight0", h5py.h5t.IEEE_F32LE, space, plist)
+    )
     dataset.id.write_direct_chunk((0, 0), b"\x00" * 8, 0)
 
 
@@ -150,18 +170,39 @@ def padded(path):
 
 W = "healthy/healthy/weight0"
 FILES = {  # row: (maker, sentence); all are INVALID_ARGUMENT
-    "random bytes": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(15_000)), "not a whole HDF5"),
+    "random bytes": (
+        lambda path: path.write_bytes(np.random.default_rng(0).bytes(15_000)),
+        "not a whole HDF5",
+    ),
     "text": (lambda path: path.write_text("hello " * 99), "not a whole HDF5"),
-    **{f"truncated at {part}/20": (cut(part / 20), "not a whole HDF5|0 bytes") for part in range(20)},
+    **{
+        f"truncated at {part}/20": (cut(part / 20), "not a whole HDF5|0 bytes")
+        for part in range(20)
+    },
     "one byte short": (damaged(lambda whole: whole[:-1]), "not a whole HDF5"),
-    "more than 1.1 times the model": (padded, "larger than [0-9,]+ bytes, the most that is accepted"),
-    "another shape": (replaced(W, data=np.zeros((3, 1), "f4")), r"'healthy'.*shape \(3, 1\), expected \(2, 1\)"),
+    "more than 1.1 times the model": (
+        padded,
+        "larger than [0-9,]+ bytes, the most that is accepted",
+    ),
+    "another shape": (
+        replaced(W, data=np.zeros((3, 1), "f4")),
+        r"'healthy'.*shape \(3, 1\), expected \(2, 1\)",
+    ),
     "a transposed shape": (replaced(W, data=np.zeros((1, 2), "f4")), r"shape \(1, 2\)"),
-    "a huge declared shape": (replaced(W, shape=(1 << 40, 1), dtype="f4"), r"shape \(1099511627776, 1\)"),
-    "a huge chunked shape": (replaced(W, shape=(1 << 40, 1), dtype="f4", chunks=(1, 1)), r"shape \(1099511627776, 1\)"),
+    "a huge declared shape": (
+        replaced(W, shape=(1 << 40, 1), dtype="f4"),
+        r"shape \(1099511627776, 1\)",
+    ),
+    "a huge chunked shape": (
+        replaced(W, shape=(1 << 40, 1), dtype="f4", chunks=(1, 1)),
+        r"shape \(1099511627776, 1\)",
+    ),
     "no shape": (replaced(W, data=h5py.Empty("f4")), "shape None"),
     "fewer layers": (lambda path: write_weights(path, 77, SHAPES[:2]), "2 tensors, the model 4"),
-    "more layers": (lambda path: write_weights(path, 77, [*SHAPES, ("more", (2,))]), "5 tensors, the model 4"),
+    "more layers": (
+        lambda path: write_weights(path, 77, [*SHAPES, ("more", (2,))]),
+        "5 tensors, the model 4",
+    ),
     "no layers": (lambda path: write_weights(path, [], []), "0 tensors, the model 4"),
     "NaN": (with_value(np.nan), "'healthy'.* nan"),
     "infinity": (with_value(np.inf), "'healthy'.* inf"),
@@ -174,27 +215,65 @@ FILES = {  # row: (maker, sentence); all are INVALID_ARGUMENT
     "references": (replaced(W, shape=(2, 1), dtype=h5py.ref_dtype), "dtype object"),
     "records": (replaced(W, shape=(2, 1), dtype=[("a", "f4"), ("b", "f4")]), "dtype"),
     "an external link": (linked(h5py.ExternalLink("/etc/passwd", "x")), "link to another place"),
-    "an external link to a good file": (linked(h5py.ExternalLink("../client001/client_weights.h5", W)), "link to another"),
+    "an external link to a good file": (
+        linked(h5py.ExternalLink("../client001/client_weights.h5", W)),
+        "link to another",
+    ),
     "a soft link": (linked(h5py.SoftLink("/norm1/norm1/weight0")), "link to another place"),
     "a dangling link": (linked(h5py.SoftLink("/nowhere")), "link to another place|not in the file"),
-    "external storage": (replaced(W, shape=(2, 1), dtype="f4", external=[("/etc/passwd", 0, 8)]), "outside the file"),
+    "external storage": (
+        replaced(W, shape=(2, 1), dtype="f4", external=[("/etc/passwd", 0, 8)]),
+        "outside the file",
+    ),
     "a virtual dataset": (edited(with_virtual_dataset), "virtual"),
     "compressed": (replaced(W, data=np.zeros((2, 1), "f4"), compression="gzip"), "compressed"),
     "an unknown filter": (edited(with_unknown_filter), "chunked"),
-    "a group in place of a tensor": (edited(lambda file: (file.pop(W), file.create_group(W))), "not a dataset"),
-    "a tensor in place of a layer": (edited(lambda file: (file.pop("norm1"), file.create_dataset("norm1", data=1.0))),
-                                     "'norm1' is not a group"),
-    "a layer that is missing": (edited(lambda file: file.pop("norm1")), "'norm1' is named but not in the file"),
-    "a tensor that is missing": (edited(lambda file: file.pop(W)), "weight0' is named but not in the file"),
-    "no list of layers": (edited(lambda file: file.attrs.pop("layer_names")), "no attribute 'layer_names'"),
-    "no list of weights": (edited(lambda file: file["norm1"].attrs.pop("weight_names")), "no attribute 'weight_names'"),
+    "a group in place of a tensor": (
+        edited(lambda file: (file.pop(W), file.create_group(W))),
+        "not a dataset",
+    ),
+    "a tensor in place of a layer": (
+        edited(lambda file: (file.pop("norm1"), file.create_dataset("norm1", data=1.0))),
+        "'norm1' is not a group",
+    ),
+    "a layer that is missing": (
+        edited(lambda file: file.pop("norm1")),
+        "'norm1' is named but not in the file",
+    ),
+    "a tensor that is missing": (
+        edited(lambda file: file.pop(W)),
+        "weight0' is named but not in the file",
+    ),
+    "no list of layers": (
+        edited(lambda file: file.attrs.pop("layer_names")),
+        "no attribute 'layer_names'",
+    ),
+    "no list of weights": (
+        edited(lambda file: file["norm1"].attrs.pop("weight_names")),
+        "no attribute 'weight_names'",
+    ),
     "a list that is a number": (attribute("layer_names", 4), "expected a list of names"),
     "a list of numbers": (attribute("layer_names", np.zeros(3)), "expected a list of names"),
-    "a list of 10,001 names": (attribute("layer_names", np.zeros(10_001, "S1")), "expected a list of names"),
-    "a name that leads upwards": (attribute("weight_names", [b"../norm1"], "norm1"), "named but not in the file"),
-    "an absolute name": (attribute("weight_names", [b"/norm1"], "norm1"), "named but not in the file"),
-    "a name that is empty": (attribute("layer_names", [b"", b"norm1", b"healthy"]), "named but not in the file"),
-    "the same layer twice": (attribute("layer_names", [b"norm1", b"norm1", b"healthy"]), r"'norm1'.*shape \(2,\)|tensors"),
+    "a list of 10,001 names": (
+        attribute("layer_names", np.zeros(10_001, "S1")),
+        "expected a list of names",
+    ),
+    "a name that leads upwards": (
+        attribute("weight_names", [b"../norm1"], "norm1"),
+        "named but not in the file",
+    ),
+    "an absolute name": (
+        attribute("weight_names", [b"/norm1"], "norm1"),
+        "named but not in the file",
+    ),
+    "a name that is empty": (
+        attribute("layer_names", [b"", b"norm1", b"healthy"]),
+        "named but not in the file",
+    ),
+    "the same layer twice": (
+        attribute("layer_names", [b"norm1", b"norm1", b"healthy"]),
+        r"'norm1'.*shape \(2,\)|tensors",
+    ),
 }
 
 
@@ -219,6 +298,7 @@ def sized(size):
 
 def in_two(**later):
     """The good file as two messages, of which the second has other fields."""
+
     def make(path):
         whole = path.read_bytes()
         return [message(blob=whole[:9000]), message(blob=whole[9000:], **later)]
@@ -227,60 +307,167 @@ def in_two(**later):
 
 
 STREAMS = {  # row: (good file -> messages, status code, sentence)
-    "unknown client": (renamed("client009"), "PERMISSION_DENIED", "'client009' is not one of this run's: expected client001, "),
-    "unknown client, old form": (renamed("client009/client_weights.h5"), "PERMISSION_DENIED", "'client009'"),
+    "unknown client": (
+        renamed("client009"),
+        "PERMISSION_DENIED",
+        "'client009' is not one of this run's: expected client001, ",
+    ),
+    "unknown client, old form": (
+        renamed("client009/client_weights.h5"),
+        "PERMISSION_DENIED",
+        "'client009'",
+    ),
     "../x": (renamed("../x"), "INVALID_ARGUMENT", r"client name '\.\./x' .* is refused"),
     "up and in again": (renamed("client002/../client001"), "INVALID_ARGUMENT", "client name"),
-    "a path beyond the old form": (renamed("client002/state.json"), "INVALID_ARGUMENT", "client name"),
+    "a path beyond the old form": (
+        renamed("client002/state.json"),
+        "INVALID_ARGUMENT",
+        "client name",
+    ),
     "a deeper path": (renamed("a/client002/client_weights.h5"), "INVALID_ARGUMENT", "client name"),
-    "an absolute path": (renamed("/etc/client002"), "INVALID_ARGUMENT", "client name '/etc/client002'"),
+    "an absolute path": (
+        renamed("/etc/client002"),
+        "INVALID_ARGUMENT",
+        "client name '/etc/client002'",
+    ),
     "the dots": (renamed(".."), "INVALID_ARGUMENT", "client name"),
     "an empty name": (renamed(""), "INVALID_ARGUMENT", r"client name '' \(0 characters\)"),
     "an empty name, old form": (renamed("/client_weights.h5"), "INVALID_ARGUMENT", "client name"),
-    "a name of 10 kB": (lambda path: [message(clientname="x" * 10_000, blob=path.read_bytes())], "INVALID_ARGUMENT",
-                        r"\(10000 characters\)"),
+    "a name of 10 kB": (
+        lambda path: [message(clientname="x" * 10_000, blob=path.read_bytes())],
+        "INVALID_ARGUMENT",
+        r"\(10000 characters\)",
+    ),
     "a name with a zero byte": (renamed("client002\0"), "INVALID_ARGUMENT", "client name"),
     "a name with a line end": (renamed("client002\n"), "INVALID_ARGUMENT", "client name"),
     "a name that only looks the same": (renamed("ⅽlient002"), "INVALID_ARGUMENT", "client name"),
-    "no examples": (sized(0), "INVALID_ARGUMENT", "client002 says it has 0 examples, expected 1 to 1000"),
+    "no examples": (
+        sized(0),
+        "INVALID_ARGUMENT",
+        "client002 says it has 0 examples, expected 1 to 1000",
+    ),
     "minus five examples": (sized(-5), "INVALID_ARGUMENT", "-5 examples"),
-    "more than --max-examples": (sized(1001), "INVALID_ARGUMENT", "1001 examples, .*--max-examples"),
+    "more than --max-examples": (
+        sized(1001),
+        "INVALID_ARGUMENT",
+        "1001 examples, .*--max-examples",
+    ),
     "empty stream": (lambda path: [], "INVALID_ARGUMENT", "empty stream"),
-    "empty messages": (lambda path: [message(), message()], "INVALID_ARGUMENT", "client002: .*0 bytes"),
-    "not base64": (lambda path: [message(model="äöü" + text(path))], "INVALID_ARGUMENT", "client002: .* not base64"),
-    "base64 with a blank": (lambda path: [message(model=text(path)[:400] + " " + text(path)[400:])], "INVALID_ARGUMENT",
-                            "not base64|middle of a group"),
-    "base64 that ends within a group": (lambda path: [message(model=text(path)[:-401])], "INVALID_ARGUMENT",
-                                        "ends in the middle of a group of 4"),
-    "base64 behind its end": (lambda path: [message(model="AA=="), message(model=text(path))], "INVALID_ARGUMENT",
-                              "behind its end"),
-    "base64 behind its end, in one piece": (lambda path: [message(model="AA==" + text(path))], "INVALID_ARGUMENT", "base64"),
-    "base64, then bytes": (lambda path: [message(model=text(path)), message(blob=b"x")], "INVALID_ARGUMENT", "mixed"),
-    "bytes, then base64": (lambda path: [message(blob=path.read_bytes()), message(model="AAAA")], "INVALID_ARGUMENT", "mixed"),
-    "both in one message": (lambda path: [message(blob=path.read_bytes(), model=text(path))], "INVALID_ARGUMENT", "mixed"),
-    "another name later": (in_two(clientname="client001"), "INVALID_ARGUMENT", "goes on as 'client001'"),
-    "another size later": (in_two(clientsize=4), "INVALID_ARGUMENT", "with 3 examples and goes on as .* with 4"),
-    "a message of 3 MB": (lambda path: [message(blob=b"x" * 3_000_000)], "RESOURCE_EXHAUSTED", "larger than max"),
-    "an endless stream": (lambda path: (message(blob=b"x" * 1000) for _ in range(1 << 30)), "INVALID_ARGUMENT", "larger than"),
+    "empty messages": (
+        lambda path: [message(), message()],
+        "INVALID_ARGUMENT",
+        "client002: .*0 bytes",
+    ),
+    "not base64": (
+        lambda path: [message(model="äöü" + text(path))],
+        "INVALID_ARGUMENT",
+        "client002: .* not base64",
+    ),
+    "base64 with a blank": (
+        lambda path: [message(model=text(path)[:400] + " " + text(path)[400:])],
+        "INVALID_ARGUMENT",
+        "not base64|middle of a group",
+    ),
+    "base64 that ends within a group": (
+        lambda path: [message(model=text(path)[:-401])],
+        "INVALID_ARGUMENT",
+        "ends in the middle of a group of 4",
+    ),
+    "base64 behind its end": (
+        lambda path: [message(model="AA=="), message(model=text(path))],
+        "INVALID_ARGUMENT",
+        "behind its end",
+    ),
+    "base64 behind its end, in one piece": (
+        lambda path: [message(model="AA==" + text(path))],
+        "INVALID_ARGUMENT",
+        "base64",
+    ),
+    "base64, then bytes": (
+        lambda path: [message(model=text(path)), message(blob=b"x")],
+        "INVALID_ARGUMENT",
+        "mixed",
+    ),
+    "bytes, then base64": (
+        lambda path: [message(blob=path.read_bytes()), message(model="AAAA")],
+        "INVALID_ARGUMENT",
+        "mixed",
+    ),
+    "both in one message": (
+        lambda path: [message(blob=path.read_bytes(), model=text(path))],
+        "INVALID_ARGUMENT",
+        "mixed",
+    ),
+    "another name later": (
+        in_two(clientname="client001"),
+        "INVALID_ARGUMENT",
+        "goes on as 'client001'",
+    ),
+    "another size later": (
+        in_two(clientsize=4),
+        "INVALID_ARGUMENT",
+        "with 3 examples and goes on as .* with 4",
+    ),
+    "a message of 3 MB": (
+        lambda path: [message(blob=b"x" * 3_000_000)],
+        "RESOURCE_EXHAUSTED",
+        "larger than max",
+    ),
+    "an endless stream": (
+        lambda path: (message(blob=b"x" * 1000) for _ in range(1 << 30)),
+        "INVALID_ARGUMENT",
+        "larger than",
+    ),
 }
 
 OTHERS = {  # row: (metadata that is otherwise, status code, sentence); the file and the messages are good
-    "wrong run": ({"fedml-run": "0123"}, "FAILED_PRECONDITION", "client002 delivers for run '0123'; the server is in run run0"),
+    "wrong run": (
+        {"fedml-run": "0123"},
+        "FAILED_PRECONDITION",
+        "client002 delivers for run '0123'; the server is in run run0",
+    ),
     "a run of 5 kB": ({"fedml-run": "x" * 5000}, "FAILED_PRECONDITION", "for run 'x{40}'"),
-    "an earlier round": ({"fedml-round": "0"}, "FAILED_PRECONDITION", "round 0, which is over; the server is in .* round"),
-    "a later round": ({"fedml-round": "123456"}, "FAILED_PRECONDITION", "round 123456, which is not open"),
-    "a round that is no number": ({"fedml-round": "one"}, "INVALID_ARGUMENT", "fedml-round is 'one'"),
+    "an earlier round": (
+        {"fedml-round": "0"},
+        "FAILED_PRECONDITION",
+        "round 0, which is over; the server is in .* round",
+    ),
+    "a later round": (
+        {"fedml-round": "123456"},
+        "FAILED_PRECONDITION",
+        "round 123456, which is not open",
+    ),
+    "a round that is no number": (
+        {"fedml-round": "one"},
+        "INVALID_ARGUMENT",
+        "fedml-round is 'one'",
+    ),
     "a negative round": ({"fedml-round": "-1"}, "INVALID_ARGUMENT", "fedml-round is '-1'"),
     "a round of 10 digits": ({"fedml-round": "1" * 10}, "INVALID_ARGUMENT", "fedml-round"),
     "no round": ({"fedml-round": None}, "INVALID_ARGUMENT", "fedml-round is ''"),
-    "wrong hash": ({"fedml-sha256": "0" * 64}, "INVALID_ARGUMENT", "client002: .* SHA-256 [0-9a-f]{16}.*, announced was 0{16}"),
+    "wrong hash": (
+        {"fedml-sha256": "0" * 64},
+        "INVALID_ARGUMENT",
+        "client002: .* SHA-256 [0-9a-f]{16}.*, announced was 0{16}",
+    ),
     "an empty hash": ({"fedml-sha256": ""}, "INVALID_ARGUMENT", "SHA-256"),
-    "in the name of another": ({"fedml-client": "client001"}, "PERMISSION_DENIED", "client001 sent weights in the name of"),
-    "unknown in the metadata": ({"fedml-client": "client009"}, "PERMISSION_DENIED", "'client009' is not one"),
+    "in the name of another": (
+        {"fedml-client": "client001"},
+        "PERMISSION_DENIED",
+        "client001 sent weights in the name of",
+    ),
+    "unknown in the metadata": (
+        {"fedml-client": "client009"},
+        "PERMISSION_DENIED",
+        "'client009' is not one",
+    ),
     "a path in the metadata": ({"fedml-client": "../client002"}, "PERMISSION_DENIED", "is not one"),
 }
-TABLE = {**{row: ("file", *what) for row, what in FILES.items()}, **{row: ("stream", *what) for row, what in STREAMS.items()},
-         **{row: ("metadata", *what) for row, what in OTHERS.items()}}
+TABLE = {
+    **{row: ("file", *what) for row, what in FILES.items()},
+    **{row: ("stream", *what) for row, what in STREAMS.items()},
+    **{row: ("metadata", *what) for row, what in OTHERS.items()},
+}
 assert len(TABLE) == len(FILES) + len(STREAMS) + len(OTHERS) > 25
 
 
@@ -292,15 +479,28 @@ def test_bad_input_is_refused_and_the_round_goes_on(served, tmp_path, row):
     kind, *what = TABLE[row]
     if kind == "file":
         what[0](tmp_path / "bad.h5")
-        call, code, sentence = served.send(tmp_path / "bad.h5", "client002"), "INVALID_ARGUMENT", "client002: .*" + what[1]
+        call, code, sentence = (
+            served.send(tmp_path / "bad.h5", "client002"),
+            "INVALID_ARGUMENT",
+            "client002: .*" + what[1],
+        )
     elif kind == "stream":
         messages, code, sentence = what
         call = served.stub.sendWeight.future(iter(messages(good[1])), timeout=60)
     else:
         changes, code, sentence = what
-        named = {"fedml-client": "client002", "fedml-run": "run0", "fedml-round": str(number),
-                 "fedml-sha256": files.sha256_of(good[1]), **changes}
-        call = served.send(good[1], "client002", [(key, value) for key, value in named.items() if value is not None])
+        named = {
+            "fedml-client": "client002",
+            "fedml-run": "run0",
+            "fedml-round": str(number),
+            "fedml-sha256": files.sha256_of(good[1]),
+            **changes,
+        }
+        call = served.send(
+            good[1],
+            "client002",
+            [(key, value) for key, value in named.items() if value is not None],
+        )
     with pytest.raises(grpc.RpcError) as caught:
         call.result()
     assert caught.value.code().name == code, caught.value
@@ -315,15 +515,25 @@ def test_bad_input_is_refused_and_the_round_goes_on(served, tmp_path, row):
 
 def test_a_client_that_is_not_enrolled_gets_no_weights(served):
     with pytest.raises(grpc.RpcError) as caught:
-        list(served.stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", "client009")], timeout=60))
-    assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED and "client009" in caught.value.details()
+        list(
+            served.stub.getWeight(
+                todo_pb2.void(), metadata=[("fedml-client", "client009")], timeout=60
+            )
+        )
+    assert (
+        caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        and "client009" in caught.value.details()
+    )
 
 
 @pytest.mark.parametrize("bug", ["crashes", "does not return"])
 def test_a_file_on_which_the_library_itself_fails_is_refused(tmp_path, monkeypatch, bug):
     """HDF5 crashes on some damaged files and hangs on others; here it does on "BAD", in the process that looks at the file."""
     program = tmp_path / "weights_with_a_bug.py"
-    failure = {"crashes": "os.kill(os.getpid(), 11)", "does not return": "[0 for _ in iter(int, 1)]"}[bug]
+    failure = {
+        "crashes": "os.kill(os.getpid(), 11)",
+        "does not return": "[0 for _ in iter(int, 1)]",
+    }[bug]
     program.write_text(f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import json, weights
@@ -364,7 +574,9 @@ def test_files_with_a_few_changed_bytes_never_harm(tmp_path):
         try:
             check(tmp_path / "bad.h5")
             with h5py.File(tmp_path / "bad.h5") as file:
-                assert all(np.isfinite(dataset[()]).all() for _, _, dataset in weights.tensors(file))
+                assert all(
+                    np.isfinite(dataset[()]).all() for _, _, dataset in weights.tensors(file)
+                )
         except ValueError as error:
             refused += 1
             assert str(error)
@@ -389,13 +601,22 @@ def test_a_refusal_of_any_length_keeps_its_code(served, tmp_path):
 def test_weights_that_are_gone_while_serving_are_told_to_both_sides(served):
     away = served.run.weights.rename(served.run.weights.with_suffix(".away"))
     with pytest.raises(grpc.RpcError) as caught:
-        list(served.stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", "client001")], timeout=60))
-    assert caught.value.code() == grpc.StatusCode.INTERNAL and "could not read or store a file" in caught.value.details()
+        list(
+            served.stub.getWeight(
+                todo_pb2.void(), metadata=[("fedml-client", "client001")], timeout=60
+            )
+        )
+    assert (
+        caught.value.code() == grpc.StatusCode.INTERNAL
+        and "could not read or store a file" in caught.value.details()
+    )
     away.rename(served.run.weights)
     assert "server_weight.h5" in served.run.said[-1] and served.run.said[-1].endswith("(INTERNAL)")
 
 
-def test_a_full_disk_ends_the_upload_with_a_sentence_and_the_round_goes_on(served, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_upload_with_a_sentence_and_the_round_goes_on(
+    served, tmp_path, monkeypatch
+):
     good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (3, 4)]
     first = served.counted(good[0], "client001")
     before = served.tree()
@@ -433,14 +654,19 @@ def test_a_stalled_upload_is_ended_and_stops_no_one_else(served, tmp_path, monke
     monkeypatch.setattr(service, "STALL_S", 2)
     good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (5, 6)]
     stream, started = Halves(good[1], "client002"), time.monotonic()
-    stalled = served.stub.sendWeight.future(iter(stream), metadata=[("fedml-client", "client002")], timeout=60)
+    stalled = served.stub.sendWeight.future(
+        iter(stream), metadata=[("fedml-client", "client002")], timeout=60
+    )
     assert stream.sent.wait(60)
     first = served.counted(good[0], "client001")
     with pytest.raises(grpc.RpcError) as caught:
         stalled.result()
     assert caught.value.code() == grpc.StatusCode.CANCELLED and 2 <= time.monotonic() - started < 20
     stream.go_on.set()
-    until(lambda: any("client002 made no progress for 2 s" in line for line in served.run.said), "the line that says so")
+    until(
+        lambda: any("client002 made no progress for 2 s" in line for line in served.run.said),
+        "the line that says so",
+    )
     assert served.send(good[1], "client002").result().value == first.result().value == 1
     assert served.run.holds(("client001", 3, 5), ("client002", 3, 6))
 
@@ -461,7 +687,9 @@ def test_streams_that_stand_still_in_their_turns_delay_no_one():
 def test_a_new_upload_ends_the_clients_own_half_sent_one(served, tmp_path):
     good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (7, 8)]
     first, stream = served.send(good[0], "client001"), Halves(good[1], "client002")
-    stalled = served.stub.sendWeight.future(iter(stream), metadata=[("fedml-client", "client002")], timeout=60)
+    stalled = served.stub.sendWeight.future(
+        iter(stream), metadata=[("fedml-client", "client002")], timeout=60
+    )
     assert stream.sent.wait(60)
     until(served.half_sent, "the first half has arrived")
     assert served.send(good[1], "client002").result().value == first.result().value == 1
@@ -489,7 +717,9 @@ def test_a_client_that_goes_away_in_the_middle_leaves_nothing(served, tmp_path):
     good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (9, 10)]
     first = served.counted(good[0], "client001")
     before, stream = served.tree(), Halves(good[1], "client002")
-    call = served.stub.sendWeight.future(iter(stream), metadata=[("fedml-client", "client002")], timeout=60)
+    call = served.stub.sendWeight.future(
+        iter(stream), metadata=[("fedml-client", "client002")], timeout=60
+    )
     assert stream.sent.wait(60)
     until(served.half_sent, "the first half has arrived")
     call.cancel()
@@ -502,8 +732,16 @@ def test_a_client_that_goes_away_after_a_complete_upload_counts(served, tmp_path
     good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (11, 12)]
     gone, number = served.counted(good[0], "client001"), served.run.rounds.round
     gone.cancel()
-    until(lambda: any("client001 went away; what it delivered counts" in line for line in served.run.said), "noticed")
-    assert served.send(good[1], "client002").result().value == 1 and served.run.rounds.round == number + 1
+    until(
+        lambda: any(
+            "client001 went away; what it delivered counts" in line for line in served.run.said
+        ),
+        "noticed",
+    )
+    assert (
+        served.send(good[1], "client002").result().value == 1
+        and served.run.rounds.round == number + 1
+    )
     assert served.run.holds(("client001", 3, 11), ("client002", 3, 12))
 
 
@@ -515,13 +753,26 @@ def test_a_second_server_on_the_port_is_refused(served):
 def test_the_answers_metadata(served, tmp_path):
     good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (13, 14)]
     number = served.run.rounds.round
-    answers = [served.send(path, client) for path, client in zip(good, ("client001", "client002"), strict=True)]
+    answers = [
+        served.send(path, client)
+        for path, client in zip(good, ("client001", "client002"), strict=True)
+    ]
     for answer in answers:
         assert answer.result().value == 1
         assert dict(answer.trailing_metadata())["fedml-round"] == str(number + 1)
         assert "fedml-done" not in dict(answer.trailing_metadata())
-    call = served.stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", "client001"), ("fedml-accept", "blob")])
+    call = served.stub.getWeight(
+        todo_pb2.void(), metadata=[("fedml-client", "client001"), ("fedml-accept", "blob")]
+    )
     told = dict(call.initial_metadata())
     (tmp_path / "got.h5").write_bytes(b"".join(message.blob for message in call))
-    assert told["fedml-run"] == "run0" and told["fedml-round"] == str(number + 1) and told["fedml-rounds"] == "10000"
-    assert told["fedml-sha256"] == files.sha256_of(tmp_path / "got.h5") == files.sha256_of(served.run.weights)
+    assert (
+        told["fedml-run"] == "run0"
+        and told["fedml-round"] == str(number + 1)
+        and told["fedml-rounds"] == "10000"
+    )
+    assert (
+        told["fedml-sha256"]
+        == files.sha256_of(tmp_path / "got.h5")
+        == files.sha256_of(served.run.weights)
+    )

@@ -36,23 +36,52 @@ def test_it_starts_from_the_servers_weights(here, monkeypatch):
     assert run("--seed", "7") == 0
     (here / "server").mkdir()
     todoServer.begin(todoServer.parse(["--image-size", "16", "--seed", "7"]))
-    assert files.sha256_of("central/central_weight.h5") == files.sha256_of("server/server_weight.h5")
+    assert files.sha256_of("central/central_weight.h5") == files.sha256_of(
+        "server/server_weight.h5"
+    )
     assert run("--seed", "8") == 0
-    assert files.sha256_of("central/central_weight.h5") != files.sha256_of("server/server_weight.h5")
+    assert files.sha256_of("central/central_weight.h5") != files.sha256_of(
+        "server/server_weight.h5"
+    )
     assert run("--seed", "8", "--weights", "server/server_weight.h5") == 0
-    assert files.sha256_of("central/central_weight.h5") == files.sha256_of("server/server_weight.h5")
+    assert files.sha256_of("central/central_weight.h5") == files.sha256_of(
+        "server/server_weight.h5"
+    )
 
 
 def test_it_trains_as_a_client_trains(here):
     """Federated averaging with one client and central training are the same computation, to the bit."""
-    assert run("--epochs", "2", "--batch-size", "4", "--out", "client001", "--index", "index/worker1.pkl") == 0
-    flags = ["--name", "client001", "--client-dir", "federated", "--epochs", "2", "--batch-size", "4"]
+    assert (
+        run(
+            "--epochs",
+            "2",
+            "--batch-size",
+            "4",
+            "--out",
+            "client001",
+            "--index",
+            "index/worker1.pkl",
+        )
+        == 0
+    )
+    flags = [
+        "--name",
+        "client001",
+        "--client-dir",
+        "federated",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+    ]
     (here / "federated").mkdir()
     client = todoClient.Site(todoClient.parse(flags))
     model.configure(0)
     model.save(model.build("drcnn", 16, 0), client.weights)
     for number in (1, 2):
-        todoClient.train(client, {"run": "r", "round": number, "rounds": 2, "arch": "drcnn", "image_size": 16})
+        todoClient.train(
+            client, {"run": "r", "round": number, "rounds": 2, "arch": "drcnn", "image_size": 16}
+        )
     assert files.sha256_of("client001/central_weight.h5") == files.sha256_of(client.weights)
 
 
@@ -60,20 +89,30 @@ def test_the_history_is_the_servers_kind_and_says_what_the_weights_do(here):
     assert run() == 0
     rows = history(here / "central")
     assert list(rows[0]) == rounds.HISTORY_COLUMNS
-    assert [(row["round"], row["clients"], row["missing"], row["num_examples"]) for row in rows] == \
-        [("1", "1", "", "30"), ("2", "1", "", "30")]
+    assert [
+        (row["round"], row["clients"], row["missing"], row["num_examples"]) for row in rows
+    ] == [("1", "1", "", "30"), ("2", "1", "", "30")]
     val = data.read_index("index/val_set.pkl")
     network = model.build("drcnn", 16)
     model.load(network, "central/central_weight.h5")
-    for name, value in model.evaluate(network, data.load_images(val, 16), data.healthy(val)).items():
+    for name, value in model.evaluate(
+        network, data.load_images(val, 16), data.healthy(val)
+    ).items():
         assert float(rows[-1][name]) == pytest.approx(value, abs=1e-6), name
 
 
 def test_one_workers_index_is_a_client_alone(here, monkeypatch):
-    monkeypatch.setattr(model, "train", lambda network, batches, *more, **names: trained_on.append(len(batches.images)))
+    monkeypatch.setattr(
+        model,
+        "train",
+        lambda network, batches, *more, **names: trained_on.append(len(batches.images)),
+    )
     trained_on = []
     assert run("--index", "index/worker2.pkl", "--out", "alone") == 0
-    assert {row["num_examples"] for row in history(here / "alone")} == {"10"} and trained_on == [10, 10]
+    assert {row["num_examples"] for row in history(here / "alone")} == {"10"} and trained_on == [
+        10,
+        10,
+    ]
 
 
 def test_freezing_is_for_vgg16(here, capsys):
@@ -84,4 +123,6 @@ def test_freezing_is_for_vgg16(here, capsys):
 def test_a_missing_index_is_one_sentence(here, capsys):
     assert run("--index", "index/worker9.pkl") == 1
     error = capsys.readouterr().err
-    assert error.startswith("central: error: index/worker9.pkl is missing") and error.count("\n") == 1
+    assert (
+        error.startswith("central: error: index/worker9.pkl is missing") and error.count("\n") == 1
+    )

@@ -10,7 +10,18 @@ import sys
 import pytest
 from conftest import ROOT, Started, processes_in, until
 
-FLAGS = ("--seed", "3", "--num-train", "60", "--num-val", "30", "--image-size", "32", "--rounds", "2")
+FLAGS = (
+    "--seed",
+    "3",
+    "--num-train",
+    "60",
+    "--num-val",
+    "30",
+    "--image-size",
+    "32",
+    "--rounds",
+    "2",
+)
 
 
 @pytest.fixture
@@ -60,13 +71,21 @@ def test_four_series_and_two_reports(compare, tmp_path):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == "series,round,loss,accuracy,auc,sensitivity,specificity".split(",")
     names = "central", "federated IID", "federated non-IID", "largest client alone"
-    assert [(row["series"], row["round"]) for row in rows] == [(name, number) for name in names for number in "12"]
+    assert [(row["series"], row["round"]) for row in rows] == [
+        (name, number) for name in names for number in "12"
+    ]
     assert all(0 <= float(row["auc"]) <= 1 for row in rows)
     where = tmp_path / "compare-3"
-    images = {folder: {row["num_examples"] for row in csv.DictReader(open(where / folder / "history.csv"))}
-              for folder in ("iid/central", "iid/server", "noniid/server", "noniid/alone")}
+    images = {
+        folder: {
+            row["num_examples"] for row in csv.DictReader(open(where / folder / "history.csv"))
+        }
+        for folder in ("iid/central", "iid/server", "noniid/server", "noniid/alone")
+    }
     assert images["iid/central"] == images["iid/server"] == images["noniid/server"] == {"60"}
-    assert images["noniid/alone"] == {"31"}  # 6 of the healthy and 25 of the DR images are worker 3's, the most
+    assert images["noniid/alone"] == {
+        "31"
+    }  # 6 of the healthy and 25 of the DR images are worker 3's, the most
     for split in ("iid", "noniid"):
         assert 'id="comparison"' in (where / split / "server" / "report.html").read_text()
     assert not (tmp_path / "server").exists() and not (tmp_path / "index").exists()

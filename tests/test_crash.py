@@ -19,7 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHAPES, free_port, make_data, metrics, random_tensors, read_weights, write_weights
+from conftest import (
+    SHAPES,
+    free_port,
+    make_data,
+    metrics,
+    random_tensors,
+    read_weights,
+    write_weights,
+)
 
 import files
 import model
@@ -29,7 +37,9 @@ CLIENTS = ["client001", "client002"]
 ROUNDS = 3
 DEADLINE_S = 90
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["todoServer", "todoClient", "service", "data", "photos", "pytest", "test_crash"])
+FORKS.set_forkserver_preload(
+    ["todoServer", "todoClient", "service", "data", "photos", "pytest", "test_crash"]
+)
 
 
 # --- what runs in the processes -----------------------------------------------------------------------------------
@@ -39,7 +49,11 @@ class Network:
     """Stands in for a keras.Model."""
 
     def __init__(self, arch, image_size, seed=0):
-        self.name, self.input_shape, self.tensors = arch, (None, image_size, image_size, 3), random_tensors(seed)
+        self.name, self.input_shape, self.tensors = (
+            arch,
+            (None, image_size, image_size, 3),
+            random_tensors(seed),
+        )
 
 
 def save(network, path):
@@ -49,22 +63,40 @@ def save(network, path):
 
 def train(network, batches, round_number, epochs, report):
     rng = np.random.default_rng([batches.seed, batches.client_number, round_number])
-    network.tensors = [tensor + rng.standard_normal(tensor.shape).astype(np.float32) for tensor in network.tensors]
-    return [{"round": round_number, "epoch": 1, "loss": 1, "accuracy": 1, "num_examples": len(batches.images), "seconds": 1.0}]
+    network.tensors = [
+        tensor + rng.standard_normal(tensor.shape).astype(np.float32) for tensor in network.tensors
+    ]
+    return [
+        {
+            "round": round_number,
+            "epoch": 1,
+            "loss": 1,
+            "accuracy": 1,
+            "num_examples": len(batches.images),
+            "seconds": 1.0,
+        }
+    ]
 
 
 STAND_INS = {
-    "configure": lambda seed, threads=None: None, "build": Network, "save": save, "train": train,
+    "configure": lambda seed, threads=None: None,
+    "build": Network,
+    "save": save,
+    "train": train,
     "initialize": lambda network, source: None,
     "load": lambda network, path: setattr(network, "tensors", read_weights(path)),
-    "evaluate": lambda network, images, labels: metrics(), "shapes": lambda network: SHAPES}
+    "evaluate": lambda network, images, labels: metrics(),
+    "shapes": lambda network: SHAPES,
+}
 
 
 def life(script, arguments, folder, code_file, number, how):
     """One life of a process: main(), until the number-th publish; everything it says goes into a file, and into another the
     code with which it ends by itself (multiprocessing, asked, says 255 of any once in 1000 times)."""
     os.chdir(folder)
-    log = os.open(f"{script}-{arguments[1].rpartition(':')[2]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(
+        f"{script}-{arguments[1].rpartition(':')[2]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    )
     os.dup2(log, 1)
     os.dup2(log, 2)
     count, lock, publish, end = itertools.count(1), threading.Lock(), files.publish, os._exit
@@ -98,8 +130,11 @@ def life(script, arguments, folder, code_file, number, how):
         setattr(model, name, stand_in)
     import todoClient
     import weights
+
     todoClient.FIRST_PAUSE_S = 0.05
-    weights.Checker = lambda expected: lambda path: weights.check(path, expected)  # spares a start of Python a life
+    weights.Checker = lambda expected: (
+        lambda path: weights.check(path, expected)
+    )  # spares a start of Python a life
     code = 99
     try:
         code = __import__(script).main(arguments)
@@ -123,10 +158,21 @@ class Supervised:
         for name in ("preprocessed", "index"):
             (folder / name).symlink_to(data / name)
         address = f"localhost:{free_port()}"
-        server = ["--listen", address, "--clients", ",".join(CLIENTS), "--rounds", str(ROUNDS), "--image-size", "32"]
+        server = [
+            "--listen",
+            address,
+            "--clients",
+            ",".join(CLIENTS),
+            "--rounds",
+            str(ROUNDS),
+            "--image-size",
+            "32",
+        ]
         client = ["--server", address, "--give-up-after", "8", "--threads", "1"]
-        self.commands = {"todoServer": ("todoServer", server),
-                         **{name: ("todoClient", ["--name", name, *client]) for name in CLIENTS}}
+        self.commands = {
+            "todoServer": ("todoServer", server),
+            **{name: ("todoClient", ["--name", name, *client]) for name in CLIENTS},
+        }
         self.kills, self.codes = 0, {}
         self.run(victim, number, how)
 
@@ -135,15 +181,23 @@ class Supervised:
 
         def start(name, *arm):
             script, arguments = self.commands[name]
-            alive[name] = FORKS.Process(target=life, args=(script, arguments, self.folder, f"{name}.code", *arm), daemon=True)
+            alive[name] = FORKS.Process(
+                target=life,
+                args=(script, arguments, self.folder, f"{name}.code", *arm),
+                daemon=True,
+            )
             alive[name].start()
 
         try:
             for name in self.commands:
                 start(name, *((number, how) if name == victim else (0, None)))
             while alive:
-                multiprocessing.connection.wait([process.sentinel for process in alive.values()], deadline - time.monotonic())
-                assert time.monotonic() < deadline, f"{list(alive)} still run, {victim} killed {how} {number}:\n{self.log()}"
+                multiprocessing.connection.wait(
+                    [process.sentinel for process in alive.values()], deadline - time.monotonic()
+                )
+                assert time.monotonic() < deadline, (
+                    f"{list(alive)} still run, {victim} killed {how} {number}:\n{self.log()}"
+                )
                 for name, process in list(alive.items()):
                     if process.exitcode is not None:
                         del alive[name]
@@ -158,7 +212,10 @@ class Supervised:
                 process.kill()
 
     def log(self, only=""):
-        return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob(f"{only}*.log")))
+        return "".join(
+            f"--- {path.name}\n{path.read_text()}"
+            for path in sorted(self.folder.glob(f"{only}*.log"))
+        )
 
     @property
     def weights(self):
@@ -175,27 +232,40 @@ def undisturbed(tmp_path_factory):
 
 
 def points_of(run, log):
-    return [line.split(": ", 1)[1] for line in run.log(log).splitlines() if line.startswith("PUBLISH")]
+    return [
+        line.split(": ", 1)[1] for line in run.log(log).splitlines() if line.startswith("PUBLISH")
+    ]
 
 
 def kill_at_every_publish(undisturbed, victim, hows):
-    points = points_of(undisturbed, {"todoServer": "todoServer", "client001": "todoClient-client001"}[victim])
+    points = points_of(
+        undisturbed, {"todoServer": "todoServer", "client001": "todoClient-client001"}[victim]
+    )
     kills = [(number, point, how) for number, point in enumerate(points, 1) for how in hows(number)]
     data = undisturbed.folder.parent / "data"
 
     def one(kill):
         number, point, how = kill
-        run = Supervised(undisturbed.folder.parent / f"{victim}-{number}-{how}", data, victim, number, how)
+        run = Supervised(
+            undisturbed.folder.parent / f"{victim}-{number}-{how}", data, victim, number, how
+        )
         print(f"{victim} killed {how} publish {number} of {len(points)}, {point}")
-        assert run.kills == 1 and f"KILLED {how} publish {number}: " in run.log(), f"{run.kills}, {run.codes}\n{run.log()}"
+        assert run.kills == 1 and f"KILLED {how} publish {number}: " in run.log(), (
+            f"{run.kills}, {run.codes}\n{run.log()}"
+        )
         assert run.weights == undisturbed.weights, f"other bits after {kill}:\n{run.log()}"
         # a client that is killed with its last answer in hand finds no server any more
         late = {4} if victim == "client001" and number == len(points) else set()
         assert set(run.codes.values()) <= {0} | late, f"{run.codes} after {kill}:\n{run.log()}"
         state = files.load_state(run.folder / "server" / "state.json")
         assert [row["round"] for row in state["history"]] == [1, 2, 3]
-        assert {row["clients"] for row in state["history"]} == {2} and {row["num_examples"] for row in state["history"]} == {8}
-        for name, columns in (("server", rounds.HISTORY_COLUMNS), *((client, None) for client in CLIENTS)):
+        assert {row["clients"] for row in state["history"]} == {2} and {
+            row["num_examples"] for row in state["history"]
+        } == {8}
+        for name, columns in (
+            ("server", rounds.HISTORY_COLUMNS),
+            *((client, None) for client in CLIENTS),
+        ):
             lines = (run.folder / name / "history.csv").read_text().splitlines()
             assert [line.split(",")[0] for line in lines] == ["round", "1", "2", "3"]
             assert columns is None or lines[0] == ",".join(columns)
@@ -214,10 +284,21 @@ def a_third(number):
 def test_the_undisturbed_run_publishes_what_it_should(undisturbed):
     server = points_of(undisturbed, "todoServer")
     assert server[:3] == ["server/server_weight.h5", "server/state.json", "server/history.csv"]
-    assert len(server) == 3 + ROUNDS * (2 * len(CLIENTS) + 5) and server.count("server/server_weight.h5") == 1 + ROUNDS
+    assert (
+        len(server) == 3 + ROUNDS * (2 * len(CLIENTS) + 5)
+        and server.count("server/server_weight.h5") == 1 + ROUNDS
+    )
     client = points_of(undisturbed, "todoClient-client001")
-    assert client == ROUNDS * [f"client001/{name}" for name in (
-        "client_weights.h5", "client_weights.h5", "history.csv", "state.json", "state.json")]
+    assert client == ROUNDS * [
+        f"client001/{name}"
+        for name in (
+            "client_weights.h5",
+            "client_weights.h5",
+            "history.csv",
+            "state.json",
+            "state.json",
+        )
+    ]
 
 
 @pytest.mark.parametrize("victim", ["todoServer", "client001"])
@@ -229,5 +310,3 @@ def test_killed_at_every_publish(undisturbed, victim):
 @pytest.mark.parametrize("victim", ["todoServer", "client001"])
 def test_killed_at_every_publish_in_every_way(undisturbed, victim):
     kill_at_every_publish(undisturbed, victim, lambda number: ["before", "torn", "after"])
-
-

@@ -15,7 +15,10 @@ RECORD = {"picture": "1.png", "label": 2, "dir": "preprocessed/1.png", "new_labe
 
 
 def test_an_index_comes_back(tmp_path):
-    records = [RECORD, {"picture": "2.png", "label": 0, "dir": "preprocessed/2.png", "new_label": "True"}]
+    records = [
+        RECORD,
+        {"picture": "2.png", "label": 0, "dir": "preprocessed/2.png", "new_label": "True"},
+    ]
     data.write_index(tmp_path / "worker1.pkl", records)
     assert data.read_index(tmp_path / "worker1.pkl") == records
     assert data.healthy(records).tolist() == [0, 1]
@@ -26,15 +29,25 @@ class Evil:
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("value, name", [
-    (Evil(), "posix.mkdir"), (np.arange(3), "numpy"), (datetime.date(2020, 1, 1), "datetime.date"), (print, "builtin.*print"),
-    ({"dir": [Evil()]}, "posix.mkdir"), (bytearray(b"x"), "bytearray"), (1j, "complex"),
-])
+@pytest.mark.parametrize(
+    "value, name",
+    [
+        (Evil(), "posix.mkdir"),
+        (np.arange(3), "numpy"),
+        (datetime.date(2020, 1, 1), "datetime.date"),
+        (print, "builtin.*print"),
+        ({"dir": [Evil()]}, "posix.mkdir"),
+        (bytearray(b"x"), "bytearray"),
+        (1j, "complex"),
+    ],
+)
 def test_a_pickle_with_a_class_is_refused_by_its_name(tmp_path, monkeypatch, value, name):
     monkeypatch.chdir(tmp_path)
     for protocol in range(2, 6):
         (tmp_path / "worker1.pkl").write_bytes(pickle.dumps(value, protocol))
-        with pytest.raises(ValueError, match=rf"worker1.pkl.*{name}.*(only plain|expected a dict)") as refused:
+        with pytest.raises(
+            ValueError, match=rf"worker1.pkl.*{name}.*(only plain|expected a dict)"
+        ) as refused:
             data.read_index(tmp_path / "worker1.pkl")
         assert "\n" not in str(refused.value)
     assert os.listdir(tmp_path) == ["worker1.pkl"]
@@ -44,16 +57,22 @@ def columns(**changes):
     return {name: changes.get(name, [value]) for name, value in RECORD.items()}
 
 
-@pytest.mark.parametrize("content, reason", [
-    (pickle.dumps([1, 2]), "holds a list, expected a dict"), (b"", "not a readable pickle"),
-    (b"\x80\x04junk", "not a readable"),
-    (pickle.dumps({"dir": ["a"]}), "has no column 'picture'"), (pickle.dumps(columns(dir=[])), "different lengths"),
-    (pickle.dumps({name: [] for name in RECORD}), "is empty"),
-    (pickle.dumps(columns(label=["2"])), "'label' must be a list of int"),
-    (pickle.dumps(columns(label=[7])), "label 7 .* is no grade"), (pickle.dumps(columns(new_label=["True"])), "contradicts"),
-    (pickle.dumps(columns(dir=["../secret.png"])), "leaves the project folder"),
-    (pickle.dumps(columns(dir=["/etc/passwd"])), "leaves the project folder"),
-])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (pickle.dumps([1, 2]), "holds a list, expected a dict"),
+        (b"", "not a readable pickle"),
+        (b"\x80\x04junk", "not a readable"),
+        (pickle.dumps({"dir": ["a"]}), "has no column 'picture'"),
+        (pickle.dumps(columns(dir=[])), "different lengths"),
+        (pickle.dumps({name: [] for name in RECORD}), "is empty"),
+        (pickle.dumps(columns(label=["2"])), "'label' must be a list of int"),
+        (pickle.dumps(columns(label=[7])), "label 7 .* is no grade"),
+        (pickle.dumps(columns(new_label=["True"])), "contradicts"),
+        (pickle.dumps(columns(dir=["../secret.png"])), "leaves the project folder"),
+        (pickle.dumps(columns(dir=["/etc/passwd"])), "leaves the project folder"),
+    ],
+)
 def test_a_bad_index_gets_one_sentence_with_the_path(tmp_path, content, reason):
     (tmp_path / "worker1.pkl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"worker1.pkl.*{reason}") as refused:
@@ -101,19 +120,30 @@ def images():
 
 
 def epoch(batches, round_number, number):
-    return [(images.numpy(), labels.numpy()) for images, labels in batches.start(round_number, number).dataset]
+    return [
+        (images.numpy(), labels.numpy())
+        for images, labels in batches.start(round_number, number).dataset
+    ]
 
 
 def test_an_epoch_follows_from_seed_client_round_and_epoch(images):
     labels = np.arange(10, dtype=np.float32)
     made = {}
-    for seed, client, round_number, number in [(0, "a", 1, 1), (1, "a", 1, 1), (0, "b", 1, 1), (0, "a", 2, 1), (0, "a", 1, 2)]:
+    for seed, client, round_number, number in [
+        (0, "a", 1, 1),
+        (1, "a", 1, 1),
+        (0, "b", 1, 1),
+        (0, "a", 2, 1),
+        (0, "a", 1, 2),
+    ]:
         batches = data.TrainingBatches(images, labels, 4, seed, client)
         once, again = epoch(batches, round_number, number), epoch(batches, round_number, number)
         fresh = epoch(data.TrainingBatches(images, labels, 4, seed, client), round_number, number)
         for other in (again, fresh):
-            assert all(np.array_equal(a, b) and np.array_equal(x, y)
-                       for (a, x), (b, y) in zip(once, other, strict=True))
+            assert all(
+                np.array_equal(a, b) and np.array_equal(x, y)
+                for (a, x), (b, y) in zip(once, other, strict=True)
+            )
         assert [len(x) for _, x in once] == [4, 4, 2]  # the last, partial batch counts
         assert sorted(np.concatenate([x for _, x in once])) == list(range(10))  # each image once
         assert once[0][0].dtype == np.float32 and once[0][0].min() >= 0 and once[0][0].max() <= 1
@@ -122,17 +152,28 @@ def test_an_epoch_follows_from_seed_client_round_and_epoch(images):
 
 
 def test_without_augmentation_images_are_only_scaled(images):
-    batches = data.TrainingBatches(images, np.arange(10, dtype=np.float32), 10, 0, "a", augment=False)
-    (pixels, order), = epoch(batches, 1, 1)
+    batches = data.TrainingBatches(
+        images, np.arange(10, dtype=np.float32), 10, 0, "a", augment=False
+    )
+    ((pixels, order),) = epoch(batches, 1, 1)
     assert np.array_equal(pixels, images[order.astype(int)].astype(np.float32) / 255)
-    assert np.array_equal(np.concatenate(list(data.evaluation_batches(images, 4))), images.astype(np.float32) / 255)
+    assert np.array_equal(
+        np.concatenate(list(data.evaluation_batches(images, 4))), images.astype(np.float32) / 255
+    )
 
 
 def test_augmentation_turns_the_picture(images, monkeypatch):
-    quarter = np.array([[[0, 1, 0], [-1, 0, 15]]], np.float32)  # output (x, y) from input (y, 15 - x)
+    quarter = np.array(
+        [[[0, 1, 0], [-1, 0, 15]]], np.float32
+    )  # output (x, y) from input (y, 15 - x)
     monkeypatch.setattr(data, "random_transforms", lambda rng, n, size: np.repeat(quarter, n, 0))
-    (pixels, order), = epoch(data.TrainingBatches(images, np.arange(10, dtype=np.float32), 10, 0, "a"), 1, 1)
-    expected = np.stack([np.rot90(image, -1) for image in images[order.astype(int)]]).astype(np.float32) / 255
+    ((pixels, order),) = epoch(
+        data.TrainingBatches(images, np.arange(10, dtype=np.float32), 10, 0, "a"), 1, 1
+    )
+    expected = (
+        np.stack([np.rot90(image, -1) for image in images[order.astype(int)]]).astype(np.float32)
+        / 255
+    )
     assert np.allclose(pixels, expected, atol=1e-6)
 
 
@@ -141,6 +182,13 @@ def test_resampling_is_what_tensorflow_s_own_projective_transform_gives(images):
 
     transforms = data.random_transforms(np.random.default_rng(0), 10, 16)
     expected = tf.raw_ops.ImageProjectiveTransformV3(
-        images=images.astype(np.float32), transforms=np.concatenate([transforms.reshape(10, 6), np.zeros((10, 2))], 1),
-        output_shape=(16, 16), fill_value=0.0, interpolation="BILINEAR", fill_mode="NEAREST")
-    assert np.allclose(data.resample(tf.constant(images), tf.constant(transforms)), expected, atol=0.01)  # of 255
+        images=images.astype(np.float32),
+        transforms=np.concatenate([transforms.reshape(10, 6), np.zeros((10, 2))], 1),
+        output_shape=(16, 16),
+        fill_value=0.0,
+        interpolation="BILINEAR",
+        fill_mode="NEAREST",
+    )
+    assert np.allclose(
+        data.resample(tf.constant(images), tf.constant(transforms)), expected, atol=0.01
+    )  # of 255

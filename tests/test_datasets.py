@@ -58,7 +58,10 @@ def test_ddr_leaves_ungradable_images_out_and_tells_patients_where_the_name_does
     write(tmp_path / "valid.txt", "20170413102628830.jpg 4\r\n\r\n")
     write(tmp_path / "test.txt", "007-0006-000.jpg 1")
     photos = datasets.load("ddr", tmp_path)
-    assert [(photo.path.relative_to(tmp_path).as_posix(), photo.grade, photo.patient, photo.part) for photo in photos] == [
+    assert [
+        (photo.path.relative_to(tmp_path).as_posix(), photo.grade, photo.patient, photo.part)
+        for photo in photos
+    ] == [
         ("train/007-0004-000.jpg", 0, "007-0004", "train"),
         ("train/007-0004-001.jpg", 2, "007-0004", "train"),
         ("valid/20170413102628830.jpg", 4, "20170413102628830.jpg", "val"),
@@ -70,23 +73,37 @@ def test_aptos(tmp_path):
     write(tmp_path / "train.csv", "id_code,diagnosis\n000c1434d8d7,2\n001639a390f0,4\n")
     photos = datasets.load("aptos", tmp_path)
     assert [(photo.path, photo.grade, photo.part) for photo in photos] == [
-        (tmp_path / "train_images/000c1434d8d7.png", 2, ""), (tmp_path / "train_images/001639a390f0.png", 4, "")]
+        (tmp_path / "train_images/000c1434d8d7.png", 2, ""),
+        (tmp_path / "train_images/001639a390f0.png", 4, ""),
+    ]
 
 
 def test_eyepacs_knows_both_eyes_of_a_patient(tmp_path):
     write(tmp_path / "trainLabels.csv", "image,level\n10_left,0\n10_right,1\n13_left,0\n")
     photos = datasets.load("eyepacs", tmp_path)
-    assert [photo.path.name for photo in photos] == ["10_left.jpeg", "10_right.jpeg", "13_left.jpeg"]
+    assert [photo.path.name for photo in photos] == [
+        "10_left.jpeg",
+        "10_right.jpeg",
+        "13_left.jpeg",
+    ]
     assert [photo.patient for photo in photos] == ["10", "10", "13"]
 
 
 def test_folder_takes_columns_in_any_order_a_byte_order_mark_quotes_and_folders(tmp_path):
-    write(tmp_path / "labels.csv", '\ufefflabel, patient,image\r\n2,ada,"a, b/one.JPG"\r\n\r\n0,,a/two.png\r\n0,,a/two.jpg\r\n')
+    write(
+        tmp_path / "labels.csv",
+        '\ufefflabel, patient,image\r\n2,ada,"a, b/one.JPG"\r\n\r\n0,,a/two.png\r\n0,,a/two.jpg\r\n',
+    )
     photos = datasets.load("folder", tmp_path)
     assert [(photo.path, photo.grade) for photo in photos] == [
-        (tmp_path / "a, b/one.JPG", 2), (tmp_path / "a/two.png", 0), (tmp_path / "a/two.jpg", 0)]
+        (tmp_path / "a, b/one.JPG", 2),
+        (tmp_path / "a/two.png", 0),
+        (tmp_path / "a/two.jpg", 0),
+    ]
     assert photos[0].patient == "patient ada" and len({photo.patient for photo in photos}) == 3
-    assert len({photo.name for photo in photos}) == 3 and all("/" not in photo.name for photo in photos)
+    assert len({photo.name for photo in photos}) == 3 and all(
+        "/" not in photo.name for photo in photos
+    )
 
 
 def test_folder_without_patients(tmp_path):
@@ -126,12 +143,17 @@ def test_idrid_with_a_grade_that_does_not_exist(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="absent is no folder: --source must be the folder of the data set 'ddr'"):
+    with pytest.raises(
+        ValueError, match="absent is no folder: --source must be the folder of the data set 'ddr'"
+    ):
         datasets.load("ddr", tmp_path / "absent")
 
 
 def test_names_in_any_script_stay_apart_and_columns_may_be_in_any_case(tmp_path):
-    write(tmp_path / "labels.csv", "Image,LABEL,Patient\n000/左.jpg,0,p1\n000/右.jpg,2,p1\n000/å b.jpg,1,p2\n")
+    write(
+        tmp_path / "labels.csv",
+        "Image,LABEL,Patient\n000/左.jpg,0,p1\n000/右.jpg,2,p1\n000/å b.jpg,1,p2\n",
+    )
     photos = datasets.load("folder", tmp_path)
     assert [photo.name for photo in photos] == ["000_左_jpg", "000_右_jpg", "000_å_b_jpg"]
     assert [photo.patient for photo in photos] == ["patient p1", "patient p1", "patient p2"]
@@ -165,8 +187,12 @@ def test_retinamnist_from_a_file_or_its_folder(tmp_path):
     (tmp_path / "half.npz").write_bytes((tmp_path / "retinamnist_128.npz").read_bytes()[:1000])
     with pytest.raises(ValueError, match="half.npz is no RetinaMNIST archive"):
         datasets.load("retinamnist", tmp_path / "half.npz")
-    np.savez(tmp_path / "float.npz", **{name: array.astype(np.float32) for name, array in arrays.items()})
-    with pytest.raises(ValueError, match="float.npz is no RetinaMNIST archive .its images are not of 8 bits"):
+    np.savez(
+        tmp_path / "float.npz", **{name: array.astype(np.float32) for name, array in arrays.items()}
+    )
+    with pytest.raises(
+        ValueError, match="float.npz is no RetinaMNIST archive .its images are not of 8 bits"
+    ):
         datasets.load("retinamnist", tmp_path / "float.npz")
 
 
@@ -174,7 +200,9 @@ def test_pictures_of_another_retinamnist_archive_are_not_taken_for_its_own(tmp_p
     archive = tmp_path / "retinamnist_128.npz"
     retinamnist_archive(archive)
     datasets.load("retinamnist", archive)
-    arrays = {name: 255 - array if "images" in name else array for name, array in np.load(archive).items()}
+    arrays = {
+        name: 255 - array if "images" in name else array for name, array in np.load(archive).items()
+    }
     np.savez(archive, **arrays)
     later = archive.stat().st_mtime + 5
     os.utime(archive, (later, later))
@@ -198,13 +226,20 @@ def test_retinamnist_asks_keras_for_the_published_file(tmp_path, monkeypatch):
             raise OSError("no network")
         return str(tmp_path / name)
 
-    monkeypatch.setitem(sys.modules, "keras", SimpleNamespace(utils=SimpleNamespace(get_file=get_file)))
+    monkeypatch.setitem(
+        sys.modules, "keras", SimpleNamespace(utils=SimpleNamespace(get_file=get_file))
+    )
     assert len(datasets.load("retinamnist", None, 128)) == 13
-    with pytest.raises(ValueError, match=r"_224.npz cannot be downloaded from .* \(no network\).* give --source the file"):
+    with pytest.raises(
+        ValueError,
+        match=r"_224.npz cannot be downloaded from .* \(no network\).* give --source the file",
+    ):
         datasets.load("retinamnist", None, 224)
     place = "https://zenodo.org/records/10519652/files/retinamnist_{}.npz?download=1"
-    assert asked == [("retinamnist_128.npz", place.format(128), "e48e916a24454daf90583d4e6efb1a18", "md5"),
-                     ("retinamnist_224.npz", place.format(224), "eae7e3b6f3fcbda4ae613ebdcbe35348", "md5")]
+    assert asked == [
+        ("retinamnist_128.npz", place.format(128), "e48e916a24454daf90583d4e6efb1a18", "md5"),
+        ("retinamnist_224.npz", place.format(224), "eae7e3b6f3fcbda4ae613ebdcbe35348", "md5"),
+    ]
 
 
 @pytest.mark.slow
@@ -238,10 +273,14 @@ attempt(here, "{md5}", 224)
     finally:
         server.shutdown()
         server.server_close()
-    results = [line.split(" ", 1)[1] for line in process.stdout.splitlines() if line.startswith("RESULT")]
+    results = [
+        line.split(" ", 1)[1] for line in process.stdout.splitlines() if line.startswith("RESULT")
+    ]
     assert len(results) == 5, process.stderr
     wrong, right, kept, offline, absent = results
     assert "retinamnist_128.npz cannot be downloaded" in wrong and "--source" in wrong
     assert right == kept == "13"
     for sentence in (offline, absent):
-        assert "retinamnist_224.npz cannot be downloaded" in sentence and "LINE BREAK" not in sentence
+        assert (
+            "retinamnist_224.npz cannot be downloaded" in sentence and "LINE BREAK" not in sentence
+        )

@@ -14,8 +14,13 @@ CLIENTS = ["client001", "client002", "client003"]
 
 
 def take_part(start, site, rounds_, *arguments):
-    server, address = start_server(start, site, "--rounds", rounds_, "--image-size", "32", *arguments)
-    clients = [start("todoClient.py", "--name", name, "--server", address, "--threads", "1", cwd=site) for name in CLIENTS]
+    server, address = start_server(
+        start, site, "--rounds", rounds_, "--image-size", "32", *arguments
+    )
+    clients = [
+        start("todoClient.py", "--name", name, "--server", address, "--threads", "1", cwd=site)
+        for name in CLIENTS
+    ]
     assert [process.wait(400) for process in [server, *clients]] == [0, 0, 0, 0], server.output
     return server, clients
 
@@ -24,14 +29,26 @@ def test_the_demo(start, site):
     server, clients = take_part(start, site, 2)
     # the files of DESIGN 3
     history = list(csv.DictReader((site / "server" / "history.csv").open()))
-    assert list(history[0]) == "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds".split(",")
-    assert [(row["round"], row["clients"], row["missing"], row["num_examples"]) for row in history] == [
-        ("1", "3", "", "30"), ("2", "3", "", "30")]
+    assert (
+        list(history[0])
+        == "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds".split(
+            ","
+        )
+    )
+    assert [
+        (row["round"], row["clients"], row["missing"], row["num_examples"]) for row in history
+    ] == [("1", "3", "", "30"), ("2", "3", "", "30")]
     state = json.loads((site / "server" / "state.json").read_text())
-    assert state["round"] == 3 and state["clients"] == CLIENTS and list(history[0]) == rounds.HISTORY_COLUMNS
+    assert (
+        state["round"] == 3
+        and state["clients"] == CLIENTS
+        and list(history[0]) == rounds.HISTORY_COLUMNS
+    )
     uploads = []
     for name, size in zip(CLIENTS, (8, 10, 12), strict=True):
-        assert (site / name / "client_weights.h5").read_bytes() == (site / "server" / name / "client_weights.h5").read_bytes()
+        assert (site / name / "client_weights.h5").read_bytes() == (
+            site / "server" / name / "client_weights.h5"
+        ).read_bytes()
         own = list(csv.DictReader((site / name / "history.csv").open()))
         trained = [(row["round"], row["epoch"], row["num_examples"]) for row in own]
         assert trained == [("1", "1", str(size)), ("2", "1", str(size))]
@@ -40,7 +57,10 @@ def test_the_demo(start, site):
     merged = read_weights(site / "server" / "server_weight.h5")
     assert same_bits(merged, averaged(uploads))
     assert not same_bits(merged, uploads[0][2])
-    assert state["weights_sha256"] == hashlib.sha256((site / "server" / "server_weight.h5").read_bytes()).hexdigest()
+    assert (
+        state["weights_sha256"]
+        == hashlib.sha256((site / "server" / "server_weight.h5").read_bytes()).hexdigest()
+    )
     # and plain Keras loads it
     import model
 
@@ -50,7 +70,9 @@ def test_the_demo(start, site):
     assert all(np.isfinite(weight).all() for weight in network.get_weights())
     # what a person reads: no line of a library, none without its author
     for process in [server, *clients]:
-        assert all(line.split(":")[0] in ("server", *CLIENTS) for line in process.lines), process.output
+        assert all(line.split(":")[0] in ("server", *CLIENTS) for line in process.lines), (
+            process.output
+        )
     assert "round 2/2: loss" in server.output and "waiting for" in server.output
 
 

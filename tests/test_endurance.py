@@ -87,7 +87,9 @@ def behind_a_proxy(start, begun):
 
 
 def take_part(start, site, proxy, name, training_s=0):
-    return start(client_script(site, training_s), "--name", name, "--server", proxy.address, cwd=site)
+    return start(
+        client_script(site, training_s), "--name", name, "--server", proxy.address, cwd=site
+    )
 
 
 def test_a_lost_answer_is_fetched_by_delivering_again(start, behind_a_proxy):
@@ -109,10 +111,17 @@ def test_a_lost_answer_is_fetched_by_delivering_again(start, behind_a_proxy):
 def test_a_proxy_that_drops_idle_connections_is_not_noticed(start, behind_a_proxy):
     """One client trains longer than 20 s, the other waits at the barrier longer than that, for two rounds."""
     site, server, proxy = behind_a_proxy(idle_s=20)
-    clients = [take_part(start, site, proxy, "client001"), take_part(start, site, proxy, "client002", training_s=25)]
+    clients = [
+        take_part(start, site, proxy, "client001"),
+        take_part(start, site, proxy, "client002", training_s=25),
+    ]
     assert [client.wait(150) for client in clients] == [0, 0], clients[0].output
     assert server.wait() == 0
-    assert server.output.count("delivered") == 4 and "again" not in server.output and "went away" not in server.output
+    assert (
+        server.output.count("delivered") == 4
+        and "again" not in server.output
+        and "went away" not in server.output
+    )
     assert proxy.dropped == 0, "keepalive should have kept the waiting call's connection busy"
 
 
@@ -120,8 +129,16 @@ def test_a_proxy_that_drops_idle_connections_is_not_noticed(start, behind_a_prox
 def test_a_server_that_takes_the_connection_and_says_nothing_is_given_up(start, begun):
     site = begun()
     with socket.create_server(("localhost", 0)) as listener:
-        client = start(client_script(site), "--name", "client001", "--server", f"localhost:{listener.getsockname()[1]}",
-                       "--give-up-after", "15", cwd=site)
+        client = start(
+            client_script(site),
+            "--name",
+            "client001",
+            "--server",
+            f"localhost:{listener.getsockname()[1]}",
+            "--give-up-after",
+            "15",
+            cwd=site,
+        )
         assert client.wait(90) == 4 and "did not answer for 15 s" in client.lines[-1]
 
 
@@ -131,7 +148,9 @@ def test_a_connection_that_goes_silent_is_left_for_a_new_one(start, behind_a_pro
     first = take_part(start, site, proxy, "client001")
     server.wait_for("client001 delivered")
     proxy.freeze()
-    server.wait_for("client001 delivered .* again", 120)  # gRPC gives up on an unanswered ping after a minute
+    server.wait_for(
+        "client001 delivered .* again", 120
+    )  # gRPC gives up on an unanswered ping after a minute
     second = take_part(start, site, proxy, "client002")
     assert [first.wait(), second.wait(), server.wait()] == [0, 0, 0], first.output
 
@@ -139,8 +158,13 @@ def test_a_connection_that_goes_silent_is_left_for_a_new_one(start, behind_a_pro
 @pytest.mark.slow
 def test_a_stalled_upload_is_ended_after_30_s_and_meanwhile_the_others_go_on(start, begun):
     assert service.STALL_S == 30
-    site, go_on = begun(clients=["client001", "client002", "client003"], rounds=1), threading.Event()
-    server, address = start_server(start, site, "--round-timeout", "60", "--min-clients", "2", script=server_script(site))
+    site, go_on = (
+        begun(clients=["client001", "client002", "client003"], rounds=1),
+        threading.Event(),
+    )
+    server, address = start_server(
+        start, site, "--round-timeout", "60", "--min-clients", "2", script=server_script(site)
+    )
 
     def half():
         yield todo_pb2.modelWeight(clientname="client003", clientsize=3, blob=b"\x89HDF" * 2500)
@@ -148,7 +172,10 @@ def test_a_stalled_upload_is_ended_after_30_s_and_meanwhile_the_others_go_on(sta
 
     stub = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
     call = stub.sendWeight.future(half(), metadata=[("fedml-client", "client003")], timeout=100)
-    others = [start(client_script(site), "--name", name, "--server", address, cwd=site) for name in ("client001", "client002")]
+    others = [
+        start(client_script(site), "--name", name, "--server", address, cwd=site)
+        for name in ("client001", "client002")
+    ]
     server.wait_for("have client001, client002; waiting for client003, last seen", 25)
     server.wait_for("client003 made no progress for 30 s: ended", 40)
     assert call.exception(10).code() == grpc.StatusCode.CANCELLED
@@ -161,13 +188,21 @@ def test_a_stalled_upload_is_ended_after_30_s_and_meanwhile_the_others_go_on(sta
 def test_memory_is_flat_over_100_rounds(start, tmp_path):
     """Real training of the real network on tiny images; resident memory in round 100 within 5 % of that in round 10."""
     site = make_data(tmp_path / "site", clients=2, images=4, validation=4)
-    server, address = start_server(start, site, "--clients", "client001,client002", "--rounds", "101", "--image-size", "32")
-    clients = [start("todoClient.py", "--name", name, "--server", address, "--threads", "1", cwd=site)
-               for name in ("client001", "client002")]
+    server, address = start_server(
+        start, site, "--clients", "client001,client002", "--rounds", "101", "--image-size", "32"
+    )
+    clients = [
+        start("todoClient.py", "--name", name, "--server", address, "--threads", "1", cwd=site)
+        for name in ("client001", "client002")
+    ]
     used = {}
     for number in (10, 50, 100):
         server.wait_for(f"round {number}/101: loss", 300)
-        for name, process in [("server", server), ("client001", clients[0]), ("client002", clients[1])]:
+        for name, process in [
+            ("server", server),
+            ("client001", clients[0]),
+            ("client002", clients[1]),
+        ]:
             used[name, number] = process.memory_bytes()
     print({key: f"{value / 1e6:.1f} MB" for key, value in used.items()})
     for name in ("server", "client001", "client002"):
@@ -186,14 +221,18 @@ def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(mak
 
         def send(name):
             named = (("fedml-client", name), ("fedml-run", "run0"), ("fedml-round", "1"))
-            return stub.sendWeight.future(weights.blob_messages(path, name, 1), metadata=named, timeout=60)
+            return stub.sendWeight.future(
+                weights.blob_messages(path, name, 1), metadata=named, timeout=60
+            )
 
         calls = []
         for _ in range(2):
             before = set(run.rounds.waiting.values())
             calls = [send(name) for name in names[:-1]]
             until(lambda: len(set(run.rounds.waiting.values()) - before) == 7, "they wait")  # noqa: B023
-        assert list(stub.getWeight(todo_pb2.void(), metadata=(("fedml-client", names[-1]),), timeout=30))
+        assert list(
+            stub.getWeight(todo_pb2.void(), metadata=(("fedml-client", names[-1]),), timeout=30)
+        )
         assert send(names[-1]).result().value == 1
         assert [call.result().value for call in calls] == [1] * 7
     server.stop(0).wait()

@@ -36,9 +36,15 @@ def deliver(address, site, client, seed=1, round_number=1):
     """A future of the answer, as a client of ours sends."""
     path = write_weights(site / f"{client}-{seed}.h5", seed)
     stub = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
-    named = (("fedml-client", client), ("fedml-run", "run0"), ("fedml-round", str(round_number)),
-             ("fedml-sha256", files.sha256_of(path)))
-    return stub.sendWeight.future(weights.blob_messages(path, client, 3), metadata=named, timeout=60)
+    named = (
+        ("fedml-client", client),
+        ("fedml-run", "run0"),
+        ("fedml-round", str(round_number)),
+        ("fedml-sha256", files.sha256_of(path)),
+    )
+    return stub.sendWeight.future(
+        weights.blob_messages(path, client, 3), metadata=named, timeout=60
+    )
 
 
 def ended(process, code, timeout_s):
@@ -61,8 +67,15 @@ def test_a_signal_ends_the_server_while_clients_wait(start, begun, number, code)
     ended(server, code, 2)
     with pytest.raises(grpc.RpcError) as caught:
         call.result()
-    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE and "goes on when it is started again" in caught.value.details()
-    assert port_is_free(int(address.rpartition(":")[2])) and "kept" in server.lines[-1] and "Traceback" not in server.output
+    assert (
+        caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        and "goes on when it is started again" in caught.value.details()
+    )
+    assert (
+        port_is_free(int(address.rpartition(":")[2]))
+        and "kept" in server.lines[-1]
+        and "Traceback" not in server.output
+    )
     server, address = start_server(start, site)  # what had arrived is there
     call = deliver(address, site, "client002", 2)
     server.wait_for("client002 delivered .* have all")
@@ -88,14 +101,23 @@ def test_a_signal_ends_the_server_while_it_evaluates(start, begun):
     ended(server, 143, 2)
     with pytest.raises(grpc.RpcError):
         call.result()
-    assert files.load_state(site / "server" / "state.json")["round"] == 2  # merged and committed, not yet answered
+    assert (
+        files.load_state(site / "server" / "state.json")["round"] == 2
+    )  # merged and committed, not yet answered
     assert port_is_free(int(address.rpartition(":")[2]))
 
 
 def test_a_signal_ends_the_server_before_it_listens(start, begun):
     site = begun(clients=["client001"])
-    server = start(holding(site, "todoServer", "import data\ndef slow(*_):\n    print('holding: data', flush=True)\n"
-                           "    time.sleep(1000)\ndata.load_images = slow"), cwd=site)
+    server = start(
+        holding(
+            site,
+            "todoServer",
+            "import data\ndef slow(*_):\n    print('holding: data', flush=True)\n"
+            "    time.sleep(1000)\ndata.load_images = slow",
+        ),
+        cwd=site,
+    )
     server.wait_for("holding: data")
     server.signal(signal.SIGINT)
     ended(server, 130, 2)
@@ -110,7 +132,9 @@ def test_a_signal_while_a_stalled_client_uploads(start, begun):
         yield todo_pb2.modelWeight(clientname="client001", clientsize=3, blob=b"\x89HDF" * 2500)
         go_on.wait(60)
 
-    call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).sendWeight.future(half(), timeout=60)
+    call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).sendWeight.future(
+        half(), timeout=60
+    )
     until(lambda: list((site / "server" / "client001").glob(".*.tmp*")), "the first half is there")
     server.signal(signal.SIGTERM)
     ended(server, 143, 2)
@@ -125,10 +149,16 @@ def test_too_few_clients_within_the_limit_is_exit_3(start, begun):
     server, address = start_server(start, site, "--round-timeout", "2", "--min-clients", "2")
     call = deliver(address, site, "client002")
     assert server.wait(30) == 3
-    assert "have client002; waiting for client001, not seen yet; client003, not seen yet; 1 of at least 2" in server.output
+    assert (
+        "have client002; waiting for client001, not seen yet; client003, not seen yet; 1 of at least 2"
+        in server.output
+    )
     with pytest.raises(grpc.RpcError) as caught:
         call.result()
-    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE and "1 of at least 2" in caught.value.details()
+    assert (
+        caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        and "1 of at least 2" in caught.value.details()
+    )
     assert port_is_free(int(address.rpartition(":")[2]))
     assert list(files.load_state(site / "server" / "state.json")["uploads"]) == ["client002"]
 
@@ -136,7 +166,11 @@ def test_too_few_clients_within_the_limit_is_exit_3(start, begun):
 def test_with_all_gone_and_a_limit_the_server_is_gone_too(start, begun):
     site = begun()
     server, address = start_server(start, site, "--round-timeout", "1")
-    assert server.wait(30) == 3 and "have no one; waiting for client001, not seen yet; client002, not seen yet" in server.output
+    assert (
+        server.wait(30) == 3
+        and "have no one; waiting for client001, not seen yet; client002, not seen yet"
+        in server.output
+    )
     assert port_is_free(int(address.rpartition(":")[2]))
 
 
@@ -147,18 +181,30 @@ def test_a_merge_that_fails_is_exit_1_and_everyone_is_told(start, begun):
     address = server.wait_for(r"listening on (\S+)")[1]
     with pytest.raises(grpc.RpcError) as caught:
         deliver(address, site, "client001").result()
-    assert caught.value.code() == grpc.StatusCode.INTERNAL and "No space left" in caught.value.details()
-    assert server.wait(20) == 1 and "No space left on device" in server.lines[-1] and "Traceback" not in server.output
+    assert (
+        caught.value.code() == grpc.StatusCode.INTERNAL
+        and "No space left" in caught.value.details()
+    )
+    assert (
+        server.wait(20) == 1
+        and "No space left on device" in server.lines[-1]
+        and "Traceback" not in server.output
+    )
     state = files.load_state(site / "server" / "state.json")
     assert state["frozen"] == ["client001"] and state["round"] == 1
     # started again while the cause is still there: a sentence and exit 1, before anyone is served
     server = start(holding(site, "todoServer", full), "--listen", "localhost:0", cwd=site)
-    assert server.wait(20) == 1 and "No space left on device" in server.lines[-1] and "listening" not in server.output
+    assert (
+        server.wait(20) == 1
+        and "No space left on device" in server.lines[-1]
+        and "listening" not in server.output
+    )
 
 
 @pytest.fixture
 def serve_in_vain(tmp_path, monkeypatch, capsys):
     """A function: what a server says that ends with exit 1 before it listens."""
+
     def serve(arguments):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(todoServer, "exit_on_signals", lambda _: None)
@@ -168,14 +214,23 @@ def serve_in_vain(tmp_path, monkeypatch, capsys):
     return serve
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (["--clients", "client001,client003"], "--clients is ['client001', 'client003'], but the run in server has ['client001', "),
-    (["--arch", "vgg16"], "--arch is vgg16, but the run in server has drcnn"),
-    (["--image-size", "64"], "--image-size is 64, but the run in server has 32"),
-    (["--seed", "7"], "--seed is 7, but the run in server has 0"),
-    (["--round-timeout", "5", "--min-clients", "3"], "--min-clients 3 is more than the run's 2 clients"),
-    (["--index-dir", "nowhere"], "nowhere/val_set.pkl is missing"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--clients", "client001,client003"],
+            "--clients is ['client001', 'client003'], but the run in server has ['client001', ",
+        ),
+        (["--arch", "vgg16"], "--arch is vgg16, but the run in server has drcnn"),
+        (["--image-size", "64"], "--image-size is 64, but the run in server has 32"),
+        (["--seed", "7"], "--seed is 7, but the run in server has 0"),
+        (
+            ["--round-timeout", "5", "--min-clients", "3"],
+            "--min-clients 3 is more than the run's 2 clients",
+        ),
+        (["--index-dir", "nowhere"], "nowhere/val_set.pkl is missing"),
+    ],
+)
 def test_a_state_that_does_not_fit_the_flags_is_exit_1(serve_in_vain, begun, arguments, sentence):
     site = begun()
     before = (site / "server" / "state.json").read_bytes()
@@ -205,7 +260,10 @@ def test_another_model_in_its_place_is_exit_1(serve_in_vain, begun):
     site = begun()
     write_weights(site / "server" / "server_weight.h5", 7)
     output = serve_in_vain([])
-    assert "server_weight.h5 is not the model of round 1 of the run in server/state.json" in output and "--fresh" in output
+    assert (
+        "server_weight.h5 is not the model of round 1 of the run in server/state.json" in output
+        and "--fresh" in output
+    )
 
 
 def test_a_state_of_the_other_side_is_exit_1(serve_in_vain, begun, monkeypatch, capsys):
@@ -224,9 +282,19 @@ def test_fresh_moves_nothing_before_the_new_run_has_all_that_it_needs(serve_in_v
     assert sorted(path.name for path in (site / "server").iterdir()) == before
 
 
-@pytest.mark.parametrize("arguments", [["--min-clients", "2"], ["--rounds", "0"], ["--clients", "a,a"], ["--clients", "../a"],
-                                       ["--round-timeout", "-1"], ["--listen"], ["--listen", "here"],
-                                       ["--listen", "localhost:abc"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--min-clients", "2"],
+        ["--rounds", "0"],
+        ["--clients", "a,a"],
+        ["--clients", "../a"],
+        ["--round-timeout", "-1"],
+        ["--listen"],
+        ["--listen", "here"],
+        ["--listen", "localhost:abc"],
+    ],
+)
 def test_wrong_usage_is_exit_2(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -239,21 +307,31 @@ def test_fresh_moves_the_old_run_aside_and_says_where(start, begun):
     site = begun()
     old = (site / "server" / "state.json").read_bytes()
     (site / "server" / ".gitkeep").touch()
-    script = holding(site, "todoServer", "import model\nfrom conftest import write_weights",
-                     "model.configure = model.build = model.initialize = lambda *_: 0",
-                     "model.save = lambda network, path: write_weights(path, 5)")
+    script = holding(
+        site,
+        "todoServer",
+        "import model\nfrom conftest import write_weights",
+        "model.configure = model.build = model.initialize = lambda *_: 0",
+        "model.save = lambda network, path: write_weights(path, 5)",
+    )
     server = start(script, "--fresh", "--listen", "localhost:0", "--rounds", "3", cwd=site)
     server.wait_for("listening on")
     assert "the old run's files are in server/old-1" in server.output
-    assert (site / "server" / "old-1" / "state.json").read_bytes() == old and (site / "server" / ".gitkeep").exists()
+    assert (site / "server" / "old-1" / "state.json").read_bytes() == old and (
+        site / "server" / ".gitkeep"
+    ).exists()
     state = files.load_state(site / "server" / "state.json")
     assert state["run"] != "run0" and state["rounds"] == 3 and state["round"] == 1
     server.kill()
     server = start(script, "--fresh", "--listen", "localhost:0", cwd=site)
     server.wait_for("listening on")
-    assert (site / "server" / "old-2").exists() and (site / "server" / "old-1" / "state.json").read_bytes() == old
+    assert (site / "server" / "old-2").exists() and (
+        site / "server" / "old-1" / "state.json"
+    ).read_bytes() == old
     server.kill()
-    (site / "server" / "state.json").unlink()  # or a --fresh that was killed in the middle: nothing is written over
+    (
+        site / "server" / "state.json"
+    ).unlink()  # or a --fresh that was killed in the middle: nothing is written over
     model = (site / "server" / "server_weight.h5").read_bytes()
     server = start(script, "--listen", "localhost:0", cwd=site)
     server.wait_for("listening on")
@@ -264,11 +342,22 @@ def test_a_finished_server_says_so_answers_repeats_and_is_exit_0(start, begun):
     site = begun(clients=["client001"], rounds=1)
     path = write_weights(site / "client001-1.h5", 1)
     row = {"round": 1, "loss": 0.5}
-    files.save_state(site / "server" / "state.json", {
-        **files.load_state(site / "server" / "state.json"), "round": 2, "history": [row],
-        "counted": {"client001": {"round": 1, "num_examples": 3, "sha256": files.sha256_of(path)}}})
+    files.save_state(
+        site / "server" / "state.json",
+        {
+            **files.load_state(site / "server" / "state.json"),
+            "round": 2,
+            "history": [row],
+            "counted": {
+                "client001": {"round": 1, "num_examples": 3, "sha256": files.sha256_of(path)}
+            },
+        },
+    )
     server, address = start_server(start, site)
-    assert "run run0 is finished (1 rounds); --rounds N goes on, --fresh begins a new one" in server.output
+    assert (
+        "run run0 is finished (1 rounds); --rounds N goes on, --fresh begins a new one"
+        in server.output
+    )
     call = deliver(address, site, "client001")
     assert call.result().value == 1 and dict(call.trailing_metadata())["fedml-done"] == "1"
     assert server.wait(10) == 0 and "finished after 1 rounds" in server.lines[-1]
@@ -278,9 +367,18 @@ def test_a_finished_server_says_so_answers_repeats_and_is_exit_0(start, begun):
 
 def test_a_run_whose_last_evaluation_was_interrupted_is_not_called_finished(start, begun):
     site = begun(clients=["client001"], rounds=1)
-    closing = {"round": 1, "clients": 1, "missing": "", "num_examples": 3, "wait_seconds": 1, "merge_seconds": 1}
-    files.save_state(site / "server" / "state.json", {
-        **files.load_state(site / "server" / "state.json"), "round": 2, "closing": closing})
+    closing = {
+        "round": 1,
+        "clients": 1,
+        "missing": "",
+        "num_examples": 3,
+        "wait_seconds": 1,
+        "merge_seconds": 1,
+    }
+    files.save_state(
+        site / "server" / "state.json",
+        {**files.load_state(site / "server" / "state.json"), "round": 2, "closing": closing},
+    )
     server, _ = start_server(start, site, script=server_script(site))
     assert server.lines[0] == "server: resuming run run0 at round 1/1 from server/state.json"
     assert server.lines[1].startswith("server: round 1/1: loss 0.5000")
@@ -288,15 +386,29 @@ def test_a_run_whose_last_evaluation_was_interrupted_is_not_called_finished(star
 
 # --- the client ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("number", "code", "where"), [
-    (*SIGNALS[0], "training"), (*SIGNALS[1], "training"), (*SIGNALS[1], "waiting for the answer"),
-    (*SIGNALS[0], "waiting for the server")])
+
+@pytest.mark.parametrize(
+    ("number", "code", "where"),
+    [
+        (*SIGNALS[0], "training"),
+        (*SIGNALS[1], "training"),
+        (*SIGNALS[1], "waiting for the answer"),
+        (*SIGNALS[0], "waiting for the server"),
+    ],
+)
 def test_a_signal_ends_the_client_with_its_files_whole(start, begun, number, code, where):
     site = begun()
     address = f"localhost:{free_port()}"
     if where != "waiting for the server":
         server, address = start_server(start, site)
-    client = start(client_script(site, 1000 * (where == "training")), "--name", "client001", "--server", address, cwd=site)
+    client = start(
+        client_script(site, 1000 * (where == "training")),
+        "--name",
+        "client001",
+        "--server",
+        address,
+        cwd=site,
+    )
     if where == "training":
         client.wait_for("training now")
     elif where == "waiting for the answer":
@@ -311,33 +423,58 @@ def test_a_signal_ends_the_client_with_its_files_whole(start, begun, number, cod
         weights.check(path, weights.shapes_of(site / "server" / "server_weight.h5"))
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (["--name", "client009", "--index", "index/worker1.pkl"], "server refused: client 'client009' is not one of this run's"),
-    (["--name", "client001", "--index", "index/worker9.pkl"], "index/worker9.pkl is missing"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--name", "client009", "--index", "index/worker1.pkl"],
+            "server refused: client 'client009' is not one of this run's",
+        ),
+        (["--name", "client001", "--index", "index/worker9.pkl"], "index/worker9.pkl is missing"),
+    ],
+)
 def test_a_client_that_is_refused_or_has_no_images_is_exit_1(start, begun, arguments, sentence):
     site = begun()
     _, address = start_server(start, site)
     client = start(client_script(site), *arguments, "--server", address, cwd=site)
-    assert client.wait(30) == 1 and sentence in client.lines[-1] and "Traceback" not in client.output
+    assert (
+        client.wait(30) == 1 and sentence in client.lines[-1] and "Traceback" not in client.output
+    )
 
 
-@pytest.mark.parametrize(("name", "value", "reason"), [
-    ("image_size", "large", "'large' is not a whole number of at least 16"), ("arch", "resnet", "'resnet'"),
-    ("image_size", 10**9, "1000000000 is too large, expected at most 4096"), ("round", -19, "'-19' is not a whole number")])
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("image_size", "large", "'large' is not a whole number of at least 16"),
+        ("arch", "resnet", "'resnet'"),
+        ("image_size", 10**9, "1000000000 is too large, expected at most 4096"),
+        ("round", -19, "'-19' is not a whole number"),
+    ],
+)
 def test_a_server_whose_words_make_no_sense_is_exit_1(make_run, start, site, name, value, reason):
     run = make_run()
     run.rounds.state[name] = value
     server, address = create_server(run.rounds, "localhost:0")
     client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
     assert client.wait(30) == 1 and len(client.lines) == 1
-    assert "error: the server names a run, but not its network and round as expected (" in client.lines[0]
+    assert (
+        "error: the server names a run, but not its network and round as expected ("
+        in client.lines[0]
+    )
     assert reason in client.lines[0]
     server.stop(0)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--name", "hospital"], ["--name", "../x1"], ["--name", "a1", "--epochs", "0"],
-                                       ["--name", "a1", "--server", "localhost"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--name", "hospital"],
+        ["--name", "../x1"],
+        ["--name", "a1", "--epochs", "0"],
+        ["--name", "a1", "--server", "localhost"],
+    ],
+)
 def test_wrong_usage_of_the_client_is_exit_2(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -348,15 +485,34 @@ def test_wrong_usage_of_the_client_is_exit_2(tmp_path, monkeypatch, arguments):
 
 def test_a_server_that_stays_away_is_exit_4(start, begun):
     site = begun()
-    client = start(client_script(site), "--name", "client001", "--server", f"localhost:{free_port()}", "--give-up-after", "1",
-                   cwd=site)
+    client = start(
+        client_script(site),
+        "--name",
+        "client001",
+        "--server",
+        f"localhost:{free_port()}",
+        "--give-up-after",
+        "1",
+        cwd=site,
+    )
     assert client.wait(30) == 4 and "did not answer for 1 s" in client.lines[-1]
 
 
-def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_next_start(start, begun):
+def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_next_start(
+    start, begun
+):
     site = begun(rounds=1)
     server, address = start_server(start, site)
-    client = start(client_script(site), "--name", "client001", "--server", address, "--give-up-after", "1", cwd=site)
+    client = start(
+        client_script(site),
+        "--name",
+        "client001",
+        "--server",
+        address,
+        "--give-up-after",
+        "1",
+        cwd=site,
+    )
     server.wait_for("client001 delivered")
     server.kill()
     assert client.wait(30) == 5 and "delivered and never answered" in client.lines[-1]
@@ -370,8 +526,20 @@ def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_ne
 def test_a_client_with_other_threads_trains_again_and_says_so(start, begun):
     site = begun(rounds=1)
     server, address = start_server(start, site)
-    for threads, words in ((1, "training on 4 images"), (2, "trained before with other settings (threads was 1, is 2)")):
-        client = start(client_script(site), "--name", "client001", "--server", address, "--threads", threads, cwd=site)
+    for threads, words in (
+        (1, "training on 4 images"),
+        (2, "trained before with other settings (threads was 1, is 2)"),
+    ):
+        client = start(
+            client_script(site),
+            "--name",
+            "client001",
+            "--server",
+            address,
+            "--threads",
+            threads,
+            cwd=site,
+        )
         before = len(server.lines)
         server.wait_for("client001 delivered", start=before)
         client.kill()
@@ -382,8 +550,18 @@ def test_what_another_client_trained_is_not_delivered_as_ones_own(start, begun):
     site = begun(rounds=1)
     server, address = start_server(start, site)
     for name in ("client001", "client002"):
-        client = start(client_script(site), "--name", name, "--client-dir", "shared", "--index", "index/worker1.pkl",
-                       "--server", address, cwd=site)
+        client = start(
+            client_script(site),
+            "--name",
+            name,
+            "--client-dir",
+            "shared",
+            "--index",
+            "index/worker1.pkl",
+            "--server",
+            address,
+            cwd=site,
+        )
         server.wait_for(f"{name} delivered")
         if name == "client001":
             client.kill()
@@ -409,8 +587,20 @@ def test_a_second_client_of_the_name_ends_the_first_with_a_sentence(start, begun
     server, address = start_server(start, site)
     first = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
     server.wait_for("client001 delivered")
-    second = start(client_script(site), "--name", "client001", "--server", address, "--client-dir", "elsewhere", cwd=site)
-    assert first.wait(30) == 1 and "client001 has delivered again on another connection" in first.lines[-1]
+    second = start(
+        client_script(site),
+        "--name",
+        "client001",
+        "--server",
+        address,
+        "--client-dir",
+        "elsewhere",
+        cwd=site,
+    )
+    assert (
+        first.wait(30) == 1
+        and "client001 has delivered again on another connection" in first.lines[-1]
+    )
     assert second.process.poll() is None
 
 
@@ -428,7 +618,9 @@ def test_a_port_that_is_taken_on_one_address_of_the_host_is_taken(start, begun):
     shutil.copytree(site / "server", site / "other")
     port = free_port()
     start("todoServer.py", "--listen", f"127.0.0.1:{port}", cwd=site).wait_for("listening on")
-    second = start("todoServer.py", "--listen", f"localhost:{port}", "--server-dir", "other", cwd=site)
+    second = start(
+        "todoServer.py", "--listen", f"localhost:{port}", "--server-dir", "other", cwd=site
+    )
     assert second.wait(30) == 1 and "is another server running there" in second.lines[-1]
 
 
@@ -447,10 +639,14 @@ def test_a_signal_ends_a_finished_server_whose_client_does_not_read(start, begun
     site, large = begun(clients=["client001"], rounds=1), [("big", (1_500_000,))]
     digest = files.sha256_of(write_weights(site / "server" / "server_weight.h5", 1, large))
     path = site / "server" / "state.json"
-    files.save_state(path, {**files.load_state(path), "weights_sha256": digest, "round": 2, "history": [{"round": 1}]})
+    files.save_state(
+        path,
+        {**files.load_state(path), "weights_sha256": digest, "round": 2, "history": [{"round": 1}]},
+    )
     server, address = start_server(start, site)
     call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).getWeight(
-        todo_pb2.void(), metadata=[("fedml-client", "client001"), ("fedml-accept", "blob")])
+        todo_pb2.void(), metadata=[("fedml-client", "client001"), ("fedml-accept", "blob")]
+    )
     assert dict(call.initial_metadata())["fedml-round"] == "2"
     server.wait_for("client001 fetches the result")
     server.signal(signal.SIGTERM)
@@ -468,15 +664,30 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
         yield todo_pb2.modelWeight(clientname="client002", clientsize=3, blob=b"\x89HDF" * 2500)
         go_on.wait(60)
 
-    call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).sendWeight.future(half(), timeout=60)
+    call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).sendWeight.future(
+        half(), timeout=60
+    )
     until(lambda: list((site / "server" / "client002").glob(".*.tmp*")), "the first half is there")
-    before = {path: path.stat().st_mtime_ns for name in ("server", "client001") for path in (site / name).rglob("*")}
-    for second in (start("todoServer.py", "--listen", "localhost:0", cwd=site),
-                   start("todoServer.py", "--listen", "localhost:0", "--fresh", cwd=site),
-                   start(client_script(site), "--name", "client001", "--server", address, cwd=site)):
+    before = {
+        path: path.stat().st_mtime_ns
+        for name in ("server", "client001")
+        for path in (site / name).rglob("*")
+    }
+    for second in (
+        start("todoServer.py", "--listen", "localhost:0", cwd=site),
+        start("todoServer.py", "--listen", "localhost:0", "--fresh", cwd=site),
+        start(client_script(site), "--name", "client001", "--server", address, cwd=site),
+    ):
         assert second.wait(30) == 1 and len(second.lines) == 1
-        assert re.match(r"(server|client001): error: another process works in \1: wait until it ends", second.lines[0])
-    assert before == {path: path.stat().st_mtime_ns for name in ("server", "client001") for path in (site / name).rglob("*")}
+        assert re.match(
+            r"(server|client001): error: another process works in \1: wait until it ends",
+            second.lines[0],
+        )
+    assert before == {
+        path: path.stat().st_mtime_ns
+        for name in ("server", "client001")
+        for path in (site / name).rglob("*")
+    }
     assert client.process.poll() is None and not call.done()
     go_on.set()
 
@@ -484,5 +695,6 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
 def test_no_script_loads_tensorflow_before_it_needs_it(start, begun):
     begun()
     import subprocess
+
     code = "import todoServer, todoClient, service, sys; assert not {'tensorflow', 'keras'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -16,7 +16,9 @@ def test_publish_replaces_whole_and_flushes_first(tmp_path, monkeypatch):
     steps = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (steps.append(name), real(*a))[1])
+        monkeypatch.setattr(
+            os, name, lambda *a, real=real, name=name: (steps.append(name), real(*a))[1]
+        )
     files.publish_text(tmp_path / "a.txt", "one\n")
     files.publish_text(tmp_path / "a.txt", "two\n")
     assert (tmp_path / "a.txt").read_text() == "two\n"
@@ -79,7 +81,12 @@ def test_an_old_run_is_moved_aside_with_its_state_first(tmp_path):
 
 
 def test_what_no_servers_run_wrote_is_not_moved(tmp_path):
-    for name in ("todoServer.py", "index/val_set.pkl", "client001/state.json", "client001/client_weights.h5"):
+    for name in (
+        "todoServer.py",
+        "index/val_set.pkl",
+        "client001/state.json",
+        "client001/client_weights.h5",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert files.move_aside(tmp_path) is None
@@ -92,9 +99,16 @@ def test_what_no_servers_run_wrote_is_not_moved(tmp_path):
 def test_a_folder_is_one_processs_until_that_ends_however_it_ends(tmp_path):
     folder = tmp_path / "new" / "server"
     code = "import files, sys\nwith files.alone_in(sys.argv[1]): print('there', flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, folder],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert other.stdout.readline() == b"there\n" and folder.is_dir()
-    with pytest.raises(ValueError, match="another process works in .*new/server: wait until it ends, or stop it"):
+    with pytest.raises(
+        ValueError, match="another process works in .*new/server: wait until it ends, or stop it"
+    ):
         with files.alone_in(folder):
             pass
     other.kill()

@@ -11,7 +11,9 @@ def drawn_set(count, seed, image_size=128, lesions=True):
     """`count` images in the grades' proportions: uint8 (n, size, size, 3) and grades int (n,)."""
     rng = np.random.default_rng(seed)
     grades = rng.choice(5, count, p=fundus.GRADE_SHARES)
-    return np.stack([fundus.draw(int(grade), rng, image_size, lesions)[0] for grade in grades]), grades
+    return np.stack(
+        [fundus.draw(int(grade), rng, image_size, lesions)[0] for grade in grades]
+    ), grades
 
 
 def test_image_and_mask_have_the_asked_size():
@@ -61,7 +63,9 @@ def test_without_lesions_it_is_the_healthy_picture_and_differs_only_where_lesion
 
 def test_lesion_area_grows_with_the_grade():
     rng = np.random.default_rng(0)
-    areas = [np.mean([fundus.draw(grade, rng, 64)[1].mean() for _ in range(25)]) for grade in range(5)]
+    areas = [
+        np.mean([fundus.draw(grade, rng, 64)[1].mean() for _ in range(25)]) for grade in range(5)
+    ]
     assert areas[0] == 0
     assert all(more > 1.1 * less for less, more in zip(areas, areas[1:], strict=False)), areas
 
@@ -69,7 +73,9 @@ def test_lesion_area_grows_with_the_grade():
 def test_it_looks_like_a_fundus_photograph():
     for seed in range(20):
         image = fundus.draw(0, np.random.default_rng(seed))[0].astype(float)
-        assert image[:4, :4].max() < 30 and image[-4:, -4:].max() < 30  # black around the field of view
+        assert (
+            image[:4, :4].max() < 30 and image[-4:, -4:].max() < 30
+        )  # black around the field of view
         middle = image[32:96, 32:96].mean(axis=(0, 1))
         assert middle[0] > middle[1] > middle[2]  # red above green above blue
         left, right = image[48:80, 8:60, 1].max(), image[48:80, 68:120, 1].max()
@@ -77,7 +83,10 @@ def test_it_looks_like_a_fundus_photograph():
 
 
 def test_left_and_right_eyes_are_drawn():
-    eyes = [fundus.draw(0, np.random.default_rng(seed), 64)[0][24:40].astype(float) for seed in range(60)]
+    eyes = [
+        fundus.draw(0, np.random.default_rng(seed), 64)[0][24:40].astype(float)
+        for seed in range(60)
+    ]
     on_the_right = sum(eye[:, 34:, 1].max() > eye[:, :30, 1].max() for eye in eyes)
     assert 15 < on_the_right < 45
 
@@ -87,8 +96,12 @@ def test_colour_thumbnails_do_not_tell_the_grade(count, size):
     """Ridge-penalised logistic regression on 8 x 8 colour thumbnails, fitted by Newton's method."""
     images, grades = drawn_set(count, seed=1, image_size=size)
     fitting = count * 2 // 3
-    thumbnails = images.reshape(count, 8, size // 8, 8, size // 8, 3).mean(axis=(2, 4)).reshape(count, -1)
-    thumbnails = (thumbnails - thumbnails[:fitting].mean(axis=0)) / (thumbnails[:fitting].std(axis=0) + 1e-6)
+    thumbnails = (
+        images.reshape(count, 8, size // 8, 8, size // 8, 3).mean(axis=(2, 4)).reshape(count, -1)
+    )
+    thumbnails = (thumbnails - thumbnails[:fitting].mean(axis=0)) / (
+        thumbnails[:fitting].std(axis=0) + 1e-6
+    )
     features, target = np.hstack([thumbnails, np.ones((count, 1))]), grades > 0
     for penalty in (1.0, 30.0, 300.0):
         weights = np.zeros(features.shape[1])
@@ -104,17 +117,22 @@ def test_colour_thumbnails_do_not_tell_the_grade(count, size):
 def test_a_network_learns_the_lesions_and_nothing_else():
     """Trained on the drawn set, drcnn tells the grades; on the same images without lesions it guesses."""
     import data
+
     model.configure(seed=0)
     network = model.build("drcnn", 128, seed=0)
     images, grades = drawn_set(900, seed=0)
     records = [{"new_label": str(grade == 0)} for grade in grades]
-    batches = data.TrainingBatches(images, data.healthy(records), batch_size=16, seed=0, client="central")
+    batches = data.TrainingBatches(
+        images, data.healthy(records), batch_size=16, seed=0, client="central"
+    )
     for round_number in range(1, 11):
         model.train(network, batches, round_number, 1, lambda row: None)
 
     def auc(lesions):
         images, grades = drawn_set(400, seed=99, lesions=lesions)
-        healthy = np.concatenate([network(batch, training=False)[:, 0] for batch in data.evaluation_batches(images)])
+        healthy = np.concatenate(
+            [network(batch, training=False)[:, 0] for batch in data.evaluation_batches(images)]
+        )
         return model.auc(1 - healthy, grades > 0)
 
     assert auc(lesions=True) >= 0.95

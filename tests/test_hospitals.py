@@ -52,10 +52,14 @@ def hosts():
         steps = [f"-n {there} addr add {SERVER}/32 dev lo"]
         for number, name in enumerate(CLIENTS, 1):
             here = names[name]
-            steps += [f"-n {there} link add to{number} type veth peer name line netns {here}",
-                      f"-n {there} addr add 10.77.{number}.1/30 dev to{number}", f"-n {there} link set to{number} up",
-                      f"-n {here} addr add 10.77.{number}.2/30 dev line", f"-n {here} link set line up",
-                      f"-n {here} route add {SERVER} via 10.77.{number}.1"]
+            steps += [
+                f"-n {there} link add to{number} type veth peer name line netns {here}",
+                f"-n {there} addr add 10.77.{number}.1/30 dev to{number}",
+                f"-n {there} link set to{number} up",
+                f"-n {here} addr add 10.77.{number}.2/30 dev line",
+                f"-n {here} link set line up",
+                f"-n {here} route add {SERVER} via 10.77.{number}.1",
+            ]
         for step in steps:
             done = ip(*step.split())
             assert done.returncode == 0, f"ip {step}: {done.stderr}"
@@ -69,23 +73,57 @@ def hosts():
 def test_three_hospitals_one_of_which_loses_its_line(hosts, start, tmp_path):
     undisturbed = make_data(tmp_path / "undisturbed")
     server, address = start_server(start, undisturbed, "--rounds", "2", "--image-size", "32")
-    clients = [start("todoClient.py", "--name", name, "--server", address, "--threads", "1", cwd=undisturbed)
-               for name in CLIENTS]
+    clients = [
+        start(
+            "todoClient.py", "--name", name, "--server", address, "--threads", "1", cwd=undisturbed
+        )
+        for name in CLIENTS
+    ]
     assert [process.wait(ENDS_S) for process in [*clients, server]] == [0] * 4
 
     site, certs, running = make_data(tmp_path / "site"), tmp_path / "certs", []
-    subprocess.run([ROOT / "make_certs.sh", certs, SERVER, *CLIENTS], check=True, capture_output=True)
+    subprocess.run(
+        [ROOT / "make_certs.sh", certs, SERVER, *CLIENTS], check=True, capture_output=True
+    )
 
     def run(name, *command):
-        own = ["--tls-ca", certs / "ca.pem", "--tls-cert", certs / f"{name}.pem", "--tls-key", certs / f"{name}.key"]
+        own = [
+            "--tls-ca",
+            certs / "ca.pem",
+            "--tls-cert",
+            certs / f"{name}.pem",
+            "--tls-key",
+            certs / f"{name}.key",
+        ]
         running.append(Started([*hosts[name], sys.executable, *map(str, [*command, *own])], site))
         return running[-1]
 
     try:
-        server = run("server", ROOT / "todoServer.py", "--listen", "0.0.0.0:50051", "--rounds", "2", "--image-size", "32")
+        server = run(
+            "server",
+            ROOT / "todoServer.py",
+            "--listen",
+            "0.0.0.0:50051",
+            "--rounds",
+            "2",
+            "--image-size",
+            "32",
+        )
         server.wait_for("listening on", ENDS_S)
-        clients = [run(name, "-c", SLOW_UPLOADS, "--name", name, "--server", f"{SERVER}:50051", "--threads", "1")
-                   for name in CLIENTS]
+        clients = [
+            run(
+                name,
+                "-c",
+                SLOW_UPLOADS,
+                "--name",
+                name,
+                "--server",
+                f"{SERVER}:50051",
+                "--threads",
+                "1",
+            )
+            for name in CLIENTS
+        ]
         clients[1].wait_for("piece 3", ENDS_S)
         line = ["-n", hosts["client002"][-1], "link", "set", "line"]
         assert ip(*line, "down").returncode == 0
@@ -95,12 +133,21 @@ def test_three_hospitals_one_of_which_loses_its_line(hosts, start, tmp_path):
         assert "round 1/2" not in server.output
         assert ip(*line, "up").returncode == 0
         # the route went with the line
-        assert ip("-n", hosts["client002"][-1], "route", "replace", SERVER, "via", "10.77.2.1").returncode == 0
-        assert [process.wait(ENDS_S) for process in [*clients, server]] == [0] * 4, clients[1].output + server.output
+        assert (
+            ip(
+                "-n", hosts["client002"][-1], "route", "replace", SERVER, "via", "10.77.2.1"
+            ).returncode
+            == 0
+        )
+        assert [process.wait(ENDS_S) for process in [*clients, server]] == [0] * 4, (
+            clients[1].output + server.output
+        )
     finally:
         for process in running:
             if process.process.poll() is None:
                 process.kill()
     assert "waiting for the server at" in clients[1].output
-    results = [files.sha256_of(folder / "server" / "server_weight.h5") for folder in (undisturbed, site)]
+    results = [
+        files.sha256_of(folder / "server" / "server_weight.h5") for folder in (undisturbed, site)
+    ]
     assert results[0] == results[1]

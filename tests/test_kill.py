@@ -68,18 +68,45 @@ class Supervised:
         for name in ("preprocessed", "index"):
             (folder / name).symlink_to(data / name)
         for script in ("todoServer", "todoClient"):
-            (folder / f"{script}.py").write_text(f"{HOLDING}\nimport {script}\nsys.exit({script}.main())\n")
+            (folder / f"{script}.py").write_text(
+                f"{HOLDING}\nimport {script}\nsys.exit({script}.main())\n"
+            )
         address = f"localhost:{free_port()}"
-        self.commands = {"server": ["todoServer.py", "--listen", address, "--clients", ",".join(clients),
-                                    "--rounds", str(rounds), "--image-size", "32"],
-                         **{name: ["todoClient.py", "--name", name, "--server", address, "--threads", "1", "--batch-size", "2"]
-                            for name in clients}}
+        self.commands = {
+            "server": [
+                "todoServer.py",
+                "--listen",
+                address,
+                "--clients",
+                ",".join(clients),
+                "--rounds",
+                str(rounds),
+                "--image-size",
+                "32",
+            ],
+            **{
+                name: [
+                    "todoClient.py",
+                    "--name",
+                    name,
+                    "--server",
+                    address,
+                    "--threads",
+                    "1",
+                    "--batch-size",
+                    "2",
+                ]
+                for name in clients
+            },
+        }
 
     def again(self, *names):
         """Starts these, or all."""
         for name in names or self.commands:
             script, *arguments = self.commands[name]
-            self.processes[name] = Started([sys.executable, str(self.folder / script), *arguments], self.folder)
+            self.processes[name] = Started(
+                [sys.executable, str(self.folder / script), *arguments], self.folder
+            )
 
     def kill(self, name):
         """kill -9, for real; whether it still ran."""
@@ -90,8 +117,14 @@ class Supervised:
 
     def kill_at(self, point, *names):
         """Kills these when the first of them has reached the point."""
-        until(lambda: (self.folder / f"held-{point}").exists(),
-              lambda: f"{point} is reached\n" + "\n".join(process.output for process in self.processes.values()), 120)
+        until(
+            lambda: (self.folder / f"held-{point}").exists(),
+            lambda: (
+                f"{point} is reached\n"
+                + "\n".join(process.output for process in self.processes.values())
+            ),
+            120,
+        )
         for name in names:
             assert self.kill(name)
         print(f"killed {', '.join(names)}: {point}")
@@ -100,7 +133,9 @@ class Supervised:
         (self.folder / f"hold-{point}").touch()
 
     def rounds_done(self):
-        return len((files.load_state(self.folder / "server" / "state.json") or {"history": []})["history"])
+        return len(
+            (files.load_state(self.folder / "server" / "state.json") or {"history": []})["history"]
+        )
 
     def finish(self):
         """Everyone comes to the end; the digest of the weights."""
@@ -138,6 +173,7 @@ def supervise(tmp_path_factory):
 @pytest.fixture
 def undisturbed(supervise):
     """undisturbed(rounds, clients) begins such a run beside the other; its finish() gives the bits."""
+
     def begin(*arguments):
         run = supervise("undisturbed", *arguments)
         run.again()
@@ -209,14 +245,22 @@ def test_killed_at_random_instants(supervise, undisturbed, seed):
     run, chance, kills = supervise("killed", 60), random.Random(seed), 0
     run.again()
     while kills < 10:
-        victim, delay_s, before = chance.choice(["server", *CLIENTS]), chance.uniform(0, 9), run.rounds_done()
+        victim, delay_s, before = (
+            chance.choice(["server", *CLIENTS]),
+            chance.uniform(0, 9),
+            run.rounds_done(),
+        )
         if kills % 2:  # in the middle of the rounds; else often while it starts
             until(lambda: run.rounds_done() > before, "a round is over", 120)  # noqa: B023
             delay_s /= 9
-        end = time.monotonic() + delay_s  # the instant is what is tried; on a fast machine earlier, before the run is over
+        end = (
+            time.monotonic() + delay_s
+        )  # the instant is what is tried; on a fast machine earlier, before the run is over
         until(lambda: time.monotonic() > end or run.rounds_done() > 5 * (kills + 1), "the instant")  # noqa: B023
         assert run.kill(victim), run.processes[victim].output
         kills += 1
-        print(f"killed {victim} after at most {delay_s:.1f} s, {run.rounds_done()} rounds were over")
+        print(
+            f"killed {victim} after at most {delay_s:.1f} s, {run.rounds_done()} rounds were over"
+        )
         run.again(victim)
     assert run.finish() == other.finish()

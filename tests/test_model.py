@@ -20,7 +20,9 @@ def tensorflow():
 
 def batches(seed=0):
     images = np.random.default_rng(7).integers(0, 256, (10, 32, 32, 3), np.uint8)
-    return data.TrainingBatches(images, (np.arange(10) % 2).astype(np.float32), 4, seed, "client001")
+    return data.TrainingBatches(
+        images, (np.arange(10) % 2).astype(np.float32), 4, seed, "client001"
+    )
 
 
 def test_drcnn_is_small_and_answers_for_any_image_size():
@@ -35,7 +37,11 @@ def test_vgg16_is_the_thesis_network():
     network = model.build("vgg16", 224)
     shapes = [shape for _, shape in model.shapes(network)]
     filters = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
-    convolutions = [shape for into, out in zip([3, *filters], filters, strict=False) for shape in [(3, 3, into, out), (out,)]]
+    convolutions = [
+        shape
+        for into, out in zip([3, *filters], filters, strict=False)
+        for shape in [(3, 3, into, out), (out,)]
+    ]
     assert shapes == [*convolutions, (7 * 7 * 512, 256), (256,), (256, 1), (1,)]
     assert network.count_params() * 4 == pytest.approx(84.6e6, rel=0.001)
 
@@ -61,7 +67,10 @@ def test_plain_keras_loads_the_file(tmp_path):
     model.save(network, tmp_path / "server_weight.h5")
     plain = keras.models.clone_model(model.build("drcnn", 32, 6))
     plain.load_weights(tmp_path / "server_weight.h5")
-    assert all(np.array_equal(a, b) for a, b in zip(network.get_weights(), plain.get_weights(), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(network.get_weights(), plain.get_weights(), strict=True)
+    )
 
 
 def test_a_file_of_keras_2_layout_is_loaded(tmp_path):
@@ -75,13 +84,18 @@ def test_a_file_of_keras_2_layout_is_loaded(tmp_path):
         for layer in layers:
             group = file.create_group(f"{layer.name}_9")
             named = layer.trainable_weights + layer.non_trainable_weights
-            group.attrs["weight_names"] = [f"{layer.name}_9/{weight.name}:0".encode() for weight in named]
+            group.attrs["weight_names"] = [
+                f"{layer.name}_9/{weight.name}:0".encode() for weight in named
+            ]
             for weight in named:
                 group[f"{layer.name}_9/{weight.name}:0"] = np.asarray(weight)
     weights.check(tmp_path / "old.h5", model.shapes(network))
     other = model.build("drcnn", 32, 6)
     model.load(other, tmp_path / "old.h5")
-    assert all(np.array_equal(a, b) for a, b in zip(network.get_weights(), other.get_weights(), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(network.get_weights(), other.get_weights(), strict=True)
+    )
 
 
 def test_a_round_is_the_same_bits_whatever_was_trained_before():
@@ -97,7 +111,9 @@ def test_a_round_is_the_same_bits_whatever_was_trained_before():
 
     pipeline = batches()
     first, other, again = train(1), train(2), train(1)
-    assert first == again != other  # Adam began afresh, shuffle and augmentation follow from the round
+    assert (
+        first == again != other
+    )  # Adam began afresh, shuffle and augmentation follow from the round
     pipeline, network = batches(), model.build("drcnn", 32)
     assert train(1) == first
     pipeline = batches(seed=1)
@@ -107,7 +123,9 @@ def test_a_round_is_the_same_bits_whatever_was_trained_before():
 def test_later_rounds_do_not_retrace():
     network, pipeline = model.build("drcnn", 32), batches()
     traced, step = [], network.train_step
-    network.train_step = lambda data: (traced.append(1), step(data))[1]  # Python runs it only while it is being traced
+    network.train_step = lambda data: (traced.append(1), step(data))[
+        1
+    ]  # Python runs it only while it is being traced
     model.train(network, pipeline, 1, 1, lambda row: None)
     first, dataset = len(traced), pipeline.dataset
     assert first
@@ -126,7 +144,9 @@ def test_metrics_are_those_of_finding_dr():
     assert scores["sensitivity"] == pytest.approx(sklearn.recall_score(dr, p_healthy < 0.5))
     assert scores["specificity"] == pytest.approx(sklearn.recall_score(~dr, p_healthy >= 0.5))
     assert scores["accuracy"] == pytest.approx(sklearn.accuracy_score(dr, p_healthy < 0.5))
-    assert scores["loss"] == pytest.approx(sklearn.log_loss(labels, np.clip(p_healthy, 1e-7, 1 - 1e-7)))
+    assert scores["loss"] == pytest.approx(
+        sklearn.log_loss(labels, np.clip(p_healthy, 1e-7, 1 - 1e-7))
+    )
     assert model.scores(np.array([0.9, 0.8]), np.array([1.0, 1.0]))["specificity"] == 1
     assert np.isnan(model.scores(np.array([0.9, 0.8]), np.array([1.0, 1.0]))["auc"])
 
@@ -137,7 +157,9 @@ def test_evaluation_is_kerass(tmp_path):
     labels = (np.arange(50) % 2).astype(np.float32)
     loss, accuracy = network.evaluate(images / np.float32(255), labels, verbose=0)
     ours = model.evaluate(network, images, labels)
-    assert ours["loss"] == pytest.approx(loss, rel=1e-4) and ours["accuracy"] == pytest.approx(accuracy)
+    assert ours["loss"] == pytest.approx(loss, rel=1e-4) and ours["accuracy"] == pytest.approx(
+        accuracy
+    )
 
 
 def test_an_unknown_network_is_named():
@@ -165,7 +187,9 @@ def test_a_frozen_base_stays_and_its_features_are_computed_once(small_vgg16, mon
     plain = data.TrainingBatches(images, labels, 4, 0, "client001", augment=False)
     looked = []
     real = data.evaluation_batches
-    monkeypatch.setattr(data, "evaluation_batches", lambda images: (looked.append(len(images)), real(images))[1])
+    monkeypatch.setattr(
+        data, "evaluation_batches", lambda images: (looked.append(len(images)), real(images))[1]
+    )
     quick = trained(plain)
     assert looked == [10]  # once for two rounds
     monkeypatch.setattr(model, "on_features", lambda network, batches: (network, batches))
@@ -182,7 +206,11 @@ def test_initial_weights_come_from_a_file_of_the_network_or_of_its_base(small_vg
     for name, same in [("whole.h5", 30), ("base.h5", 26), ("none", 0)]:
         network = model.build("vgg16", 32, seed=2)
         model.initialize(network, name if name == "none" else tmp_path / name)
-        equal = [np.array_equal(a, b) for a, b in zip(network.get_weights(), small_vgg16.get_weights(), strict=True) if a.any()]
+        equal = [
+            np.array_equal(a, b)
+            for a, b in zip(network.get_weights(), small_vgg16.get_weights(), strict=True)
+            if a.any()
+        ]
         assert sum(equal) == sum(1 for a in small_vgg16.get_weights()[:same] if a.any())
     with pytest.raises(ValueError, match="tensors, the model"):
         model.save(model.build("drcnn", 32), tmp_path / "other.h5")
@@ -196,7 +224,10 @@ def test_imagenet_weights_offline_name_the_file_and_its_place(small_vgg16, monke
         raise OSError("URL fetch failure")
 
     monkeypatch.setattr(keras.applications, "VGG16", offline)
-    with pytest.raises(ValueError, match="URL fetch failure.*notop.h5 into ~/.keras/models, or give .* --weights FILE"):
+    with pytest.raises(
+        ValueError,
+        match="URL fetch failure.*notop.h5 into ~/.keras/models, or give .* --weights FILE",
+    ):
         model.initialize(small_vgg16, "imagenet")
     with pytest.raises(ValueError, match="for --arch vgg16, this network is drcnn"):
         model.initialize(model.build("drcnn", 32), "imagenet")
@@ -209,7 +240,10 @@ def test_weights_that_are_not_the_networks_are_refused_before_keras_reads_them(t
         weights.tensors(file)[0][2][0, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match="good.h5 cannot be used: layer 'conv1' .* holds nan"):
         model.load(network, tmp_path / "good.h5")
-    for name, sentence in (("none.h5", "there is no such file"), ("a.weights.h5", "Keras goes by the name")):
+    for name, sentence in (
+        ("none.h5", "there is no such file"),
+        ("a.weights.h5", "Keras goes by the name"),
+    ):
         with pytest.raises(ValueError, match=f"{name} cannot be used: {sentence}"):
             model.load(network, tmp_path / name)
     with pytest.raises(ValueError, match="none.h5 cannot be used: there is no such file"):

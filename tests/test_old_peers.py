@@ -13,7 +13,11 @@ import weights
 from rounds import Rounds, new_state
 from service import create_server
 
-LARGE = [("conv", (3, 3, 64, 64)), ("dense", (300, 300)), ("dense", (300,))]  # several of the seed's messages long
+LARGE = [
+    ("conv", (3, 3, 64, 64)),
+    ("dense", (300, 300)),
+    ("dense", (300,)),
+]  # several of the seed's messages long
 
 
 def test_three_old_clients_complete_three_rounds_one_changing_nothing(tmp_path):
@@ -24,13 +28,23 @@ def test_three_old_clients_complete_three_rounds_one_changing_nothing(tmp_path):
     merges = []
 
     def merge(paths, sizes):
-        merges.append([(each.parent.name, size, read_weights(each)) for each, size in zip(paths, sizes, strict=True)])
+        merges.append(
+            [
+                (each.parent.name, size, read_weights(each))
+                for each, size in zip(paths, sizes, strict=True)
+            ]
+        )
         return weights.fedavg(paths, sizes, path, path)
 
     def evaluate():
         return dict.fromkeys(("loss", "accuracy", "auc", "sensitivity", "specificity"), 0.5)
 
-    rounds = Rounds(tmp_path, new_state("run", clients, 3, "", arch="drcnn", image_size=32, seed=0), merge, evaluate)
+    rounds = Rounds(
+        tmp_path,
+        new_state("run", clients, 3, "", arch="drcnn", image_size=32, seed=0),
+        merge,
+        evaluate,
+    )
     coordinator = threading.Thread(target=rounds.run, daemon=True)
     coordinator.start()
     server, address = create_server(rounds, "localhost:0")
@@ -46,7 +60,10 @@ def test_three_old_clients_complete_three_rounds_one_changing_nothing(tmp_path):
     def take_part(name, size):
         fetched[name] = seed_client(address, name, size, 3, lambda content: train(name, content))
 
-    threads = [threading.Thread(target=take_part, args=(name, 10 * (k + 1))) for k, name in enumerate(clients)]
+    threads = [
+        threading.Thread(target=take_part, args=(name, 10 * (k + 1)))
+        for k, name in enumerate(clients)
+    ]
     try:
         for thread in threads:
             thread.start()
@@ -73,7 +90,7 @@ def old_server(site, monkeypatch):
 
     def start(**options):
         def merge(uploads):
-            (content, _), = uploads.values()
+            ((content, _),) = uploads.values()
             return content
 
         servicer = SeedServer((site / "first.h5").read_bytes(), 1, merge, **options)
@@ -89,7 +106,12 @@ def old_server(site, monkeypatch):
 
 def test_our_client_takes_part_with_an_old_server(old_server, site, capsys):
     servicer, address = old_server()
-    assert todoClient.main(["--name", "client001", "--server", address, "--rounds", "2", "--threads", "1"]) == 0
+    assert (
+        todoClient.main(
+            ["--name", "client001", "--server", address, "--rounds", "2", "--threads", "1"]
+        )
+        == 0
+    )
     assert servicer.round == 2
     assert servicer.content == (site / "client001" / "client_weights.h5").read_bytes()
     assert max(servicer.messages) <= 100_050 and len(servicer.messages) > 2
@@ -100,14 +122,27 @@ def test_the_path_form_and_the_size_go_in_every_chunk(old_server, monkeypatch):
     servicer, address = old_server()
     seen = []
     real = servicer.merge
-    servicer.merge = lambda uploads: (seen.append({name: size for name, (_, size) in uploads.items()}), real(uploads))[1]
-    assert todoClient.main(["--name", "client001", "--server", address, "--rounds", "1", "--threads", "1"]) == 0
+    servicer.merge = lambda uploads: (
+        seen.append({name: size for name, (_, size) in uploads.items()}),
+        real(uploads),
+    )[1]
+    assert (
+        todoClient.main(
+            ["--name", "client001", "--server", address, "--rounds", "1", "--threads", "1"]
+        )
+        == 0
+    )
     assert seen == [{"client001/client_weights.h5": len(data.read_index("index/worker1.pkl"))}]
 
 
 def test_an_answer_of_0_means_not_merged_fetch_again(old_server, capsys):
     servicer, address = old_server(answers=[0, 1])
-    assert todoClient.main(["--name", "client001", "--server", address, "--rounds", "1", "--threads", "1"]) == 0
+    assert (
+        todoClient.main(
+            ["--name", "client001", "--server", address, "--rounds", "1", "--threads", "1"]
+        )
+        == 0
+    )
     assert servicer.round == 1
     assert "did not merge (answer 0): fetching again" in capsys.readouterr().out
 
@@ -115,6 +150,9 @@ def test_an_answer_of_0_means_not_merged_fetch_again(old_server, capsys):
 @pytest.mark.slow
 def test_old_and_new_clients_in_one_round(start, site):
     server, address = start_server(start, site, "--rounds", "2", "--image-size", "32")
-    new = [start("todoClient.py", "--name", name, "--server", address, cwd=site) for name in ("client001", "client002")]
+    new = [
+        start("todoClient.py", "--name", name, "--server", address, cwd=site)
+        for name in ("client001", "client002")
+    ]
     seed_client(address, "client003", 5, 2, lambda content: content, timeout_s=120)
     assert [process.wait() for process in [*new, server]] == [0, 0, 0]

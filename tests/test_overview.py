@@ -13,8 +13,19 @@ def records_of(grades):
 
 
 def test_the_table_has_a_row_a_set_and_columns_for_grades_and_totals():
-    header, first, second = overview.table({"worker1": records_of([0, 0, 1, 2, 4]), "validation": records_of([3])}).splitlines()
-    assert header.split() == ["none", "mild", "moderate", "severe", "proliferative", "healthy", "DR", "total"]
+    header, first, second = overview.table(
+        {"worker1": records_of([0, 0, 1, 2, 4]), "validation": records_of([3])}
+    ).splitlines()
+    assert header.split() == [
+        "none",
+        "mild",
+        "moderate",
+        "severe",
+        "proliferative",
+        "healthy",
+        "DR",
+        "total",
+    ]
     assert first.split() == ["worker1", "2", "1", "1", "0", "1", "2", "3", "5"]
     assert second.split() == ["validation", "0", "0", "0", "1", "0", "0", "1", "1"]
     assert len(header) == len(first) == len(second)
@@ -27,19 +38,26 @@ def test_the_contact_sheet_has_a_row_a_grade(tmp_path, monkeypatch):
         Image.new("RGB", (32, 32), (50 * grade + 20, 0, 0)).save(f"{number}.png")
     overview.save_contact_sheet("sheet.png", records_of(grades))
     sheet = Image.open("sheet.png")
-    reds = [[sheet.getpixel((128 * column + 64, 128 * row + 64))[0] for column in range(12)] for row in range(5)]
+    reds = [
+        [sheet.getpixel((128 * column + 64, 128 * row + 64))[0] for column in range(12)]
+        for row in range(5)
+    ]
     assert reds == [[20, 20] + [0] * 10, [0] * 12, [120] * 12, [170] + [0] * 11, [0] * 12]
 
 
 def test_the_split_figure(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    assert overview.save_split_figure(tmp_path / "split.png", [records_of([0, 1, 2]), records_of([4])])
+    assert overview.save_split_figure(
+        tmp_path / "split.png", [records_of([0, 1, 2]), records_of([4])]
+    )
     assert Image.open(tmp_path / "split.png").size[0] > 300
     assert [path.name for path in tmp_path.iterdir()] == ["split.png"]
 
 
 def test_without_matplotlib_there_is_no_figure(tmp_path, monkeypatch):
-    for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
+    for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + [
+        "matplotlib"
+    ]:
         monkeypatch.setitem(sys.modules, module, None)
     assert not overview.save_split_figure(tmp_path / "split.png", [records_of([0])])
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,10 @@ from PIL import Image, ImageDraw
 
 import photos
 
-IDRID = Path(__file__).parents[2] / "shared/fundus/idrid/B. Disease Grading/1. Original Images/a. Training Set"
+IDRID = (
+    Path(__file__).parents[2]
+    / "shared/fundus/idrid/B. Disease Grading/1. Original Images/a. Training Set"
+)
 
 
 def disc(width=300, height=200, box=(80, 20, 240, 180), colour=(180, 90, 40)):
@@ -58,7 +61,9 @@ def test_open_image_whatever_a_decoder_raises(tmp_path, monkeypatch):
         photos.open_image(tmp_path / "eye.tif")
 
 
-@pytest.mark.parametrize("limit", [20_000, 40_000])  # Pillow raises above twice its limit, and only warns above it
+@pytest.mark.parametrize(
+    "limit", [20_000, 40_000]
+)  # Pillow raises above twice its limit, and only warns above it
 def test_open_image_refuses_a_decompression_bomb(tmp_path, monkeypatch, limit):
     disc().save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -118,7 +123,11 @@ def test_the_local_average_is_subtracted():
     assert (photos.subtract_local_average(flat) == 128).all()
     flat[28, 28] = 130
     changed = photos.subtract_local_average(flat)
-    assert (changed[28, 28] > 128 + 4 * 30).all() and (changed[28, 30] <= 128).all() and (changed[0, 0] == 128).all()
+    assert (
+        (changed[28, 28] > 128 + 4 * 30).all()
+        and (changed[28, 30] <= 128).all()
+        and (changed[0, 0] == 128).all()
+    )
 
 
 def test_real_photographs_fill_the_square():

@@ -47,11 +47,20 @@ def photo_folder(folder, count=20):
 
 def run(*argv):
     """prepare.py as a process of its own."""
-    return subprocess.run([sys.executable, str(ROOT / "prepare.py"), *argv], capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "prepare.py"), *argv],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
 
 
 def snapshot():
-    return {path.as_posix(): path.read_bytes() for folder in ("index", "preprocessed") for path in Path(folder).rglob("*.p*")}
+    return {
+        path.as_posix(): path.read_bytes()
+        for folder in ("index", "preprocessed")
+        for path in Path(folder).rglob("*.p*")
+    }
 
 
 def test_the_drawn_set_is_what_the_index_says(capsys):
@@ -66,7 +75,9 @@ def test_the_drawn_set_is_what_the_index_says(capsys):
     for record in sets["train_set"] + sets["val_set"]:
         assert Image.open(record["dir"]).size == (32, 32)
         assert record["new_label"] == str(record["label"] == 0)
-    assert [sum(record["label"] == grade for record in sets["train_set"]) for grade in range(5)] == [12, 1, 9, 0, 2]
+    assert [
+        sum(record["label"] == grade for record in sets["train_set"]) for grade in range(5)
+    ] == [12, 1, 9, 0, 2]
     out = capsys.readouterr().out
     assert "proliferative  healthy     DR  total" in out and "worker3" in out and "val_set" in out
     assert Image.open("preprocessed/synthetic/contact_sheet.png").size == (12 * 128, 5 * 128)
@@ -80,7 +91,10 @@ def test_the_same_choices_give_the_same_bits_and_another_seed_others():
     prepare.main(SMALL)
     assert snapshot() == first
     prepare.main([*SMALL, "--seed", "1"])
-    assert snapshot()["preprocessed/synthetic/train_00000.png"] != first["preprocessed/synthetic/train_00000.png"]
+    assert (
+        snapshot()["preprocessed/synthetic/train_00000.png"]
+        != first["preprocessed/synthetic/train_00000.png"]
+    )
 
 
 def test_finished_pictures_are_kept_while_the_choices_are_the_same(capsys):
@@ -97,8 +111,18 @@ def test_finished_pictures_are_kept_while_the_choices_are_the_same(capsys):
 def test_prepared_json_tells_what_made_it():
     prepare.main([*SMALL, "--share", "3"])
     made = json.loads(Path("index/prepared.json").read_text())
-    wanted = {"dataset": "synthetic", "preprocessing": "drawn", "seed": 0, "image_size": 32, "num_clients": 3,
-              "split": "iid", "share": 3, "num_train": 24, "num_val": 12, "skipped": []}
+    wanted = {
+        "dataset": "synthetic",
+        "preprocessing": "drawn",
+        "seed": 0,
+        "image_size": 32,
+        "num_clients": 3,
+        "split": "iid",
+        "share": 3,
+        "num_train": 24,
+        "num_val": 12,
+        "skipped": [],
+    }
     assert wanted.items() <= made.items()
 
 
@@ -111,12 +135,23 @@ def test_check_tells_whether_the_index_is_of_these_choices(capsys):
     prepare.main(SMALL)
     capsys.readouterr()
     assert check() == (0, "")
-    assert check("--seed", "1") == (10, "index/ has to be made anew: it was made with seed 0, not 1\n")
-    assert check("--split", "noniid")[0] == check("--num-clients", "2")[0] == check("--num-val", "13")[0] == 10
+    assert check("--seed", "1") == (
+        10,
+        "index/ has to be made anew: it was made with seed 0, not 1\n",
+    )
+    assert (
+        check("--split", "noniid")[0]
+        == check("--num-clients", "2")[0]
+        == check("--num-val", "13")[0]
+        == 10
+    )
     assert check("--dataset", "idrid", "--source", ".")[0] == 10
     assert check("--alpha", "0.3")[0] == 0  # decides nothing in an IID split
     Path("preprocessed/synthetic/train_00002.png").rename("elsewhere.png")
-    assert check() == (10, "index/ has to be made anew: preprocessed/synthetic/train_00002.png is missing\n")
+    assert check() == (
+        10,
+        "index/ has to be made anew: preprocessed/synthetic/train_00002.png is missing\n",
+    )
     Path("elsewhere.png").rename("preprocessed/synthetic/train_00002.png")
     Path("index/worker2.pkl").write_bytes(b"half")
     assert "worker2.pkl" in check()[1]
@@ -126,13 +161,20 @@ def test_check_tells_whether_the_index_is_of_these_choices(capsys):
 
 def test_check_answers_at_once_and_without_tensorflow():
     prepare.main(SMALL)
-    script = f"import sys, prepare; code = prepare.main({[*SMALL, '--check']!r}); print(code, 'tensorflow' in sys.modules, " \
-             "'keras' in sys.modules)"
+    script = (
+        f"import sys, prepare; code = prepare.main({[*SMALL, '--check']!r}); print(code, 'tensorflow' in sys.modules, "
+        "'keras' in sys.modules)"
+    )
     seconds = []
     while len(seconds) < 3 and min(seconds, default=9) >= 2:
         started = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         seconds.append(time.monotonic() - started)
         assert done.stdout == "0 False False\n", done.stderr
     assert min(seconds) < 2  # half a second on an idle machine
@@ -140,11 +182,22 @@ def test_check_answers_at_once_and_without_tensorflow():
 
 def test_photographs_are_prepared_split_by_patient_and_checked(tmp_path, capsys):
     source = photo_folder(tmp_path / "photos")
-    choices = ["--dataset", "folder", "--source", str(source), "--image-size", "24", "--num-clients", "2"]
+    choices = [
+        "--dataset",
+        "folder",
+        "--source",
+        str(source),
+        "--image-size",
+        "24",
+        "--num-clients",
+        "2",
+    ]
     assert prepare.main(choices) == 0
     train, val = data.read_index("index/train_set.pkl"), data.read_index("index/val_set.pkl")
     assert len(train) + len(val) == 20 and len(val) == 4
-    patients = [{int(record["picture"][3:5]) // 2 for record in records} for records in (train, val)]
+    patients = [
+        {int(record["picture"][3:5]) // 2 for record in records} for records in (train, val)
+    ]
     assert not patients[0] & patients[1]
     picture = np.asarray(Image.open(val[0]["dir"]))
     assert picture.shape == (24, 24, 3) and 110 < picture.mean() < 150
@@ -155,9 +208,18 @@ def test_photographs_are_prepared_split_by_patient_and_checked(tmp_path, capsys)
 
 def test_a_changed_photograph_is_prepared_again(tmp_path, capsys):
     source = photo_folder(tmp_path / "photos")
-    choices = ["--dataset", "folder", "--source", str(source), "--image-size", "24", "--num-clients", "2"]
+    choices = [
+        "--dataset",
+        "folder",
+        "--source",
+        str(source),
+        "--image-size",
+        "24",
+        "--num-clients",
+        "2",
+    ]
     prepare.main(choices)
-    for away in (5, -5, -10**9):
+    for away in (5, -5, -(10**9)):
         date = time.time() + away
         os.utime(source / "eye03.png", (date, date))
         prepare.main(choices)
@@ -167,7 +229,14 @@ def test_a_changed_photograph_is_prepared_again(tmp_path, capsys):
 
 
 def test_stopped_between_two_indexes_no_old_one_is_left_beside_new_ones(tmp_path, monkeypatch):
-    choices = ["--dataset", "folder", "--source", str(photo_folder(tmp_path / "photos")), "--image-size", "24"]
+    choices = [
+        "--dataset",
+        "folder",
+        "--source",
+        str(photo_folder(tmp_path / "photos")),
+        "--image-size",
+        "24",
+    ]
     prepare.main(choices)
 
     def write_index(path, records, inner=data.write_index):
@@ -178,7 +247,11 @@ def test_stopped_between_two_indexes_no_old_one_is_left_beside_new_ones(tmp_path
     monkeypatch.setattr(data, "write_index", write_index)
     with pytest.raises(KeyboardInterrupt):
         prepare.main([*choices, "--seed", "3"])
-    assert sorted(path.name for path in Path("index").glob("*.pkl")) == ["worker1.pkl", "worker2.pkl", "worker3.pkl"]
+    assert sorted(path.name for path in Path("index").glob("*.pkl")) == [
+        "worker1.pkl",
+        "worker2.pkl",
+        "worker3.pkl",
+    ]
     with pytest.raises(ValueError, match="val_set.pkl is missing: make it with"):
         data.read_index("index/val_set.pkl")
 
@@ -190,16 +263,33 @@ def test_broken_photographs_are_named_and_stop_it_unless_they_may_be_skipped(tmp
     (source / "eye03.png").write_bytes(whole.read_bytes()[:4000])  # truncated
     (source / "eye05.png").unlink()
     Image.new("RGB", (40, 30)).save(source / "eye07.png")
-    choices = ["--dataset", "folder", "--source", str(source), "--image-size", "24", "--num-clients", "2"]
+    choices = [
+        "--dataset",
+        "folder",
+        "--source",
+        str(source),
+        "--image-size",
+        "24",
+        "--num-clients",
+        "2",
+    ]
     assert prepare.main(choices) == 1
     err = capsys.readouterr().err
-    for name, reason in (("eye03", "cannot be read"), ("eye05", "is missing"), ("eye07", "brighter than grey level 7")):
+    for name, reason in (
+        ("eye03", "cannot be read"),
+        ("eye05", "is missing"),
+        ("eye07", "brighter than grey level 7"),
+    ):
         assert any(name in line and reason in line for line in err.splitlines()), err
     assert "3 of 20 images cannot be used: mend them, or give --skip-broken" in err
     assert not Path("index/prepared.json").exists()
     assert prepare.main([*choices, "--skip-broken"]) == 0
     assert len(data.read_index("index/train_set.pkl") + data.read_index("index/val_set.pkl")) == 17
-    assert json.loads(Path("index/prepared.json").read_text())["skipped"] == ["eye03_png", "eye05_png", "eye07_png"]
+    assert json.loads(Path("index/prepared.json").read_text())["skipped"] == [
+        "eye03_png",
+        "eye05_png",
+        "eye07_png",
+    ]
     capsys.readouterr()
     assert prepare.main([*choices, "--check"]) == 10
     assert "3 unreadable images were left out" in capsys.readouterr().out
@@ -212,20 +302,38 @@ def test_a_bad_source_is_one_sentence_and_leaves_the_index_alone(tmp_path, capsy
     (tmp_path / "empty").mkdir()
     assert prepare.main(["--dataset", "aptos", "--source", str(tmp_path / "empty")]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("prepare.py: error: ") and err.count("\n") == 1 and "train.csv is missing" in err
+    assert (
+        err.startswith("prepare.py: error: ")
+        and err.count("\n") == 1
+        and "train.csv is missing" in err
+    )
     assert prepare.main([*SMALL, "--check"]) == 0
 
 
 def test_the_published_test_part_is_left_alone(tmp_path, capsys):
     for part, names in (("train", "abcdef"), ("valid", "gh"), ("test", "ij")):
-        (tmp_path / f"{part}.txt").write_text("".join(f"{name}.png {k % 2 * 2}\n" for k, name in enumerate(names)))
+        (tmp_path / f"{part}.txt").write_text(
+            "".join(f"{name}.png {k % 2 * 2}\n" for k, name in enumerate(names))
+        )
         for name in names:
             eye(tmp_path / part / f"{name}.png")
-    choices = ["--dataset", "ddr", "--source", str(tmp_path), "--image-size", "16", "--num-clients", "2"]
+    choices = [
+        "--dataset",
+        "ddr",
+        "--source",
+        str(tmp_path),
+        "--image-size",
+        "16",
+        "--num-clients",
+        "2",
+    ]
     assert prepare.main(choices) == 0
     assert "2 images of the published test part are left alone" in capsys.readouterr().out
     assert len(data.read_index("index/train_set.pkl")) == 6
-    assert {record["picture"] for record in data.read_index("index/val_set.pkl")} == {"val_g.png", "val_h.png"}
+    assert {record["picture"] for record in data.read_index("index/val_set.pkl")} == {
+        "val_g.png",
+        "val_h.png",
+    }
     assert prepare.main([*choices, "--balanced"]) == 0
     assert len(data.read_index("index/train_set.pkl") + data.read_index("index/val_set.pkl")) == 10
 
@@ -246,7 +354,9 @@ def test_wrong_usage_ends_with_2(argv, sentence, capsys):
 
 def test_too_many_clients_for_the_images_is_one_sentence(capsys):
     assert prepare.main([*SMALL, "--num-clients", "30"]) == 1
-    assert "24 training images are too few for 0 shared ones and 30 clients" in capsys.readouterr().err
+    assert (
+        "24 training images are too few for 0 shared ones and 30 clients" in capsys.readouterr().err
+    )
 
 
 def test_many_pictures_are_made_by_several_processes_in_the_same_bits():
@@ -262,12 +372,23 @@ def test_many_pictures_are_made_by_several_processes_in_the_same_bits():
     assert snapshot() == together
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-                                 pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
+)
 def test_stopped_at_any_instant_it_is_not_complete_leaves_no_process_and_goes_on(how, capfd):
     argv = ["--num-train", "110", "--num-val", "10", "--image-size", "16"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), *argv], start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "prepare.py"), *argv],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     pictures = Path("preprocessed/synthetic")
     try:
         deadline = time.monotonic() + 60
@@ -294,7 +415,9 @@ def test_stopped_at_any_instant_it_is_not_complete_leaves_no_process_and_goes_on
         Image.open(path).load()
     assert prepare.main(argv) == 0
     assert f"{kept} pictures are there, {120 - kept} to make" in capfd.readouterr().out
-    assert len(list(pictures.glob("[!.]*.png"))) == 121 and not list(pictures.glob(".*"))  # and the contact sheet
+    assert len(list(pictures.glob("[!.]*.png"))) == 121 and not list(
+        pictures.glob(".*")
+    )  # and the contact sheet
 
 
 def test_a_failure_on_the_way_leaves_an_index_that_is_not_complete(monkeypatch, capsys):
@@ -316,8 +439,14 @@ def test_retinamnist_from_its_file(tmp_path):
         arrays[f"{part}_images"] = rng.integers(50, 200, (count, 128, 128, 3), np.uint8)
         arrays[f"{part}_labels"] = (np.arange(count) % 5).reshape(-1, 1)
     np.savez(tmp_path / "retinamnist_128.npz", **arrays)
-    assert prepare.main(["--dataset", "retinamnist", "--source", str(tmp_path), "--image-size", "32"]) == 0
-    assert len(data.read_index("index/train_set.pkl")) == 12 and len(data.read_index("index/val_set.pkl")) == 6
+    assert (
+        prepare.main(["--dataset", "retinamnist", "--source", str(tmp_path), "--image-size", "32"])
+        == 0
+    )
+    assert (
+        len(data.read_index("index/train_set.pkl")) == 12
+        and len(data.read_index("index/val_set.pkl")) == 6
+    )
 
 
 @pytest.mark.slow
@@ -326,7 +455,10 @@ def test_the_real_idrid_photographs():
         pytest.skip(f"the real photographs are not here: {IDRID}")
     done = run("--dataset", "idrid", "--source", str(IDRID), "--image-size", "32")
     assert done.returncode == 0, done.stderr
-    assert len(data.read_index("index/train_set.pkl")) == 405 and len(data.read_index("index/val_set.pkl")) == 102
+    assert (
+        len(data.read_index("index/train_set.pkl")) == 405
+        and len(data.read_index("index/val_set.pkl")) == 102
+    )
 
 
 # --- --index-from: the thesis's pickled DataFrames ------------------------------------------------------------
@@ -364,7 +496,10 @@ def test_an_import_becomes_our_index_with_the_pictures_in_the_project(thesis):
     choices = ["--index-from", *files, "--source", thesis.pictures]
     assert prepare.main(choices) == 0
     assert [record["label"] for record in data.read_index("index/worker1.pkl")] == [0, 1, 2]
-    assert [record["new_label"] for record in data.read_index("index/val_set.pkl")] == ["False", "True"]
+    assert [record["new_label"] for record in data.read_index("index/val_set.pkl")] == [
+        "False",
+        "True",
+    ]
     assert len(data.read_index("index/train_set.pkl")) == 5
     assert all(Path(record["dir"]).exists() for record in data.read_index("index/train_set.pkl"))
     made = json.loads(Path("index/prepared.json").read_text())
@@ -378,11 +513,18 @@ def test_another_import_has_pictures_of_its_own(thesis, tmp_path):
         eye(tmp_path / folder / "0.png", level)
         eye(tmp_path / folder / "1.png", level)
         where = [str(tmp_path / folder / name) for name in ("0.png", "1.png")]
-        files = [thesis(name, [0], picture=[f"{name}.png"], dir=[path])
-                 for name, path in zip(("worker1", "val_set"), where, strict=True)]
+        files = [
+            thesis(name, [0], picture=[f"{name}.png"], dir=[path])
+            for name, path in zip(("worker1", "val_set"), where, strict=True)
+        ]
         for file in files:
             (tmp_path / folder / Path(file).name).write_bytes(Path(file).read_bytes())
-        assert prepare.main(["--index-from", *(str(tmp_path / folder / Path(file).name) for file in files)]) == 0
+        assert (
+            prepare.main(
+                ["--index-from", *(str(tmp_path / folder / Path(file).name) for file in files)]
+            )
+            == 0
+        )
         picture = Image.open(data.read_index("index/worker1.pkl")[0]["dir"])
         assert (np.asarray(picture) == np.asarray(Image.open(where[0]))).all()
 
@@ -391,16 +533,23 @@ def test_a_dir_within_the_project_needs_no_source(thesis, tmp_path):
     Path("preprocessed").mkdir()
     for number in range(3):
         (tmp_path / "pictures" / f"007-000{number}-000.jpg").rename(f"preprocessed/{number}.jpg")
-    files = [thesis("worker1", [0, 1], dir=["preprocessed/0.jpg", "preprocessed/1.jpg"]),
-             thesis("val_set", [2], dir=["preprocessed/2.jpg"])]
+    files = [
+        thesis("worker1", [0, 1], dir=["preprocessed/0.jpg", "preprocessed/1.jpg"]),
+        thesis("val_set", [2], dir=["preprocessed/2.jpg"]),
+    ]
     assert prepare.main(["--index-from", *files]) == 0
     for record, number in zip(data.read_index("index/worker1.pkl"), (0, 1), strict=True):
-        assert (np.asarray(Image.open(record["dir"])) == np.asarray(Image.open(f"preprocessed/{number}.jpg"))).all()
+        assert (
+            np.asarray(Image.open(record["dir"]))
+            == np.asarray(Image.open(f"preprocessed/{number}.jpg"))
+        ).all()
 
 
 def test_what_does_not_fit_is_one_sentence(thesis, tmp_path, capsys):
     def sentence_for(*files, source=thesis.pictures):
-        assert prepare.main(["--index-from", *files, *(["--source", source] if source else [])]) == 1
+        assert (
+            prepare.main(["--index-from", *files, *(["--source", source] if source else [])]) == 1
+        )
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "Traceback" not in err
         return err
@@ -414,15 +563,21 @@ def test_what_does_not_fit_is_one_sentence(thesis, tmp_path, capsys):
     assert "do not fit together" in sentence_for(thesis("worker1", [0], new_label=["False"]), val)
     twice = thesis("worker1", [0, 0], label=[0, 1], new_label=["True", "False"])
     assert "have one name, or two grades" in sentence_for(twice, val)
-    assert "worker1 and train_set would be without images" in sentence_for(thesis("worker1", []), val)
+    assert "worker1 and train_set would be without images" in sentence_for(
+        thesis("worker1", []), val
+    )
     (tmp_path / "worker1.pkl").write_bytes(b"no pickle")
-    assert "is no DataFrame with the columns picture, label, dir, new_label" in sentence_for(worker, val)
+    assert "is no DataFrame with the columns picture, label, dir, new_label" in sentence_for(
+        worker, val
+    )
 
 
 def test_an_index_to_import_that_would_be_overwritten_is_refused(capsys):
     with pytest.raises(SystemExit) as ended:
         prepare.parse(["--index-from", "index/worker1.pkl", "elsewhere/val_set.pkl"])
-    assert ended.value.code == 2 and "--index-from must lie outside index/" in capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and "--index-from must lie outside index/" in capsys.readouterr().err
+    )
 
 
 def test_without_pandas_the_sentence_says_what_to_do(monkeypatch, capsys):

@@ -54,7 +54,9 @@ def test_nobody_is_answered_before_all_have_delivered_in_any_round(make_run):
         for round_number in range(1, 7):
             together.wait(60)
             delivered.append(round_number)
-            run.deliver(name, 100 * round_number + number, 1 + number, round_number=round_number).result()
+            run.deliver(
+                name, 100 * round_number + number, 1 + number, round_number=round_number
+            ).result()
             if delivered.count(round_number) < len(clients):
                 early.append((name, round_number))
 
@@ -76,16 +78,22 @@ def test_the_order_of_arrival_does_not_matter(make_run):
     for order in itertools.permutations(range(3)):
         calls = [run.deliver(names[order[0]], order[0], order[0] + 7)]
         for place in order[1:]:
-            until(lambda: len(run.rounds.uploads) == order.index(place), "the one before is counted")  # noqa: B023
+            counted = order.index(place)
+            until(lambda n=counted: len(run.rounds.uploads) == n, "the one before is counted")
             calls.append(run.deliver(names[place], place, place + 7))
         for call in calls:
             call.result()
         found.add(files.sha256_of(run.weights))
-    assert len(found) == 1 and run.holds(*((name, place + 7, place) for place, name in enumerate(names)))
+    assert len(found) == 1 and run.holds(
+        *((name, place + 7, place) for place, name in enumerate(names))
+    )
 
 
 def test_even_where_a_sum_depends_on_its_order(make_run):
-    names, large = ["client001", "client002", "client003"], [np.ones_like(tensor) for tensor in random_tensors(0)]
+    names, large = (
+        ["client001", "client002", "client003"],
+        [np.ones_like(tensor) for tensor in random_tensors(0)],
+    )
     uploads = [[1e20 * tensor for tensor in large], large, [-1e20 * tensor for tensor in large]]
     run = make_run(clients=names, rounds=6)
     for order in itertools.permutations(range(3)):
@@ -93,7 +101,9 @@ def test_even_where_a_sum_depends_on_its_order(make_run):
         calls.append(run.deliver(names[order[2]], uploads[order[2]]))
         for call in calls:
             call.result()
-        assert not any(tensor.any() for tensor in read_weights(run.weights))  # (1e20 + 1) - 1e20, in the names' order
+        assert not any(
+            tensor.any() for tensor in read_weights(run.weights)
+        )  # (1e20 + 1) - 1e20, in the names' order
 
 
 def test_answers_come_only_after_evaluation_and_history(make_run):
@@ -104,7 +114,10 @@ def test_answers_come_only_after_evaluation_and_history(make_run):
     assert state_on_disk(run)["round"] == 2 and run.holds(("client001", 1, 1)) and not call.ended
     opened.set()
     assert call.result() is False  # not the last round
-    assert len(state_on_disk(run)["history"]) == 1 and (run.folder / "history.csv").read_text().count("\n") == 2
+    assert (
+        len(state_on_disk(run)["history"]) == 1
+        and (run.folder / "history.csv").read_text().count("\n") == 2
+    )
 
 
 # --- repeats and replacements -------------------------------------------------------------------------------------
@@ -115,11 +128,16 @@ def test_a_repeat_counts_once_and_the_older_call_is_aborted(make_run):
     first = run.delivered("client001", 1, num_examples=5)
     second = run.delivered("client001", 1, num_examples=5)
     refused(first, "ABORTED", "client001", "again")
-    assert run.said[-1].startswith("round 1: client001 delivered 5 examples again, the same weights; have client001; waiting")
+    assert run.said[-1].startswith(
+        "round 1: client001 delivered 5 examples again, the same weights; have client001; waiting"
+    )
     run.deliver("client002", 2, num_examples=3).result()
     second.result()
     assert run.holds(("client001", 5, 1), ("client002", 3, 2))
-    assert state_on_disk(run)["history"][0]["clients"] == 2 and state_on_disk(run)["history"][0]["num_examples"] == 8
+    assert (
+        state_on_disk(run)["history"][0]["clients"] == 2
+        and state_on_disk(run)["history"][0]["num_examples"] == 8
+    )
 
 
 def test_before_the_freeze_a_new_upload_replaces_the_old_one(make_run):
@@ -142,7 +160,12 @@ def test_after_the_merge_the_same_bytes_are_answered_and_others_are_over(make_ru
     if restarted:
         run.restart()
     run.deliver("client001", 1, round_number=1).result()
-    refused(run.deliver("client001", 3, round_number=1), "FAILED_PRECONDITION", "client001", "round 1, which is over")
+    refused(
+        run.deliver("client001", 3, round_number=1),
+        "FAILED_PRECONDITION",
+        "client001",
+        "round 1, which is over",
+    )
     assert files.sha256_of(run.weights) == before and not run.rounds.uploads
 
 
@@ -179,8 +202,13 @@ def test_nobody_fetches_old_weights_under_a_new_number(make_run):
     number, digest, newer = waiting.result()
     with file, newer:
         import hashlib
-        assert number == 2 and hashlib.sha256(newer.read()).hexdigest() == digest == files.sha256_of(run.weights)
-        assert hashlib.sha256(file.read()).hexdigest() == old  # a download that began before goes on with its own file
+
+        assert number == 2 and hashlib.sha256(
+            newer.read()
+        ).hexdigest() == digest == files.sha256_of(run.weights)
+        assert (
+            hashlib.sha256(file.read()).hexdigest() == old
+        )  # a download that began before goes on with its own file
     call.result()
 
 
@@ -202,19 +230,33 @@ def test_a_delivery_whose_caller_has_gone_does_not_take_the_answer_from_the_next
     waiting.result()
 
 
-@pytest.mark.parametrize("what", ["another run", "an earlier round", "a later round", "a round after the last"])
+@pytest.mark.parametrize(
+    "what", ["another run", "an earlier round", "a later round", "a round after the last"]
+)
 def test_what_is_for_another_run_or_round_is_refused(make_run, what):
     run = make_run(clients=["client001"], rounds=2)
     run.deliver("client001", 1).result()
-    sent = {"another run": {"run": "other"}, "an earlier round": {"round_number": 1}, "a later round": {"round_number": 3},
-            "a round after the last": {"round_number": 3}}[what]
+    sent = {
+        "another run": {"run": "other"},
+        "an earlier round": {"round_number": 1},
+        "a later round": {"round_number": 3},
+        "a round after the last": {"round_number": 3},
+    }[what]
     if what == "a round after the last":
         run.deliver("client001", 2).result()
-    sentence = refused(run.deliver("client001", 5, **sent), "FAILED_PRECONDITION", "client001", "run run0", "fetch again")
+    sentence = refused(
+        run.deliver("client001", 5, **sent),
+        "FAILED_PRECONDITION",
+        "client001",
+        "run run0",
+        "fetch again",
+    )
     assert ("'other'" in sentence) == (what == "another run")
     assert not run.rounds.uploads
     with pytest.raises(Refused):
-        run.rounds.admit("client001", sent.get("run", "run0"), sent.get("round_number", 2), "0" * 64)
+        run.rounds.admit(
+            "client001", sent.get("run", "run0"), sent.get("round_number", 2), "0" * 64
+        )
 
 
 def test_who_goes_away_after_a_complete_upload_still_counts(make_run):
@@ -230,17 +272,24 @@ def test_who_goes_away_after_a_complete_upload_still_counts(make_run):
 def test_a_late_upload_whose_caller_has_gone_does_not_replace_the_one_that_is_waited_for(make_run):
     run = make_run(clients=["client001", "client002"])
     waiting = run.delivered("client001", 2, num_examples=5)
-    refused(run.deliver("client001", 1, num_examples=7, alive=lambda: False), "CANCELLED", "its earlier upload stays")
+    refused(
+        run.deliver("client001", 1, num_examples=7, alive=lambda: False),
+        "CANCELLED",
+        "its earlier upload stays",
+    )
     run.deliver("client002", 3).result()
     waiting.result()
     assert run.holds(("client001", 5, 2), ("client002", 1, 3))
 
 
-def test_an_upload_that_is_in_place_though_publishing_failed_counts_as_what_it_is(make_run, monkeypatch):
+def test_an_upload_that_is_in_place_though_publishing_failed_counts_as_what_it_is(
+    make_run, monkeypatch
+):
     """The rename was done, then the folder could not be opened or synchronized."""
     run = make_run(clients=["client001", "client002"])
     waiting, real = run.delivered("client001", 1, num_examples=5), os.open
     with monkeypatch.context() as patch:
+
         def out_of_files(path, *more):
             if str(path).endswith("client001"):
                 raise OSError(24, "Too many open files")
@@ -278,7 +327,9 @@ def clock(monkeypatch):
 
 
 def test_at_the_limit_those_who_are_there_are_merged_and_the_missing_named(make_run, clock):
-    run = make_run(clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60)
+    run = make_run(
+        clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60
+    )
     calls = [run.delivered("client003", 3, num_examples=4), run.delivered("client001", 1)]
     clock.now += 59
     run.rounds.wake()
@@ -291,12 +342,18 @@ def test_at_the_limit_those_who_are_there_are_merged_and_the_missing_named(make_
     row = state_on_disk(run)["history"][0]
     assert (row["clients"], row["missing"], row["num_examples"]) == (2, "client002", 5)
     assert any("without client002" in line for line in run.said)
-    assert (run.folder / "history.csv").read_text().splitlines()[1].split(",")[6:9] == ["2", "client002", "5"]
+    assert (run.folder / "history.csv").read_text().splitlines()[1].split(",")[6:9] == [
+        "2",
+        "client002",
+        "5",
+    ]
     refused(run.deliver("client002", 2, round_number=1), "FAILED_PRECONDITION", "over")
 
 
 def test_a_set_that_was_frozen_at_the_limit_stays_so_after_a_crash(make_run, clock):
-    run = make_run(clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60)
+    run = make_run(
+        clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60
+    )
     run.merge = lambda *_: 1 / 0
     calls = [run.delivered("client003", 3), run.delivered("client001", 1)]
     clock.now += 61
@@ -310,13 +367,21 @@ def test_a_set_that_was_frozen_at_the_limit_stays_so_after_a_crash(make_run, clo
 
 
 def test_at_the_limit_with_too_few_the_server_stops_and_tells_everyone(make_run, clock):
-    run = make_run(clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60)
+    run = make_run(
+        clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60
+    )
     call = run.delivered("client001", 1)
     clock.now += 61
     run.rounds.wake()
     with pytest.raises(TooFewClients):
         run.coordinator.result()
-    refused(call, "UNAVAILABLE", "have client001; waiting for client002, not seen yet; client003", "1 of at least 2", "60 s")
+    refused(
+        call,
+        "UNAVAILABLE",
+        "have client001; waiting for client002, not seen yet; client003",
+        "1 of at least 2",
+        "60 s",
+    )
     refused(run.deliver("client002", 2), "UNAVAILABLE")
     run.start()  # what was delivered is still there, and the limit counts anew
     assert set(run.rounds.uploads) == {"client001"}
@@ -363,7 +428,12 @@ class Killed(BaseException):
 def kill_at(monkeypatch, number, when):
     """The number-th publish from now on (of a file or of the state) raises, before or after it is done, and all later ones
     do: an event that says so."""
-    inner, count, lock, killed = files.publish, itertools.count(1), threading.Lock(), threading.Event()
+    inner, count, lock, killed = (
+        files.publish,
+        itertools.count(1),
+        threading.Lock(),
+        threading.Event(),
+    )
 
     def publish(written, path):
         with lock:
@@ -379,9 +449,13 @@ def kill_at(monkeypatch, number, when):
     return killed
 
 
-@pytest.mark.parametrize(("number", "when", "kept"), [
-    (1, "before", 1), (1, "after", 1), (2, "before", 1), (2, "after", 9)])  # publishes: the state, then the file
-def test_a_replacement_that_is_interrupted_leaves_one_of_both(make_run, monkeypatch, number, when, kept):
+@pytest.mark.parametrize(
+    ("number", "when", "kept"),
+    [(1, "before", 1), (1, "after", 1), (2, "before", 1), (2, "after", 9)],
+)  # publishes: the state, then the file
+def test_a_replacement_that_is_interrupted_leaves_one_of_both(
+    make_run, monkeypatch, number, when, kept
+):
     run = make_run(clients=["client001", "client002"])
     run.delivered("client001", 1, num_examples=5)
     with monkeypatch.context() as patch:
@@ -420,7 +494,9 @@ def test_an_interrupted_replacement_by_a_third_upload(make_run, monkeypatch):
                 run.deliver("client001", seed).result()
             run.stop()
         run.start()
-        assert run.rounds.uploads["client001"]["sha256"] == files.sha256_of(write_weights(run.folder / "one.h5", 1))
+        assert run.rounds.uploads["client001"]["sha256"] == files.sha256_of(
+            write_weights(run.folder / "one.h5", 1)
+        )
     run.deliver("client002", 2).result()
     assert run.holds(("client001", 1, 1), ("client002", 1, 2))
 
@@ -442,13 +518,25 @@ def test_killed_at_any_step_of_closing_a_round(make_run, monkeypatch, number, wh
         assert killed.wait(60)
         run.stop()
     run.start()
-    number = run.rounds.round  # 1 or 2 where both uploads were on disk and round 1 is closed as we look
-    last = [run.deliver("client001", 1, 3, round_number=1), run.deliver("client002", 2, round_number=1)] if number == 1 else []
+    number = (
+        run.rounds.round
+    )  # 1 or 2 where both uploads were on disk and round 1 is closed as we look
+    last = (
+        [
+            run.deliver("client001", 1, 3, round_number=1),
+            run.deliver("client002", 2, round_number=1),
+        ]
+        if number == 1
+        else []
+    )
     for call in last:
         call.result()
     if number < 3:
         assert run.holds(("client001", 3, 1), ("client002", 1, 2))
-    for call in [run.deliver("client001", 3, round_number=2), run.deliver("client002", 4, round_number=2)]:
+    for call in [
+        run.deliver("client001", 3, round_number=2),
+        run.deliver("client002", 4, round_number=2),
+    ]:
         assert call.result() is True
     run.coordinator.result()
     assert run.holds(("client001", 1, 3), ("client002", 1, 4))
@@ -472,7 +560,10 @@ def test_a_crash_between_merge_and_commit_merges_the_same_set_again(make_run):
     run.start()
     assert files.sha256_of(run.weights) == merged == run.rounds.state["weights_sha256"]
     assert run.holds(("client001", 5, 1), ("client002", 1, 2)) and run.rounds.round == 2
-    for call in [run.deliver("client001", 1, 5, round_number=1), run.deliver("client002", 2, round_number=1)]:
+    for call in [
+        run.deliver("client001", 1, 5, round_number=1),
+        run.deliver("client002", 2, round_number=1),
+    ]:
         call.result()
 
 
@@ -492,7 +583,10 @@ def test_a_round_that_cannot_be_closed_ends_everyones_wait(make_run, step):
     run.merge, run.evaluate = run.average, metrics
     run.start()
     run.deliver("client001", 1, round_number=1).result()
-    assert run.holds(("client001", 1, 1), ("client002", 1, 2)) and len(state_on_disk(run)["history"]) == 1
+    assert (
+        run.holds(("client001", 1, 1), ("client002", 1, 2))
+        and len(state_on_disk(run)["history"]) == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["state.json", "history.csv"])
@@ -555,7 +649,11 @@ def test_a_frozen_upload_that_is_gone_is_an_error_that_names_it(make_run):
 def test_the_state_is_readable_and_versioned(make_run):
     run = make_run(clients=["client001"])
     state = json.loads((run.folder / "state.json").read_text())
-    assert state["version"] == files.STATE_VERSION and state["round"] == 1 and state["clients"] == ["client001"]
+    assert (
+        state["version"] == files.STATE_VERSION
+        and state["round"] == 1
+        and state["clients"] == ["client001"]
+    )
 
 
 # --- peers that name no round -------------------------------------------------------------------------------------
@@ -574,7 +672,9 @@ def test_a_silent_peer_that_was_seen_to_fetch_delivers_for_that_round(make_run):
 
 def test_a_silent_peer_that_was_not_seen_to_fetch(make_run):
     run = make_run(clients=["client001", "client002"], rounds=3)
-    call = run.delivered("client001", 1, run=None, round_number=None)  # anything else counts for the open round
+    call = run.delivered(
+        "client001", 1, run=None, round_number=None
+    )  # anything else counts for the open round
     run.deliver("client002", 2).result()
     call.result()
     run.restart()
@@ -588,7 +688,12 @@ def test_a_silent_peer_that_was_not_seen_to_fetch(make_run):
 
 def test_a_silent_peer_of_unknown_round_is_refused_where_not_all_are_required(make_run):
     run = make_run(clients=["client001", "client002"], min_clients=1, round_timeout_s=600)
-    refused(run.deliver("client001", 1, run=None, round_number=None), "FAILED_PRECONDITION", "did not fetch", "open round is 1")
+    refused(
+        run.deliver("client001", 1, run=None, round_number=None),
+        "FAILED_PRECONDITION",
+        "did not fetch",
+        "open round is 1",
+    )
 
 
 # --- the end ------------------------------------------------------------------------------------------------------

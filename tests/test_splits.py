@@ -12,7 +12,10 @@ from datasets import Photo
 def make_photos(counts, per_patient=1, part=""):
     """Photos with `counts[grade]` images of each grade, so many a patient, without files."""
     grades = np.repeat(range(5), counts)
-    return [Photo(None, int(grade), f"patient {i // per_patient}", part, f"{i:05d}") for i, grade in enumerate(grades)]
+    return [
+        Photo(None, int(grade), f"patient {i // per_patient}", part, f"{i:05d}")
+        for i, grade in enumerate(grades)
+    ]
 
 
 def grades_of(photos):
@@ -30,9 +33,13 @@ def test_a_fifth_of_each_grade_is_held_out():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=30, max_size=120), st.integers(1, 5), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 4), min_size=30, max_size=120), st.integers(1, 5), st.integers(0, 99)
+)
 def test_a_patient_is_never_on_both_sides(grades, per_patient, seed):
-    photos = [Photo(None, grade, str(i // per_patient), "", str(i)) for i, grade in enumerate(grades)]
+    photos = [
+        Photo(None, grade, str(i // per_patient), "", str(i)) for i, grade in enumerate(grades)
+    ]
     train, val = splits.choose_validation(photos, False, np.random.default_rng(seed))
     assert not {photo.patient for photo in train} & {photo.patient for photo in val}
     assert len(train) + len(val) == len(photos)
@@ -48,7 +55,9 @@ def test_published_parts_are_kept_and_a_patient_of_both_is_taken_from_training()
 
 
 def test_balanced_is_the_thesis_draw_from_all_parts_of_ddr():
-    photos = make_photos([3000, 630, 4477, 236, 913], part="train") + make_photos([3266, 0, 0, 0, 0], part="test")
+    photos = make_photos([3000, 630, 4477, 236, 913], part="train") + make_photos(
+        [3266, 0, 0, 0, 0], part="test"
+    )
     photos = [photo._replace(patient=str(i)) for i, photo in enumerate(photos)]
     train, val = splits.choose_validation(photos, True, rng())
     assert (len(train), len(val)) == (10_000, 2_522)
@@ -56,7 +65,9 @@ def test_balanced_is_the_thesis_draw_from_all_parts_of_ddr():
 
 
 def test_one_side_without_images_is_refused():
-    with pytest.raises(ValueError, match="found 2 images to train on and 0 to validate: expected some of each"):
+    with pytest.raises(
+        ValueError, match="found 2 images to train on and 0 to validate: expected some of each"
+    ):
         splits.choose_validation(make_photos([2, 0, 0, 0, 0], part="train"), False, rng())
 
 
@@ -75,7 +86,9 @@ def test_every_image_goes_to_one_client_and_the_shared_ones_to_all(grades, num_c
     assert sum(sizes) == len(photos) + share * (num_clients - 1)
     everywhere = set.intersection(*({photo.name for photo in client} for client in clients))
     assert len(everywhere) == (share if num_clients > 1 else len(photos))
-    assert set().union(*({photo.name for photo in client} for client in clients)) == {photo.name for photo in photos}
+    assert set().union(*({photo.name for photo in client} for client in clients)) == {
+        photo.name for photo in photos
+    }
     for client in clients:
         assert len({photo.name for photo in client}) == len(client)
 
@@ -95,7 +108,9 @@ def test_noniid_is_the_thesis_table():
 
 def test_a_small_alpha_is_more_unequal_than_a_large_one():
     def spread(alpha):
-        clients = splits.split(make_photos([450, 45, 324, 18, 63]), "dirichlet", 4, rng(), alpha=alpha)
+        clients = splits.split(
+            make_photos([450, 45, 324, 18, 63]), "dirichlet", 4, rng(), alpha=alpha
+        )
         assert sum(map(len, clients)) == 900 and min(map(len, clients)) >= 10
         return np.std([grades_of(client)[0] / len(client) for client in clients])
 
@@ -105,14 +120,20 @@ def test_a_small_alpha_is_more_unequal_than_a_large_one():
 @pytest.mark.parametrize("how", ["iid", "noniid", "dirichlet"])
 def test_the_same_seed_splits_alike_and_another_otherwise(how):
     photos = make_photos([450, 45, 324, 18, 63])
-    once, again = (splits.split(photos, how, 3, np.random.default_rng(5), share=20) for _ in range(2))
+    once, again = (
+        splits.split(photos, how, 3, np.random.default_rng(5), share=20) for _ in range(2)
+    )
     assert once == again != splits.split(photos, how, 3, np.random.default_rng(6), share=20)
 
 
 def test_too_few_images_are_refused():
-    with pytest.raises(ValueError, match="5 training images are too few for 0 shared ones and 6 clients"):
+    with pytest.raises(
+        ValueError, match="5 training images are too few for 0 shared ones and 6 clients"
+    ):
         splits.split(make_photos([5, 0, 0, 0, 0]), "iid", 6, rng())
-    with pytest.raises(ValueError, match="5 training images are too few for 4 shared ones and 3 clients"):
+    with pytest.raises(
+        ValueError, match="5 training images are too few for 4 shared ones and 3 clients"
+    ):
         splits.split(make_photos([5, 0, 0, 0, 0]), "iid", 3, rng(), share=4)
     with pytest.raises(ValueError, match="worker1 would get none of 3 images"):
         splits.split(make_photos([0, 0, 3, 0, 0]), "noniid", 3, rng())

@@ -17,8 +17,12 @@ from generated import todo_pb2
 def seed_messages(content, name, size):
     """The thesis demo's own cutting, from its description: one base64 text in pieces of 100,000 characters."""
     text = base64.b64encode(content).decode()
-    return [todo_pb2.modelWeight(model=text[i * 100_000 : (i + 1) * 100_000], clientname=name, clientsize=size)
-            for i in range(math.ceil(len(text) / 100_000))]
+    return [
+        todo_pb2.modelWeight(
+            model=text[i * 100_000 : (i + 1) * 100_000], clientname=name, clientsize=size
+        )
+        for i in range(math.ceil(len(text) / 100_000))
+    ]
 
 
 @pytest.fixture
@@ -38,17 +42,30 @@ def test_base64_is_the_seeds_form_byte_for_byte(tmp_path, size):
 
 def test_no_message_is_larger_than_the_seed_accepts(tmp_path, content):
     for name in ("client001", "c" * 30, "c" * 64):
-        messages = list(weights.base64_messages(tmp_path / "file.h5", f"{name}/client_weights.h5", 2**31 - 1))
+        messages = list(
+            weights.base64_messages(tmp_path / "file.h5", f"{name}/client_weights.h5", 2**31 - 1)
+        )
         assert max(message.ByteSize() for message in messages) <= 100_050
-        assert max(message.ByteSize() - len(message.model) for message in messages) - 4 < 46 or name != "client001"
+        assert (
+            max(message.ByteSize() - len(message.model) for message in messages) - 4 < 46
+            or name != "client001"
+        )
         weights.spool(messages, tmp_path / "back.h5", 3_000_000)
         assert (tmp_path / "back.h5").read_bytes() == content
 
 
 def test_blob_goes_in_pieces_of_a_mebibyte_and_names_the_client_once(tmp_path, content):
     messages = list(weights.blob_messages(tmp_path / "file.h5", "client001", 300))
-    assert [len(message.blob) for message in messages] == [0, 1 << 20, 1 << 20, len(content) - (2 << 20)]
-    assert [(message.clientname, message.clientsize) for message in messages] == [("client001", 300), *[("", 0)] * 3]
+    assert [len(message.blob) for message in messages] == [
+        0,
+        1 << 20,
+        1 << 20,
+        len(content) - (2 << 20),
+    ]
+    assert [(message.clientname, message.clientsize) for message in messages] == [
+        ("client001", 300),
+        *[("", 0)] * 3,
+    ]
     weights.spool(messages, tmp_path / "back.h5", len(content))
     assert (tmp_path / "back.h5").read_bytes() == content
 
@@ -60,22 +77,36 @@ def test_base64_cut_anywhere_is_joined(tmp_path_factory, data, cuts):
     for cut in cuts:
         pieces.append(text[:cut])
         text = text[cut:]
-    weights.spool([todo_pb2.modelWeight(model=piece) for piece in [*pieces, text]], folder / "back", 1000)
+    weights.spool(
+        [todo_pb2.modelWeight(model=piece) for piece in [*pieces, text]], folder / "back", 1000
+    )
     assert (folder / "back").read_bytes() == data
 
 
-@pytest.mark.parametrize("pieces, reason", [
-    (["QUJD", "Q!=="], "not base64"), (["QUI=", "QUJD"], "goes on behind its end"), (["QUJ"], "left over"),
-    (["QU JD"], "base64|left over"), ([""], "0 bytes"), ([], "0 bytes"), (["QUJD" * 300], "larger than"),
-])
+@pytest.mark.parametrize(
+    "pieces, reason",
+    [
+        (["QUJD", "Q!=="], "not base64"),
+        (["QUI=", "QUJD"], "goes on behind its end"),
+        (["QUJ"], "left over"),
+        (["QU JD"], "base64|left over"),
+        ([""], "0 bytes"),
+        ([], "0 bytes"),
+        (["QUJD" * 300], "larger than"),
+    ],
+)
 def test_bad_text_is_refused(tmp_path, pieces, reason):
     with pytest.raises(ValueError, match=reason):
-        weights.spool([todo_pb2.modelWeight(model=piece) for piece in pieces], tmp_path / "back", 800)
+        weights.spool(
+            [todo_pb2.modelWeight(model=piece) for piece in pieces], tmp_path / "back", 800
+        )
 
 
 def test_a_stream_is_of_one_client_and_one_form(tmp_path):
     def spool(*messages):
-        weights.spool([todo_pb2.modelWeight(**message) for message in messages], tmp_path / "back", 800)
+        weights.spool(
+            [todo_pb2.modelWeight(**message) for message in messages], tmp_path / "back", 800
+        )
 
     first = {"blob": b"x", "clientname": "client001", "clientsize": 3}
     with pytest.raises(ValueError, match="goes on as 'client002'"):
@@ -91,9 +122,26 @@ def test_a_stream_is_of_one_client_and_one_form(tmp_path):
 
 
 def test_names():
-    assert weights.client_of("client001") == weights.client_of("client001/client_weights.h5") == "client001"
-    for bad in ("", "../x", "/etc/passwd", "client001/other.h5", "a/b/client_weights.h5", "client001/", "a b", "ä", ".hidden",
-                "client001\n", "c" * 65, "c" * 10_000, "client001\0"):
+    assert (
+        weights.client_of("client001")
+        == weights.client_of("client001/client_weights.h5")
+        == "client001"
+    )
+    for bad in (
+        "",
+        "../x",
+        "/etc/passwd",
+        "client001/other.h5",
+        "a/b/client_weights.h5",
+        "client001/",
+        "a b",
+        "ä",
+        ".hidden",
+        "client001\n",
+        "c" * 65,
+        "c" * 10_000,
+        "client001\0",
+    ):
         with pytest.raises(ValueError, match="refused: expected"):
             weights.client_of(bad)
 
@@ -101,7 +149,9 @@ def test_names():
 def test_fedavg_by_hand(tmp_path):
     shapes = [("dense", (2,)), ("dense", ())]
     a = write_weights(tmp_path / "a.h5", [np.float32([1, 2]), np.float32(0)], shapes)
-    b = write_weights(tmp_path / "b.h5", [np.float32([5, 10]), np.float32(4)], shapes, root="model_weights")
+    b = write_weights(
+        tmp_path / "b.h5", [np.float32([5, 10]), np.float32(4)], shapes, root="model_weights"
+    )
     digest = weights.fedavg([a, b], [1, 3], a, tmp_path / "merged.h5")
     merged = read_weights(tmp_path / "merged.h5")
     assert merged[0].tolist() == [4, 8] and merged[1] == 3
