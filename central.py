@@ -9,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-from script import at_least, exit_on_signals, fail, pixels, say
+from common.script import at_least, exit_on_signals, fail, pixels, say
 
 # isort: split
 import data
-import files
 import model
-from rounds import HISTORY_COLUMNS
+from common import files
+from federation.rounds import HISTORY_COLUMNS
 
 
 def main(argv=None):

@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from files import replacing
+from common.files import replacing
 
 COLUMNS = {"picture": str, "label": int, "dir": str, "new_label": str}
 GRADES = 5
@@ -161,7 +161,7 @@ def load_images(records, image_size, spill=None):
 
 
 def _load_image(path, image_size):
-    from photos import open_image
+    from preparation.photos import open_image
 
     return np.asarray(open_image(path).resize((image_size, image_size)))
 

@@ -14,8 +14,8 @@ import h5py
 import numpy as np
 
 import data
-import weights
-from files import replacing
+from common.files import replacing
+from federation import weights
 
 ARCHS = {"drcnn": 128, "vgg16": 224}  # architecture: default image size, pixels a side
 

@@ -8,15 +8,15 @@ import json
 import sys
 from pathlib import Path
 
-from script import exit_on_signals, fail
+from common.script import exit_on_signals, fail
 
 # isort: split
 import numpy as np
 from PIL import Image
 
-import files
 import model
-import photos
+from common import files
+from preparation import photos
 
 DRAWN = "  (the model was trained on drawn images: its score of a photograph says nothing)"
 

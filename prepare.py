@@ -21,19 +21,15 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from script import at_least, exit_on_signals, fail, pixels
+from common.script import at_least, exit_on_signals, fail, pixels
 
 # isort: split
 import numpy as np
 from PIL import Image
 
 import data
-import datasets
-import fundus
-import overview
-import photos
-import splits
-from files import alone_in, clean, publish_text, replacing, sha256_of
+from common.files import alone_in, clean, publish_text, replacing, sha256_of
+from preparation import datasets, fundus, overview, photos, splits
 
 PREPARED = Path("index/prepared.json")
 

@@ -14,13 +14,13 @@ import re
 import sys
 from pathlib import Path
 
-from script import exit_on_signals, fail, say
+from common.script import exit_on_signals, fail, say
 
 # isort: split
 import data
-import files
 import model
-from intervals import METRICS, measure
+from common import files
+from reporting.metrics import METRICS, measure
 
 CLIENT_IMAGES = 500  # of each client, or of more every n-th: vgg16 takes 0.3 s an image
 
@@ -41,7 +41,7 @@ def main(argv=None):
             raise ValueError(
                 "the report needs matplotlib and scikit-learn: pip install -r requirements-report.txt"
             )
-        from report_page import page
+        from reporting.page import page
 
         run = load(args)
         files.publish_text(out, page(run))

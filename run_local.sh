@@ -42,7 +42,9 @@ names=$(seq -f 'client%03g' -s, 1 "$clients")
 
 # A finished run makes room for a new one; an unfinished one goes on, on the data that it began with.
 state=$($python -c "
-import files, script, sys
+from common import files
+from common import script
+import sys
 try:
     with files.alone_in('server'):
         state = None if sys.argv[1:] else files.load_state('server/state.json', ('rounds', 'history'))

@@ -17,15 +17,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from script import at_least, exit_on_signals, fail, pixels, say, seconds
+from common.script import at_least, exit_on_signals, fail, pixels, say, seconds
 
 # isort: split
 import grpc
 
-import files
 import model
-import tls
-import weights
+from common import files
+from federation import tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 HISTORY_COLUMNS = "round,epoch,loss,accuracy,num_examples,seconds".split(",")

@@ -17,11 +17,19 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-import files
-import tls
-from rounds import Refused, Rounds, TooFewClients, new_state
-from script import at_least, exit_on_signals, fail, keep_heap_small, pixels, seconds, trim_heap
-from script import say as say_as
+from common import files
+from common.script import (
+    at_least,
+    exit_on_signals,
+    fail,
+    keep_heap_small,
+    pixels,
+    seconds,
+    trim_heap,
+)
+from common.script import say as say_as
+from federation import tls
+from federation.rounds import Refused, Rounds, TooFewClients, new_state
 
 LAST_ANSWER_S = (
     30  # how long a finished server stays for clients that have not heard its last answer
@@ -133,7 +141,7 @@ def parse(argv):
 
 
 def checked_names(parser, text):
-    from weights import client_of
+    from federation.weights import client_of
 
     names = text.split(",")
     try:
@@ -215,7 +223,7 @@ def begin(arguments):
 def open_rounds(arguments, state, examples):
     """The Rounds of this run, with whatever a crash interrupted finished."""
     import data
-    import weights
+    from federation import weights
 
     folder = arguments.server_dir
     path = folder / "server_weight.h5"
@@ -260,7 +268,7 @@ def open_rounds(arguments, state, examples):
 
 def listen(arguments, rounds):
     """A started gRPC server."""
-    from service import create_server
+    from federation.service import create_server
 
     local, credentials = (
         tls.is_this_machine(arguments.listen),

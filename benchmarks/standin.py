@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import h5py
 import numpy as np
 
-import weights
-from files import publish, temporary
-from script import keep_heap_small
+from common.files import publish, temporary
+from common.script import keep_heap_small
+from federation import weights
 
 ARCHS = {"drcnn": 128, "vgg16": 224}
 

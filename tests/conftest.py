@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 import data
-import files
 import model
-import weights
-from rounds import Rounds, new_state
+from common import files
+from federation import weights
+from federation.rounds import Rounds, new_state
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [

@@ -31,7 +31,7 @@ from conftest import write_weights
 from google.protobuf.message import DecodeError
 
 import data
-import weights
+from federation import weights
 from generated import todo_pb2
 
 INPUT_S, MEMORY_BYTES = 10, 600 << 20

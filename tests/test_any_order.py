@@ -30,9 +30,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-import files
-import rounds
-from rounds import Refused, TooFewClients
+from common import files
+from federation import rounds
+from federation.rounds import Refused, TooFewClients
 
 CLIENTS = ["client001", "client002", "client003"]
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder that no disk slows down

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHAPES, Run, random_tensors, until, write_weights
 
-import files
-import service
-import weights
+from common import files
+from federation import service, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 MAX_EXAMPLES = 1000
@@ -536,7 +535,8 @@ def test_a_file_on_which_the_library_itself_fails_is_refused(tmp_path, monkeypat
     }[bug]
     program.write_text(f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import json, weights
+import json
+from federation import weights
 inner = weights.check
 def check(path, expected):
     if open(path, "rb").read(3) == b"BAD":

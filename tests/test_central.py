@@ -6,11 +6,11 @@ import pytest
 
 import central
 import data
-import files
 import model
-import rounds
 import todoClient
 import todoServer
+from common import files
+from federation import rounds
 
 
 @pytest.fixture

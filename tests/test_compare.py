@@ -29,7 +29,8 @@ def compare(tmp_path):
     """compare(flag ...) -> Started, in a copy of the project; it ends with its test."""
     for path in (*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("requirements*.txt")):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "generated", tmp_path / "generated")
+    for room in ("generated", "common", "federation", "preparation", "reporting"):
+        shutil.copytree(ROOT / room, tmp_path / room)
     started = []
 
     def begin(*flags):

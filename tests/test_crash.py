@@ -29,9 +29,9 @@ from conftest import (
     write_weights,
 )
 
-import files
 import model
-import rounds
+from common import files
+from federation import rounds
 
 CLIENTS = ["client001", "client002"]
 ROUNDS = 3
@@ -129,7 +129,7 @@ def life(script, arguments, folder, code_file, number, how):
     for name, stand_in in STAND_INS.items():
         setattr(model, name, stand_in)
     import todoClient
-    import weights
+    from federation import weights
 
     todoClient.FIRST_PAUSE_S = 0.05
     weights.Checker = lambda expected: (

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import datasets
+from preparation import datasets
 
 ROOT = Path(__file__).parents[1]
 IDRID = ROOT.parent / "shared" / "fundus" / "idrid"
@@ -253,7 +253,7 @@ def test_retinamnist_is_downloaded_once_and_checked(tmp_path):
     server = ThreadingHTTPServer(("localhost", 0), partial(Quiet, directory=web))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = f"""
-import datasets
+from preparation import datasets
 def attempt(url, md5, image_size=128):
     datasets.RETINAMNIST_URL, datasets.RETINAMNIST_MD5 = url, {{128: md5, 224: md5}}
     try:

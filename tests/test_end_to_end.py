@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import averaged, read_weights, same_bits, start_server
 
-import rounds
+from federation import rounds
 
 CLIENTS = ["client001", "client002", "client003"]
 

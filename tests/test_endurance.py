@@ -9,9 +9,8 @@ import grpc
 import pytest
 from conftest import client_script, make_data, server_script, start_server, until, write_weights
 
-import files
-import service
-import weights
+from common import files
+from federation import service, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 

@@ -22,12 +22,12 @@ from conftest import (
     write_weights,
 )
 
-import files
 import todoClient
 import todoServer
-import weights
+from common import files
+from federation import weights
+from federation.service import create_server
 from generated import todo_pb2, todo_pb2_grpc
-from service import create_server
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
@@ -176,7 +176,7 @@ def test_with_all_gone_and_a_limit_the_server_is_gone_too(start, begun):
 
 def test_a_merge_that_fails_is_exit_1_and_everyone_is_told(start, begun):
     site = begun(clients=["client001"])
-    full = "import weights\ndef fedavg(*_, **__): raise OSError(28, 'No space left on device')\nweights.fedavg = fedavg"
+    full = "from federation import weights\ndef fedavg(*_, **__): raise OSError(28, 'No space left on device')\nweights.fedavg = fedavg"
     server = start(holding(site, "todoServer", full), "--listen", "localhost:0", cwd=site)
     address = server.wait_for(r"listening on (\S+)")[1]
     with pytest.raises(grpc.RpcError) as caught:
@@ -696,5 +696,5 @@ def test_no_script_loads_tensorflow_before_it_needs_it(start, begun):
     begun()
     import subprocess
 
-    code = "import todoServer, todoClient, service, sys; assert not {'tensorflow', 'keras'} & set(sys.modules)"
+    code = "import todoServer, todoClient, federation.service, sys; assert not {'tensorflow', 'keras'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

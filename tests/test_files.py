@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import files
+from common import files
 
 
 def test_publish_replaces_whole_and_flushes_first(tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_what_no_servers_run_wrote_is_not_moved(tmp_path):
 
 def test_a_folder_is_one_processs_until_that_ends_however_it_ends(tmp_path):
     folder = tmp_path / "new" / "server"
-    code = "import files, sys\nwith files.alone_in(sys.argv[1]): print('there', flush=True); sys.stdin.read()"
+    code = "import sys\nfrom common import files\nwith files.alone_in(sys.argv[1]): print('there', flush=True); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", code, folder],
         cwd=ROOT,

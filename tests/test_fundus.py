@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import fundus
 import model
+from preparation import fundus
 
 
 def drawn_set(count, seed, image_size=128, lesions=True):

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, Started, make_data, start_server
 
-import files
+from common import files
 
 CLIENTS = ["client001", "client002", "client003"]
 SERVER = "10.77.0.1"
@@ -19,7 +19,8 @@ CUT_S = 60
 SLOW_UPLOADS = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import todoClient, weights
+import todoClient
+from federation import weights
 weights.BLOB_BYTES = 20_000
 whole = weights.blob_messages
 def slowly(*arguments):

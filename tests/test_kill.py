@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import ROOT, Started, free_port, make_data, until
 
-import files
+from common import files
 
 CLIENTS = ["client001", "client002"]
 HOLDING = f"""
@@ -16,7 +16,11 @@ HOLDING = f"""
 # killed there. It stands still once: the file is renamed to held-POINT.
 import pathlib, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import data, files, model, rounds, weights
+import data
+from common import files
+import model
+from federation import rounds
+from federation import weights
 
 def hold(point):
     asked = pathlib.Path("hold-" + point)

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import data
 import model
-import weights
+from federation import weights
 
 
 @pytest.fixture(scope="module", autouse=True)

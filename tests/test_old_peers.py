@@ -9,9 +9,9 @@ from seed_peer import SeedServer, seed_client
 import data
 import model
 import todoClient
-import weights
-from rounds import Rounds, new_state
-from service import create_server
+from federation import weights
+from federation.rounds import Rounds, new_state
+from federation.service import create_server
 
 LARGE = [
     ("conv", (3, 3, 64, 64)),

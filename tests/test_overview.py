@@ -5,7 +5,7 @@ import sys
 import pytest
 from PIL import Image
 
-import overview
+from preparation import overview
 
 
 def records_of(grades):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import photos
+from preparation import photos
 
 IDRID = (
     Path(__file__).parents[2]

@@ -13,11 +13,10 @@ from conftest import ROOT
 from PIL import Image
 from test_report import finished_run
 
-import files
-import fundus
 import model
-import photos
 import predict
+from common import files
+from preparation import fundus, photos
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from conftest import make_data
 from PIL import Image
 
 import data
-import files
-import intervals
 import model
 import report
-import rounds
+from common import files
+from federation import rounds
+from reporting import metrics as intervals
 
 SECTIONS = ["summary", "curves", "errors", "missed", "clients", "time"]
 COMPARED = "series,round,loss,accuracy,auc,sensitivity,specificity\n" + "".join(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import Call, metrics, random_tensors, read_weights, until, write_weights
 
-import files
-import rounds
-from rounds import HISTORY_COLUMNS, Refused, TooFewClients
+from common import files
+from federation import rounds
+from federation.rounds import HISTORY_COLUMNS, Refused, TooFewClients
 
 
 def refused(call, code, *words):

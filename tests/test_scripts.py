@@ -61,7 +61,15 @@ def test_the_server_runs_with_a_small_heap_or_the_users_own_settings(start, begu
 
 @pytest.mark.parametrize(
     "module",
-    ["todoServer", "todoClient", "service", "rounds", "weights", "data", "prepare", "model"],
+    [
+        "todoServer",
+        "todoClient",
+        "federation.service",
+        "federation.rounds",
+        "data",
+        "prepare",
+        "model",
+    ],
 )
 def test_tensorflow_loads_only_when_it_is_needed(module):
     shown = run(

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import splits
-from datasets import Photo
+from preparation import splits
+from preparation.datasets import Photo
 
 
 def make_photos(counts, per_patient=1, part=""):

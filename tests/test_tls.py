@@ -14,12 +14,10 @@ import pytest
 from conftest import ROOT, Run, make_data, until, write_weights
 from seed_peer import LIMITS, cut
 
-import files
-import service
-import tls
 import todoClient
 import todoServer
-import weights
+from common import files
+from federation import service, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 

@@ -10,7 +10,7 @@ from conftest import averaged, random_tensors, read_weights, same_bits, write_we
 from hypothesis import given
 from hypothesis import strategies as st
 
-import weights
+from federation import weights
 from generated import todo_pb2
 
 

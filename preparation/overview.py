@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from files import replacing
+from common.files import replacing
 
 GRADES = ("none", "mild", "moderate", "severe", "proliferative")
 COLUMNS, CELL = 12, 128  # pictures in a row of the contact sheet, and pixels a side of each

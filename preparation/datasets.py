@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from common.files import replacing
 from data import COLUMNS
-from files import replacing
 
 RETINAMNIST_URL = "https://zenodo.org/records/10519652/files/{name}?download=1"
 RETINAMNIST_MD5 = {128: "e48e916a24454daf90583d4e6efb1a18", 224: "eae7e3b6f3fcbda4ae613ebdcbe35348"}

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, roc_curve
 
 import data
-from intervals import METRICS, wilson
-from overview import GRADES, count
-from photos import open_image
+from preparation.overview import GRADES, count
+from preparation.photos import open_image
+from reporting.metrics import METRICS, wilson
 
 WORST = 6  # images in each gallery
 GRADE_COLOURS = ("#9cc3e6", "#f6d77c", "#f0a35e", "#dc6b4a", "#94303f")

@@ -13,7 +13,7 @@ the state, so that a server killed between any two goes on where it was:
 import threading
 import time
 
-from files import publish, publish_rows, save_state, sha256_of
+from common.files import publish, publish_rows, save_state, sha256_of
 
 HISTORY_COLUMNS = (
     "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds"

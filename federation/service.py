@@ -8,11 +8,10 @@ from contextlib import contextmanager, nullcontext
 
 import grpc
 
-import files
-import tls
-import weights
+from common import files
+from federation import tls, weights
+from federation.rounds import Refused
 from generated import todo_pb2, todo_pb2_grpc
-from rounds import Refused
 
 STALL_S = 30  # an upload or download without progress for so long is ended
 FIRST_MESSAGE_S = (

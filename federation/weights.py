@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 import h5py
 import numpy as np
 
-from files import replacing, sha256_of
+from common.files import replacing, sha256_of
 from generated import todo_pb2
 
 BLOB_BYTES = 1 << 20  # the fastest piece on the wire (DESIGN: 256 KiB and 4 MiB are slower)
@@ -31,6 +31,7 @@ SLAB_ELEMENTS = (
 )  # tensors are read and averaged in slabs of this size: memory does not follow the model
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SEED_FILE_NAME = "client_weights.h5"
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECK_S = 20  # and a second for each 10 MB: what checking a file may take
 
 
@@ -249,6 +250,7 @@ class Checker:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": ROOT},
                     start_new_session=True,
                 )  # Ctrl-C in a terminal is not for it
             limit = threading.Timer(CHECK_S + os.path.getsize(path) / 1e7, self.process.kill)

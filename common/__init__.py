@@ -1,0 +1,1 @@
+"""What every script and every room uses. Standard library only, below everything else."""

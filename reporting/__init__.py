@@ -1,0 +1,1 @@
+"""Scores with their intervals, and the HTML page that shows them."""
