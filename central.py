@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from common.script import at_least, exit_on_signals, fail, pixels, say
+from common.script import at_least, exit_on_signals, fail, pixels, say, start_script
 
-# isort: split
+if __name__ == "__main__":
+    start_script()  # before the packages, so that a missing one is a sentence
+
 import data
 import model
 from common import files

@@ -12,10 +12,11 @@ import io
 import os
 import pickle
 import pickletools
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -59,6 +60,15 @@ def load_plain(content):
         ):
             raise NotPlain(f"it is made to cost memory or a crash (operation {operation.name})")
     return PlainUnpickler(io.BytesIO(content)).load()
+
+
+def worker_index(client, index_dir="index"):
+    """The index that `client` trains on unless told otherwise: client007 has worker7.pkl.
+
+    None for a name that ends in no number.
+    """
+    number = re.search(r"\d+$", client)
+    return Path(index_dir) / f"worker{int(number[0])}.pkl" if number else None
 
 
 def write_index(path, records):

@@ -8,9 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-from common.script import exit_on_signals, fail
+from common.script import exit_on_signals, fail, start_script
 
-# isort: split
+if __name__ == "__main__":
+    start_script()  # before the packages, so that a missing one is a sentence
+
 import numpy as np
 from PIL import Image
 

@@ -21,9 +21,11 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from common.script import at_least, exit_on_signals, fail, pixels
+from common.script import at_least, exit_on_signals, fail, pixels, start_script
 
-# isort: split
+if __name__ == "__main__":
+    start_script()  # before the packages, so that a missing one is a sentence
+
 import numpy as np
 from PIL import Image
 

@@ -10,13 +10,14 @@ import argparse
 import csv
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 
-from common.script import exit_on_signals, fail, say
+from common.script import exit_on_signals, fail, say, start_script
 
-# isort: split
+if __name__ == "__main__":
+    start_script()  # before the packages, so that a missing one is a sentence
+
 import data
 import model
 from common import files
@@ -87,8 +88,8 @@ def load(args):
 
 def load_site(name, index_dir, run, network):
     """(training history of this run, records, measured) of a client; empty for one that trained on another machine."""
-    left, number = files.load_state(Path(name) / "state.json"), re.search(r"\d+$", name)
-    path = index_dir / f"worker{int(number[0])}.pkl" if number else index_dir / f"{name}.pkl"
+    left = files.load_state(Path(name) / "state.json")
+    path = data.worker_index(name, index_dir) or index_dir / f"{name}.pkl"
     if not left or left["run"] != run["run"]:
         return [], [], {}
     records, measured = data.read_index(path) if path.exists() else [], {}

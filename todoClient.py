@@ -10,18 +10,29 @@ answered, 130 Ctrl-C, 143 SIGTERM.
 
 import argparse
 import random
-import re
 import sys
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.script import at_least, exit_on_signals, fail, pixels, say, seconds
+from common.script import (
+    at_least,
+    client_name,
+    exit_on_signals,
+    fail,
+    pixels,
+    say,
+    seconds,
+    start_script,
+)
 
-# isort: split
+if __name__ == "__main__":
+    start_script()  # before the packages, so that a missing one is a sentence
+
 import grpc
 
+import data
 import model
 from common import files
 from federation import tls, weights
@@ -100,7 +111,12 @@ def parse(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--name", required=True, help="who this is, as the server's --clients has it")
+    add(
+        "--name",
+        required=True,
+        type=client_name,
+        help="who this is, as the server's --clients has it",
+    )
     add("--server", default="localhost:50051", metavar="HOST:PORT", help="(default: %(default)s)")
     add(
         "--epochs",
@@ -157,16 +173,11 @@ def parse(argv):
     )
     arguments = parser.parse_args(argv)
     tls.check_arguments(parser, arguments, arguments.server, bool(arguments.tls_ca))
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
-        parser.error(
-            f"--name {arguments.name[:80]!r}: expected letters, digits, '.', '_', '-', at most 64"
-        )
+    arguments.index = arguments.index or data.worker_index(arguments.name)
     if arguments.index is None:
-        if not (number := re.search(r"\d+$", arguments.name)):
-            parser.error(
-                f"--name {arguments.name} ends in no number: say which images are its own with --index FILE"
-            )
-        arguments.index = Path("index") / f"worker{int(number[0])}.pkl"
+        parser.error(
+            f"--name {arguments.name} ends in no number: say which images are its own with --index FILE"
+        )
     arguments.client_dir = arguments.client_dir or Path(arguments.name)
     return arguments
 
@@ -179,8 +190,6 @@ class Site:
     """
 
     def __init__(self, arguments):
-        import data
-
         self.arguments, self.name = arguments, arguments.name
         files.clean(arguments.client_dir)
         self.weights = arguments.client_dir / "client_weights.h5"
@@ -219,8 +228,6 @@ class Site:
 
     def prepare(self, task):
         """The network and the images, once for all rounds."""
-        import data
-
         if self.network is None or (self.network.name, self.network.input_shape[1]) != (
             task["arch"],
             task["image_size"],

@@ -25,6 +25,7 @@ from common.script import (
     keep_heap_small,
     pixels,
     seconds,
+    start_script,
     trim_heap,
 )
 from common.script import say as say_as
@@ -343,5 +344,6 @@ def serve(server, rounds):
 
 
 if __name__ == "__main__":
+    start_script()
     keep_heap_small()
     sys.exit(main())

@@ -1,17 +1,45 @@
-"""What every script says, asks and sets in the same way (standard library only). Scripts import it before any package: from
-then on a package that is not installed is a sentence."""
+"""Messages, argument types and signals that all scripts share. Standard library only."""
 
 import argparse
 import ctypes
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+# A client's name is also the name of its folder: no path separator, no leading dot, at most 64.
+CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def start_script():
+    """Prepare the process for a script's output; call it before the first package is imported.
+
+    A package that is not installed is then one sentence in place of a traceback.
+    """
+    sys.excepthook = explain_missing_package
+    # A file name on Linux is bytes, not text: print what cannot be decoded as \\x.. instead of failing.
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def explain_missing_package(kind, error, trace):
+    """A sys.excepthook: one sentence for a missing package, Python's own traceback for all else."""
+    if kind is not ModuleNotFoundError:
+        sys.__excepthook__(kind, error, trace)
+        return
+    fail(
+        Path(sys.argv[0]).name,
+        f"{sys.executable} has no package {error.name!r}: start it with .venv/bin/python, which "
+        "`bash setup.sh requirements.txt` makes, or pip install -r requirements.txt",
+    )
+
 
 def say(who, line, to=None):
-    """One line, in one write: several processes share a terminal. A reader that went away does not end a run of days."""
+    """Print one line in one write, because several processes share a terminal.
+
+    A reader that went away must not end a run of days, so a failed write is ignored.
+    """
     try:
         to = to or sys.stdout
         to.write(f"{who}: {line}\n")
@@ -21,24 +49,18 @@ def say(who, line, to=None):
 
 
 def fail(who, sentence, code=1):
-    """A user's mistake is one sentence on stderr and an exit code, never a traceback."""
+    """Print a user's mistake as one sentence on stderr; returns the exit code."""
     say(who, f"error: {sentence}", sys.stderr)
     return code
 
 
-def missing_package(kind, error, trace):
-    """sys.excepthook: where a package is missing, a sentence in place of Python's own last words."""
-    if kind is not ModuleNotFoundError:
-        return sys.__excepthook__(kind, error, trace)
-    fail(
-        Path(sys.argv[0]).name,
-        f"{sys.executable} has no package {error.name!r}: start it with .venv/bin/python, which "
-        "`bash setup.sh requirements.txt` makes, or pip install -r requirements.txt",
-    )
-
-
-sys.excepthook = missing_package
-sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
+def client_name(text):
+    """An argparse type: a client's name, as the server's --clients lists it."""
+    if not CLIENT_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text[:80]!r}: expected letters, digits, '.', '_', '-', at most 64"
+        )
+    return text
 
 
 def at_least(least, most=999_999_999):

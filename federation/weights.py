@@ -10,7 +10,6 @@ import binascii
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import h5py
 import numpy as np
 
 from common.files import replacing, sha256_of
+from common.script import CLIENT_NAME
 from generated import todo_pb2
 
 BLOB_BYTES = 1 << 20  # the fastest piece on the wire (DESIGN: 256 KiB and 4 MiB are slower)
@@ -29,7 +29,6 @@ SEED_EXTRA_BYTES = 45  # ... and accepts at most this much of anything else in a
 SLAB_ELEMENTS = (
     1 << 20
 )  # tensors are read and averaged in slabs of this size: memory does not follow the model
-CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SEED_FILE_NAME = "client_weights.h5"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECK_S = 20  # and a second for each 10 MB: what checking a file may take

@@ -38,7 +38,15 @@ ROUNDS = 3
 DEADLINE_S = 90
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["todoServer", "todoClient", "service", "data", "photos", "pytest", "test_crash"]
+    [
+        "todoServer",
+        "todoClient",
+        "federation.service",
+        "data",
+        "preparation.photos",
+        "pytest",
+        "test_crash",
+    ]
 )
 
 
