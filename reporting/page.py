@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, roc_curve
 
 import data
-from preparation.overview import GRADES, count
+from preparation.overview import GRADE_NAMES, count_grades
 from preparation.photos import open_image
 from reporting.metrics import METRICS, wilson
 
@@ -146,7 +146,7 @@ def summary(run):
         "summary",
         "The merged model on images that nobody trained on",
         grid(cards, least=130),
-        f"<p>{len(run['val'])} held-out images, {sum(count(run['val'])[1:])} with DR; a score above 0.5 says DR.</p>"
+        f"<p>{len(run['val'])} held-out images, {sum(count_grades(run['val'])[1:])} with DR; a score above 0.5 says DR.</p>"
         '<p class="quiet">Below each number is its 95 % interval: Wilson (1927); for the AUC Newcombe (2006, method 5) '
         "with the variance of Hanley and McNeil (1982).</p>",
     )
@@ -215,7 +215,7 @@ def missed(run):
         for grade in sorted(set(labels) - {0}):
             n, part = int(np.sum(labels == grade)), float(np.mean(score[labels == grade] > 0.5))
             low, high = wilson(part, n)
-            name = f"{GRADES[grade]}\n{part * n:.0f} of {n}"
+            name = f"{GRADE_NAMES[grade]}\n{part * n:.0f} of {n}"
             axes.bar(name, part, color=GRADE_COLOURS[grade], width=0.7)
             axes.errorbar(
                 name,
@@ -240,7 +240,7 @@ def missed(run):
 def thumbnail(record, score):
     png = io.BytesIO()
     open_image(record["dir"]).resize((128, 128)).save(png, "PNG")
-    text = f"score {score:.3f}<br>grade {record['label']}, {GRADES[record['label']]}<br>{escape(record['picture'])}"
+    text = f"score {score:.3f}<br>grade {record['label']}, {GRADE_NAMES[record['label']]}<br>{escape(record['picture'])}"
     source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
     return (
         f'<figure><img alt="fundus picture" src="{source}"><figcaption>{text}</figcaption></figure>'
@@ -256,10 +256,12 @@ def clients(run):
             else ["its images are not on this machine"]
         )
         rows.append((escape(client), len(records) or "–", *numbers))
-    here = {client: count(records) for client, (_, records, _) in run["sites"].items() if records}
+    here = {
+        client: count_grades(records) for client, (_, records, _) in run["sites"].items() if records
+    }
     if here:
         with picture(cells, "Images by grade") as axes:
-            graded = zip(GRADES, zip(*here.values(), strict=True), strict=True)
+            graded = zip(GRADE_NAMES, zip(*here.values(), strict=True), strict=True)
             draw_stacked(axes, list(here), dict(graded), GRADE_COLOURS)
     text = (
         '<p class="quiet">The clients trained on these images: compare the clients with each other. Of more than '
