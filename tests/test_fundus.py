@@ -5,6 +5,7 @@ import pytest
 
 import model
 from preparation import fundus
+from reporting import metrics
 
 
 def drawn_set(count, seed, image_size=128, lesions=True):
@@ -110,7 +111,7 @@ def test_colour_thumbnails_do_not_tell_the_grade(count, size):
             slope = features[:fitting].T @ (fitted - target[:fitting]) + penalty * weights
             curvature = (features[:fitting].T * (fitted * (1 - fitted))) @ features[:fitting]
             weights -= np.linalg.solve(curvature + penalty * np.eye(len(weights)), slope)
-        assert model.auc(features[fitting:] @ weights, target[fitting:]) <= 0.65
+        assert metrics.auc(features[fitting:] @ weights, target[fitting:]) <= 0.65
 
 
 @pytest.mark.slow
@@ -133,7 +134,7 @@ def test_a_network_learns_the_lesions_and_nothing_else():
         healthy = np.concatenate(
             [network(batch, training=False)[:, 0] for batch in data.evaluation_batches(images)]
         )
-        return model.auc(1 - healthy, grades > 0)
+        return metrics.auc(1 - healthy, grades > 0)
 
     assert auc(lesions=True) >= 0.95
     assert abs(auc(lesions=False) - 0.5) <= 0.1
