@@ -12,6 +12,7 @@ containers, strings and numbers, and nothing else.
 """
 
 import io
+import math
 import os
 import pickle
 import pickletools
@@ -213,127 +214,137 @@ def load_image(path, image_size):
 
 
 class TrainingBatches:
-    """Endless epochs of augmented batches from images in memory, one tf.data pipeline for a client's whole life.
+    """Endless epochs of augmented batches from images in memory.
 
-    Order and augmentation of an epoch follow from (seed, client, round, epoch) alone: NumPy draws them, TensorFlow
-    only applies them, so neither the number of threads nor an earlier crash can change them.
+    The order and the augmentation of an epoch follow from (seed, client, round, epoch) alone:
+    NumPy draws them and TensorFlow only applies them. So neither the number of threads nor an
+    earlier crash can change them. One tf.data pipeline serves all rounds of a client.
     """
 
     def __init__(self, images, labels, batch_size, seed, client, augment=True):
-        """images: uint8 (n, size, size, 3), or anything float32 (n, ...) that is passed on as it is, without augmentation."""
-        self.images, self.labels, self.batch_size, self.augment = (
-            images,
-            labels,
-            batch_size,
-            augment,
-        )
-        self.seed, self.client_number = seed, zlib.crc32(client.encode())
-        self.round_number, self.epoch = 0, 0
+        """images: uint8 (n, size, size, 3). labels: float32 (n,). client: its name."""
+        self.images = images
+        self.labels = labels
+        self.batch_size = batch_size
+        self.seed = seed
+        self.client_number = zlib.crc32(client.encode())
+        self.augment = augment
+        self.round_number = 0
+        self.epoch = 0
+        # kept here by model.on_features, for a network whose base is frozen
+        self.head = None  # keras.Model: the layers after the base
+        self.features = None  # TrainingBatches of what the base makes of each image
+        self.features_of = None  # SHA-256 of the base that made them
 
-    def of(self, images):
-        """The same batches of something else that belongs to each image, as it is."""
-        other = TrainingBatches(images, self.labels, self.batch_size, self.seed, "", augment=False)
+    def with_features(self, features):
+        """The same batches, of float32 features (n, ...) in place of the images.
+
+        They are passed on as they are, in the same order in each epoch.
+        """
+        other = TrainingBatches(features, self.labels, self.batch_size, self.seed, "", False)
         other.client_number = self.client_number
         return other
 
     def start(self, round_number, epoch):
         """Chooses which epoch the next pass over `dataset` is."""
-        self.round_number, self.epoch = round_number, epoch
+        self.round_number = round_number
+        self.epoch = epoch
         return self
 
     def _epoch(self):
+        """Yields (images, labels, transforms) for each batch of the chosen epoch."""
         rng = np.random.default_rng([self.seed, self.client_number, self.round_number, self.epoch])
         order = rng.permutation(len(self.images))
         transforms = random_transforms(rng, len(order), self.images.shape[1])
-        for start in range(0, len(order), self.batch_size):  # the last, partial batch counts
-            chosen = order[start : start + self.batch_size]
-            yield (
-                self.images[chosen],
-                self.labels[chosen],
-                transforms[start : start + self.batch_size],
-            )
+        for start in range(0, len(order), self.batch_size):
+            end = start + self.batch_size  # the last batch may be smaller; it counts too
+            chosen = order[start:end]
+            yield self.images[chosen], self.labels[chosen], transforms[start:end]
 
     @property
     def steps(self):
-        """Batches in an epoch, for steps_per_epoch: of a data set that knows its own length, fit begins one epoch too many."""
-        return -(-len(self.images) // self.batch_size)
+        """Batches in an epoch, for Keras's steps_per_epoch.
+
+        It is given there because fit begins one epoch too many of a data set that knows its length.
+        """
+        return math.ceil(len(self.images) / self.batch_size)
 
     @cached_property
     def dataset(self):
         """tf.data.Dataset of (float32 (b, size, size, 3) in 0..1, float32 (b,))."""
         import tensorflow as tf
 
-        shape = self.images.shape[1:]
         raw = tf.data.Dataset.from_generator(
             self._epoch,
             output_signature=(
-                tf.TensorSpec((None, *shape), self.images.dtype),
+                tf.TensorSpec((None, *self.images.shape[1:]), self.images.dtype),
                 tf.TensorSpec((None,), tf.float32),
                 tf.TensorSpec((None, 2, 3), tf.float32),
             ),
         )
-        resampled = tf.function(
-            resample, jit_compile=True
-        )  # to one loop: six times faster than op by op
+        # XLA makes one loop of it: six times faster than operation by operation
+        compiled_resample = tf.function(resample, jit_compile=True)
 
         def prepare(images, labels, transforms):
             if self.augment:
-                images = resampled(images, transforms)
+                images = compiled_resample(images, transforms)
             if self.images.dtype == np.uint8:
                 images = tf.cast(images, tf.float32) / 255.0
             return images, labels
 
         batches = raw.map(prepare, num_parallel_calls=2, deterministic=True).prefetch(2)
         options = tf.data.Options()
-        options.autotune.enabled = (
-            False  # its thread sleeps for seconds, and the end of every epoch waits until it wakes
-        )
+        # Autotune's thread sleeps for seconds, and the end of every epoch would wait for it.
+        options.autotune.enabled = False
         return batches.with_options(options)
 
 
 def random_transforms(rng, n, image_size):
-    """The thesis's augmentation, n times: a rotation over 360° and both flips about the image's centre, as float32 (n, 2, 3):
-    output pixel (x, y) is taken from input transform @ (x, y, 1)."""
+    """The thesis's augmentation, n times: a rotation over 360° and both flips about the centre.
+
+    Returns float32 (n, 2, 3): output pixel (x, y) is taken from input transform @ (x, y, 1).
+    """
     angle = rng.uniform(0, 2 * np.pi, n)
-    flips = rng.choice([-1.0, 1.0], (2, n))
-    turned = flips[..., None] * np.array(
-        [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    ).swapaxes(1, 2)
+    flips = rng.choice([-1.0, 1.0], (2, n))  # of x, of y
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    linear = flips[..., None] * rotation.swapaxes(1, 2)  # (2, n, 2): row, image, column
     centre = (image_size - 1) / 2
-    moved = centre * (1 - turned.sum(-1, keepdims=True))
-    return np.concatenate([turned, moved], -1).swapaxes(0, 1).astype(np.float32)
+    shift = centre * (1 - linear.sum(-1, keepdims=True))  # so that the centre stays where it is
+    return np.concatenate([linear, shift], -1).swapaxes(0, 1).astype(np.float32)
 
 
 def resample(images, transforms):
-    """Images (b, size, size, 3) through `random_transforms` (b, 2, 3): float32, bilinear, the edge repeated outside.
+    """Images (b, size, size, 3) through transforms (b, 2, 3): float32, the same shape.
 
-    What tf.raw_ops.ImageProjectiveTransformV3 does, which works out the geometry anew for every channel: compiled, this takes
-    a quarter of its time.
+    Bilinear, the edge repeated outside: what tf.raw_ops.ImageProjectiveTransformV3 does. That works
+    the geometry out anew for every channel; this, compiled, takes a tenth of its time.
     """
     import tensorflow as tf
 
     size = images.shape[1]
-    x, y = tf.meshgrid(*[tf.range(size, dtype=tf.float32)] * 2)  # (size, size)
+    pixel_range = tf.range(size, dtype=tf.float32)
+    x, y = tf.meshgrid(pixel_range, pixel_range)  # (size, size) each
 
-    def along(axis):
-        """Where each output pixel is taken from: the pixel before (int32), and how far behind it (b, size, size)."""
-        a, b, c = tf.unstack(transforms[:, axis, :, None, None], axis=1)
-        source = tf.clip_by_value(a * x + b * y + c, 0, size - 1)
+    def source_of(axis):
+        """Of each output pixel's source: the pixel before (int32), and how far behind it."""
+        a, b, c = tf.unstack(transforms[:, axis, :, None, None], axis=1)  # (b, 1, 1) each
+        source = tf.clip_by_value(a * x + b * y + c, 0, size - 1)  # (b, size, size)
         before = tf.minimum(tf.floor(source), size - 2)
         return tf.cast(before, tf.int32), source - before
 
-    (column, right), (row, down) = along(0), along(1)
+    column, right = source_of(0)
+    row, down = source_of(1)
+    right = right[..., None]
+    down = down[..., None]
     pixels = tf.reshape(images, (-1, images.shape[3]))
-    place = (
-        tf.range(tf.shape(images)[0])[:, None, None] * size + row
-    ) * size + column  # in `pixels`
+    number = tf.range(tf.shape(images)[0])[:, None, None]
+    upper_left = (number * size + row) * size + column  # position in `pixels`
 
-    def at(further):
-        return tf.cast(tf.gather(pixels, place + further), tf.float32)
+    def neighbour(distance):
+        return tf.cast(tf.gather(pixels, upper_left + distance), tf.float32)
 
-    right, down = right[..., None], down[..., None]
-    top = at(0) * (1 - right) + at(1) * right
-    bottom = at(size) * (1 - right) + at(size + 1) * right
+    top = neighbour(0) * (1 - right) + neighbour(1) * right
+    bottom = neighbour(size) * (1 - right) + neighbour(size + 1) * right
     return top * (1 - down) + bottom * down
 
 

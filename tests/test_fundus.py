@@ -5,6 +5,7 @@ import pytest
 
 import model
 from preparation import fundus
+from reporting import metrics
 
 
 def drawn_set(count, seed, image_size=128, lesions=True):
@@ -123,7 +124,7 @@ def test_colour_thumbnails_do_not_tell_the_grade(count, size):
     target = grades > 0
     for penalty in (1.0, 30.0, 300.0):
         weights = fit_logistic_regression(features[:fitting], target[:fitting], penalty)
-        assert model.auc(features[fitting:] @ weights, target[fitting:]) <= 0.65
+        assert metrics.auc(features[fitting:] @ weights, target[fitting:]) <= 0.65
 
 
 @pytest.mark.slow
@@ -143,7 +144,7 @@ def test_a_network_learns_the_lesions_and_nothing_else():
 
     def auc(lesions):
         images, grades = drawn_set(400, seed=99, lesions=lesions)
-        return model.auc(1 - model.predict(network, images), grades > 0)
+        return metrics.auc(1 - model.predict(network, images), grades > 0)
 
     assert auc(lesions=True) >= 0.95
     assert abs(auc(lesions=False) - 0.5) <= 0.1
