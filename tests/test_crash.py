@@ -95,6 +95,7 @@ STAND_INS = {
     "load": lambda network, path: setattr(network, "tensors", read_weights(path)),
     "evaluate": lambda network, images, labels: metrics(),
     "shapes": lambda network: SHAPES,
+    "tensors": lambda network: network.tensors,
 }
 
 
