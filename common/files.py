@@ -68,24 +68,34 @@ def save_state(path, state):
     publish_text(path, json.dumps({"version": STATE_VERSION, **state}, indent=1) + "\n")
 
 
-def load_state(path, keys=()):
-    """The state as a dict, or None where there is none. Raises ValueError where the file is not a state of this version, or
-    has not these keys."""
+def load_state(path, required_keys=(), remedy="move it away"):
+    """Return the state as a dict, or None where there is no such file.
+
+    required_keys  names that the state must have
+    remedy         what the user can do about a file that is no state of this program; the caller
+                   knows it, because a server's user has other means than a client's
+
+    Raises ValueError where the file is not a state of this version, or lacks a key.
+    """
     path = Path(path)
     if not path.exists():
         return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         version = state.pop("version")
-        if version == STATE_VERSION and (missing := [key for key in keys if key not in state]):
-            raise ValueError(f"no {', '.join(missing)}")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        sentence = f"{path} is not a state file of this program ({error!r}): move it away, or start the server with --fresh"
-        raise ValueError(sentence) from None
+        raise ValueError(
+            f"{path} is not a state file of this program ({error!r}): {remedy}"
+        ) from None
     if version != STATE_VERSION:
         raise ValueError(
-            f"{path} has version {version}, this program writes {STATE_VERSION}: "
-            "finish the run with the program that began it, or start with --fresh"
+            f"{path} has version {version}, this program writes {STATE_VERSION}: finish the run "
+            f"with the program that began it, or {remedy}"
+        )
+    missing = [key for key in required_keys if key not in state]
+    if missing:
+        raise ValueError(
+            f"{path} is not a state file of this program (no {', '.join(missing)}): {remedy}"
         )
     return state
 

@@ -23,7 +23,8 @@ import data
 import model
 from common import files
 from federation import weights
-from federation.rounds import Rounds, new_state
+from federation.rounds import Rounds
+from federation.state import RunState
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [
@@ -166,6 +167,19 @@ def metrics():
     return {"loss": 0.5, "accuracy": 0.75, "auc": 0.875, "sensitivity": 1.0, "specificity": 0.5}
 
 
+def new_run(clients, rounds, weights_path):
+    """The state of a run that begins with these weights; its name is run0."""
+    return RunState(
+        run="run0",
+        clients=list(clients),
+        rounds=rounds,
+        weights_sha256=files.sha256_of(weights_path),
+        arch="drcnn",
+        image_size=32,
+        seed=0,
+    )
+
+
 class Run:
     """A run with real files, the real FedAvg on tiny weights and a coordinator thread; `say` goes to `said`."""
 
@@ -177,18 +191,7 @@ class Run:
         for client in clients:
             (folder / client).mkdir(parents=True, exist_ok=True)
         write_weights(self.weights, 1000)
-        files.save_state(
-            folder / "state.json",
-            new_state(
-                "run0",
-                clients,
-                rounds,
-                files.sha256_of(self.weights),
-                arch="drcnn",
-                image_size=32,
-                seed=0,
-            ),
-        )
+        new_run(clients, rounds, self.weights).save(folder / "state.json")
         self.merge = self.average
         self.evaluate = metrics
         self.start()
@@ -198,8 +201,8 @@ class Run:
 
     def start(self, rounds=None):
         """Opens what is on disk, as a server does that is started."""
-        state = files.load_state(self.folder / "state.json")
-        state["rounds"] = rounds or state["rounds"]
+        state = RunState.load(self.folder / "state.json")
+        state = state.changed(rounds=rounds or state.rounds)
         self.rounds = Rounds(
             self.folder,
             state,
@@ -210,7 +213,7 @@ class Run:
         )
         self.rounds.open()
         assert (
-            files.load_state(self.folder / "state.json")["frozen"] is None
+            RunState.load(self.folder / "state.json").frozen is None
         )  # from here the coordinator may freeze again
         self.rounds.opened = None
         self.coordinator = Call(self.rounds.run)
@@ -475,9 +478,8 @@ def begun(shared_site, tmp_path):
         for name in ("preprocessed", "index"):
             (tmp_path / name).symlink_to(shared_site / name)
         (tmp_path / "server").mkdir()
-        digest = files.sha256_of(write_weights(tmp_path / "server" / "server_weight.h5", 1))
-        state = new_state("run0", clients, rounds, digest, arch="drcnn", image_size=32, seed=0)
-        files.save_state(tmp_path / "server" / "state.json", state)
+        weights_path = write_weights(tmp_path / "server" / "server_weight.h5", 1)
+        new_run(clients, rounds, weights_path).save(tmp_path / "server" / "state.json")
         return tmp_path
 
     return begin

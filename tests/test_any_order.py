@@ -240,9 +240,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(known=st.booleans())
     def fetch(self, known):
-        self.fetches.append(
-            Call(self.run.rounds.fetch, self.run.weights, "client001" if known else None)
-        )
+        self.fetches.append(Call(self.run.rounds.fetch, "client001" if known else None))
         self.settle()
 
     @precondition(lambda self: self.deliveries)
@@ -366,7 +364,7 @@ class AnyOrder(RuleBasedStateMachine):
                 client: (upload["num_examples"], upload["sha256"])
                 for client, upload in there.uploads.items()
             }
-            return there.round, there.answered, bool(there.state["frozen"]), uploads
+            return there.round, there.answered, bool(there.state.frozen), uploads
 
         expected = {client: (n, digest(seed)) for client, (n, seed) in oracle.uploads.items()}
         until(
@@ -434,7 +432,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.run.coordinator.result()
         left = Call(self.run.rounds.wait_until_all_left, 60)
         for client in CLIENTS:
-            self.run.rounds.fetch(self.run.weights, client)[2].close()
+            self.run.rounds.fetch(client)[2].close()
         left.result(20)
 
 

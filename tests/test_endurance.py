@@ -8,9 +8,10 @@ import threading
 import grpc
 import pytest
 from conftest import client_script, make_data, server_script, start_server, until, write_weights
+from serving import serve
 
 from common import files
-from federation import service, weights
+from federation import streams, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 
@@ -156,7 +157,7 @@ def test_a_connection_that_goes_silent_is_left_for_a_new_one(start, behind_a_pro
 
 @pytest.mark.slow
 def test_a_stalled_upload_is_ended_after_30_s_and_meanwhile_the_others_go_on(start, begun):
-    assert service.STALL_S == 30
+    assert streams.STALL_S == 30
     site, go_on = (
         begun(clients=["client001", "client002", "client003"], rounds=1),
         threading.Event(),
@@ -213,7 +214,7 @@ def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(mak
     """All but one client wait, and deliver once more: the last one still fetches and delivers."""
     names = [f"client{number:03}" for number in range(1, 9)]
     run = make_run(clients=names, rounds=1)
-    server, address = service.create_server(run.rounds, "localhost:0")
+    server, address = serve(run.rounds)
     with grpc.insecure_channel(address) as channel:
         stub = todo_pb2_grpc.FedMLStub(channel)
         path = write_weights(run.folder / "upload.h5", 1)

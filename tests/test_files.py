@@ -42,7 +42,7 @@ def test_state_comes_back_and_foreign_files_are_named(tmp_path):
     assert files.load_state(path) == {"round": 3}
     for text in ("{", "[]", '{"round": 3}', ""):
         path.write_text(text)
-        with pytest.raises(ValueError, match="state.json is not a state file.*--fresh"):
+        with pytest.raises(ValueError, match="state.json is not a state file.*: move it away"):
             files.load_state(path)
     path.write_text('{"version": 1, "round": 3}')
     assert files.load_state(path, ["round"]) == {"round": 3}

@@ -177,7 +177,7 @@ def test_while_merging_the_same_bytes_wait_and_others_are_over(make_run):
     refused(run.deliver("client001", 3), "FAILED_PRECONDITION", "being merged")
     same = run.delivered("client001", 1)
     refused(calls[0], "ABORTED")
-    fetch = Call(run.rounds.fetch, run.weights, "client002")
+    fetch = Call(run.rounds.fetch, "client002")
     opened.set()
     for call in [same, calls[1]]:
         call.result()
@@ -190,12 +190,12 @@ def test_while_merging_the_same_bytes_wait_and_others_are_over(make_run):
 def test_nobody_fetches_old_weights_under_a_new_number(make_run):
     run = make_run(clients=["client001"])
     old = files.sha256_of(run.weights)
-    number, digest, file = run.rounds.fetch(run.weights, "client001")
+    number, digest, file = run.rounds.fetch("client001")
     assert (number, digest) == (1, old)
     entered, opened = gate(run, "merge")
     call = run.deliver("client001", 1)
     assert entered.wait(60)
-    waiting = Call(run.rounds.fetch, run.weights, None)
+    waiting = Call(run.rounds.fetch, None)
     with pytest.raises(AssertionError, match="still waits"):
         waiting.result(0.2)
     opened.set()
@@ -558,7 +558,7 @@ def test_a_crash_between_merge_and_commit_merges_the_same_set_again(make_run):
     merged = files.sha256_of(run.weights)
     run.merge = run.average
     run.start()
-    assert files.sha256_of(run.weights) == merged == run.rounds.state["weights_sha256"]
+    assert files.sha256_of(run.weights) == merged == run.rounds.state.weights_sha256
     assert run.holds(("client001", 5, 1), ("client002", 1, 2)) and run.rounds.round == 2
     for call in [
         run.deliver("client001", 1, 5, round_number=1),
@@ -579,7 +579,7 @@ def test_a_round_that_cannot_be_closed_ends_everyones_wait(make_run, step):
         refused(call, "INTERNAL", "round 1 could not be closed", "No space left", "kept")
     with pytest.raises(OSError, match="No space"):
         run.coordinator.result()
-    refused(Call(run.rounds.fetch, run.weights, "client001"), "INTERNAL")
+    refused(Call(run.rounds.fetch, "client001"), "INTERNAL")
     run.merge, run.evaluate = run.average, metrics
     run.start()
     run.deliver("client001", 1, round_number=1).result()
@@ -727,7 +727,7 @@ def test_a_finished_run_answers_repeats_again_and_can_be_extended(make_run, roun
     last = run.deliver("client001", 2, round_number=2).result()
     assert last is (rounds_now is None)
     left = Call(run.rounds.wait_until_all_left, 60)
-    number, _, file = run.rounds.fetch(run.weights, "client002")
+    number, _, file = run.rounds.fetch("client002")
     file.close()
     assert number == 3
     if rounds_now is None:
