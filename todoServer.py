@@ -355,7 +355,7 @@ def listen(arguments, rounds):
     servicer = FedMLServicer(
         rounds, arguments.max_examples, serve_unnamed=is_local or arguments.insecure
     )
-    credentials = tls.credentials(arguments, of_server=True)
+    credentials = tls.server_credentials(arguments)
     server, address = service.create_server(servicer, arguments.listen, credentials)
     if not is_local and not arguments.tls_cert:
         say(

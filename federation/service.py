@@ -36,7 +36,7 @@ def create_server(servicer, listen, credentials=None):
     """A started gRPC server with this FedMLServicer, and the HOST:PORT that it is bound to.
 
     listen       HOST:PORT; port 0 takes a free one
-    credentials  from tls.credentials; None is plaintext
+    credentials  from tls.server_credentials; None is plaintext
     Raises ValueError where it cannot listen there.
     """
     calls = servicer.calls
