@@ -216,7 +216,7 @@ def say(line):
     say_as("server", line)
 
 
-# --- the run: resumed, or begun -------------------------------------------------------------------
+# --- the run: resumed, or begun ------------------------------------------------------------------
 
 
 def resume(arguments):
@@ -346,7 +346,7 @@ def evaluator(folder, state, validation):
     return evaluate
 
 
-# --- serving --------------------------------------------------------------------------------------
+# --- serving -------------------------------------------------------------------------------------
 
 
 def listen(arguments, rounds):

@@ -66,7 +66,7 @@ class Rounds:
         self.over = None  # a Refused for everyone, once no round can be closed any more
         self.opened = time.monotonic()  # when the round opened, or the server started again
 
-    # --- what the state says ------------------------------------------------------------------
+    # --- what the state says ---------------------------------------------------------------------
 
     @property
     def round(self):
@@ -109,7 +109,7 @@ class Rounds:
                     found[client] = upload
         return found
 
-    # --- the coordinator ----------------------------------------------------------------------
+    # --- the coordinator -------------------------------------------------------------------------
 
     def open(self):
         """Finish what a crash interrupted, before anyone is served."""
@@ -131,7 +131,7 @@ class Rounds:
         """Close one round after the other until the last.
 
         Raises TooFewClients, Refused where `stop` was called, or what merge and evaluate raise.
-        Every waiting call has then been told.
+        Every waiting call has then got its answer or a refusal.
         """
         try:
             while not self.done:
@@ -150,7 +150,7 @@ class Rounds:
             raise
 
     def stop(self, code, sentence):
-        """End every waiting call, and each that still comes, with this. The first sentence stays."""
+        """End every waiting call, and each that still comes; the first sentence stays."""
         with self.changed:
             if self.over is None:
                 self.over = Refused(code, sentence)
@@ -267,7 +267,7 @@ class Rounds:
             f"{row['seconds']:.1f} s)"
         )
 
-    # --- what the calls of clients use ----------------------------------------------------------
+    # --- what the calls of clients use -----------------------------------------------------------
 
     def wake(self):
         """Let every waiting call look again: whether its caller is still there."""

@@ -211,7 +211,7 @@ class Calls:
             self.say(f"refused: {sentence} ({code})")
         context.abort(grpc.StatusCode[code], sentence)
 
-    # --- who calls --------------------------------------------------------------------------------
+    # --- who calls -------------------------------------------------------------------------------
 
     def identify(self, context):
         """The Caller: one of this run's clients, or where they are served a peer without a name.
@@ -267,7 +267,7 @@ class Calls:
         finally:
             self.unnamed.release()
 
-    # --- getWeight --------------------------------------------------------------------------------
+    # --- getWeight -------------------------------------------------------------------------------
 
     def send_weights(self, caller, context):
         """The messages of a download: the weights of the open round, once one is open."""
@@ -310,7 +310,7 @@ class Calls:
                 oldest = next(iter(self.fetched))
                 del self.fetched[oldest]
 
-    # --- sendWeight -------------------------------------------------------------------------------
+    # --- sendWeight ------------------------------------------------------------------------------
 
     def begin_upload(self, caller, request_iterator, context):
         """The Upload, of which only the first message was read; nothing is stored yet.

@@ -15,25 +15,25 @@ What the fields say together about the current round:
 
 Only an evaluated round is answered with 1. The run is over once `round` is larger than `rounds`.
 
-The crash promise: what each step publishes, in this order, and what a start does when the server was
-killed after that publish and before the next one:
+The crash promise: what each step publishes, in this order, and what a start does when the server
+was killed after that publish and before the next one:
 
-| step     | publishes                                    | a start then                            |
-|----------|----------------------------------------------|-----------------------------------------|
-| begin    | server_weight.h5, with the first weights     | begins a new run: no state names this   |
-|          | state.json                                   | opens round 1                           |
-| accept   | state.json: `uploads` has old and new upload | counts the one whose SHA-256 the file   |
-|          |                                              | has: the old one, or none               |
-|          | client001/client_weights.h5                  | counts the new one, by the same rule    |
-| freeze   | state.json: `frozen`                         | merges these uploads                    |
-| merge    | server_weight.h5                             | merges the same uploads again, which    |
-|          |                                              | gives the same bits                     |
-| commit   | state.json: next `round`, `weights_sha256`,  | evaluates server_weight.h5              |
-|          | `counted`, `closing`; no uploads             |                                         |
-| evaluate | history.csv                                  | evaluates again, writes the row again   |
-|          | state.json: `history`                        | has nothing to repeat                   |
-| answer   | nothing: each waiting call gets its 1        | finds in `counted` what a client sends  |
-|          |                                              | again because it got no answer          |
+| step     | publishes                                    | a start then                           |
+|----------|----------------------------------------------|----------------------------------------|
+| begin    | server_weight.h5, with the first weights     | begins a new run: no state names this  |
+|          | state.json                                   | opens round 1                          |
+| accept   | state.json: `uploads` has old and new upload | counts the one whose SHA-256 the file  |
+|          |                                              | has: the old one, or none              |
+|          | client001/client_weights.h5                  | counts the new one, by the same rule   |
+| freeze   | state.json: `frozen`                         | merges these uploads                   |
+| merge    | server_weight.h5                             | merges the same uploads again, which   |
+|          |                                              | gives the same bits                    |
+| commit   | state.json: next `round`, `weights_sha256`,  | evaluates server_weight.h5             |
+|          | `counted`, `closing`; no uploads             |                                        |
+| evaluate | history.csv                                  | evaluates again, writes the row again  |
+|          | state.json: `history`                        | has nothing to repeat                  |
+| answer   | nothing: each waiting call gets its 1        | finds in `counted` what a client sends |
+|          |                                              | again because it got no answer         |
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -72,9 +72,9 @@ class RunState:
     round: int = 1
 
     # Accepted uploads of the open round: {client: [upload, ...]}, an upload being
-    # {"num_examples": 300, "sha256": of its bytes}. A list, because while a newer upload replaces an
-    # older one both are named here; the file client001/client_weights.h5 is one of them, and its
-    # SHA-256 says which.
+    # {"num_examples": 300, "sha256": of its bytes}. A list, because both are named here while a
+    # newer upload replaces an older one: the file client001/client_weights.h5 is one of them, and
+    # its SHA-256 says which.
     uploads: dict = field(default_factory=dict)
 
     # None while the round is open. Then the sorted names of the clients that are merged: from here

@@ -1,4 +1,7 @@
-"""A run that lasts: behind something that drops idle connections, loses answers or goes silent; and memory that is flat."""
+"""A run that lasts: behind a proxy that drops connections, loses answers or goes silent.
+
+And its memory is flat.
+"""
 
 import contextlib
 import select
@@ -16,7 +19,7 @@ from generated import todo_pb2, todo_pb2_grpc
 
 
 class Proxy:
-    """A TCP proxy to localhost:port, which drops connections idle for idle_s; as an address: `address`."""
+    """A TCP proxy at `address` to localhost:port, which drops connections idle for idle_s."""
 
     def __init__(self, port, idle_s=None):
         self.port, self.idle_s, self.dropped, self.pairs = port, idle_s, 0, []
@@ -40,7 +43,8 @@ class Proxy:
                     self.dropped += 1
                     break
                 for one in readable:
-                    if not (data := one.recv(1 << 16)):
+                    data = one.recv(1 << 16)
+                    if not data:
                         return self.close(pair)
                     if pair[0] not in self.silent:
                         pair[one is pair[0]].sendall(data)
@@ -109,7 +113,7 @@ def test_a_lost_answer_is_fetched_by_delivering_again(start, behind_a_proxy):
 
 @pytest.mark.slow
 def test_a_proxy_that_drops_idle_connections_is_not_noticed(start, behind_a_proxy):
-    """One client trains longer than 20 s, the other waits at the barrier longer than that, for two rounds."""
+    """One client trains longer than 20 s, the other waits longer than that, for two rounds."""
     site, server, proxy = behind_a_proxy(idle_s=20)
     clients = [
         take_part(start, site, proxy, "client001"),
@@ -186,7 +190,10 @@ def test_a_stalled_upload_is_ended_after_30_s_and_meanwhile_the_others_go_on(sta
 
 @pytest.mark.slow
 def test_memory_is_flat_over_100_rounds(start, tmp_path):
-    """Real training of the real network on tiny images; resident memory in round 100 within 5 % of that in round 10."""
+    """Real training of the real network on tiny images.
+
+    Resident memory in round 100 is within 5 % of that in round 10.
+    """
     site = make_data(tmp_path / "site", clients=2, images=4, validation=4)
     server, address = start_server(
         start, site, "--clients", "client001,client002", "--rounds", "101", "--image-size", "32"
