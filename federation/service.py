@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import grpc
 
 from common import files
-from federation import streams, tls, weights
+from federation import convert, streams, tls, weights
 from federation.rounds import Refused
 from federation.streams import Stream, Streams
 from generated import todo_pb2, todo_pb2_grpc
@@ -178,8 +178,9 @@ class Calls:
         self.serve_unnamed = serve_unnamed
         self.say = rounds.say
         self.streams = Streams(rounds.say)
-        self.check = weights.Checker(weights.shapes_of(rounds.weights_path))
-        self.max_bytes = int(1.1 * rounds.weights_path.stat().st_size)
+        self.layout = weights.Layout(rounds.weights_path)
+        self.converters = convert.Converters(self.layout)
+        self.max_bytes = int(1.1 * self.layout.size)
         self.lock = threading.Lock()
         # What the thesis demo's clients last fetched: connection -> round, the oldest first.
         self.fetched = {}
@@ -371,26 +372,35 @@ class Calls:
         """
         path = files.temporary(self.rounds.upload_path(upload.client))
         try:
-            sha256 = self.receive(upload, path, context)
+            sha256, file_sha256 = self.receive(upload, path, context)
             # A client that goes away wakes the call that waits for its round.
             context.add_callback(self.rounds.wake)
-            yield path, sha256
+            yield path, sha256, file_sha256
         finally:
             path.unlink(missing_ok=True)
 
     def receive(self, upload, path, context):
-        """Write the upload to `path` as it arrives, and check it; returns its SHA-256."""
+        """Write the upload to `path` and check it as it arrives; in the server's layout it stays.
+
+        Returns the SHA-256 of what was sent, and that of the file.
+        """
         client = upload.client
+        inspection = weights.Inspection(self.layout)
         try:
             with Stream(self.streams, context, streams.STALL_S, client) as stream:
-                sha256 = weights.spool(stream.pass_on(upload.messages), path, self.max_bytes)
-            announced = upload.announced_sha256
-            if announced not in (None, sha256):
-                raise ValueError(
-                    f"what arrived has SHA-256 {sha256[:16]}..., announced was {announced[:16]}..."
-                )
-            self.check(path)
-            return sha256
+                messages = stream.pass_on(upload.messages)
+                sha256 = weights.spool(messages, path, self.max_bytes, inspection.look)
+                announced = upload.announced_sha256
+                if announced not in (None, sha256):
+                    raise ValueError(
+                        f"what arrived has SHA-256 {sha256[:16]}..., announced was "
+                        f"{announced[:16]}..."
+                    )
+                if inspection.fits():
+                    return sha256, sha256
+                # A newer upload of this client ends this one also while it is converted.
+                self.say(f"{client} sent a file of another layout than the server's: converting it")
+                return sha256, self.converters.convert(client, path, stream.is_awaited)
         except Exception as error:
             # Whatever a broken connection led to, it is not a fault of the file.
             if isinstance(error, grpc.RpcError) or not context.is_active():

@@ -99,6 +99,11 @@ class Stream:
             streams.moved = time.monotonic()
             streams.turns.release()
 
+    def is_awaited(self):
+        """Whether the caller is still there. Asking is progress: the server works for it."""
+        self.last = time.monotonic()
+        return self.context.is_active()
+
     def pass_on(self, messages, in_turns=True):
         """The same messages; each is progress."""
         messages = iter(messages)

@@ -216,8 +216,11 @@ def _trusted(path):
         raise ValueError(
             f"{path} cannot be used: there is no such file, or it is no HDF5 weight file"
         ) from None
-    with file:
-        yield file
+    try:
+        with file:
+            yield file
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
 
 
 def tensors(file):
@@ -366,9 +369,7 @@ class Layout:
         with _trusted(path) as file:
             for layer, weight, dataset in tensors(file):
                 # a dataset without a shape is refused by the comparison with ()
-                _check_storage(
-                    f"{path}: layer {layer!r} ({weight!r})", dataset, dataset.shape or ()
-                )
+                _check_storage(f"layer {layer!r} ({weight!r})", dataset, dataset.shape or ())
                 begin = dataset.id.get_offset()
                 end = begin + dataset.size * NUMBER_BYTES
                 self.tensors.append(Tensor(layer, dataset.shape, begin, end))

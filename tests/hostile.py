@@ -1,10 +1,17 @@
-"""Weight files that are small and cost much: each is some kB, and HDF5 takes it for hours of work.
+"""Weight files that are small and cost much, and converters that fail.
 
-A list of names may repeat one name, and its entries may all refer to one text in the file's heap.
+A list of names in a file may repeat one name, and its entries may all refer to one text in the
+file's heap: some kB are then hours of work for HDF5, or gigabytes.
 """
+
+import subprocess
+import sys
 
 import h5py
 import numpy as np
+from conftest import ROOT
+
+from federation import convert
 
 
 def many_names(path, names=10_000):
@@ -45,3 +52,28 @@ HOSTILE = {
     "many empty layers": many_empty_layers,
     "one text many times": one_text_many_times,
 }
+
+
+def replace_converter(monkeypatch, tmp_path, code):
+    """The converter runs `code` before it reads its task."""
+    program = tmp_path / "converter_of_the_test.py"
+    program.write_text(
+        f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+{code}
+from federation import convert
+convert.main()
+"""
+    )
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, str(program)],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    monkeypatch.setattr(convert, "start", start)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, Call, processes_in, until
-from hostile import HOSTILE
+from hostile import HOSTILE, replace_converter
 from standin import SHAPES, random_tensors, write_weights
 
 from common.files import sha256_of
@@ -26,33 +26,8 @@ def converters(tmp_path, monkeypatch):
     return convert.Converters(weights.Layout(own))
 
 
-def replace_program(monkeypatch, tmp_path, code):
-    """The converter runs `code` before it reads its task."""
-    program = tmp_path / "converter_of_the_test.py"
-    program.write_text(
-        f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-{code}
-from federation import convert
-convert.main()
-"""
-    )
-
-    def start():
-        return subprocess.Popen(
-            [sys.executable, str(program)],
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-
-    monkeypatch.setattr(convert, "start", start)
-
-
 def running_in(folder):
-    """The processes that `replace_program` put in place of the converter."""
+    """The processes that `replace_converter` put in place of the converter."""
     return [pid for pid, line in processes_in(folder).items() if "converter_of_the_test" in line]
 
 
@@ -118,7 +93,7 @@ def test_a_small_file_that_costs_much_is_refused_at_a_bounded_price(
 
 def test_a_process_beyond_its_processor_time_is_the_files_fault(converters, monkeypatch, tmp_path):
     monkeypatch.setattr(converters, "cpu_s", 1)
-    replace_program(
+    replace_converter(
         monkeypatch,
         tmp_path,
         "from federation import weights\n"
@@ -130,7 +105,7 @@ def test_a_process_beyond_its_processor_time_is_the_files_fault(converters, monk
 
 
 def test_a_process_beyond_its_memory_is_the_files_fault(converters, monkeypatch, tmp_path):
-    replace_program(
+    replace_converter(
         monkeypatch,
         tmp_path,
         "from federation import weights\nweights.check = lambda *_: bytearray(300_000_000)",
@@ -144,11 +119,11 @@ def test_a_process_beyond_its_memory_is_the_files_fault(converters, monkeypatch,
 def test_a_crash_is_tried_once_more(converters, monkeypatch, tmp_path, name):
     die = f"os.kill(os.getpid(), signal.{name})"
     upload = write_weights(tmp_path / "upload.h5", 5, root="model_weights")
-    replace_program(monkeypatch, tmp_path, die)
+    replace_converter(monkeypatch, tmp_path, die)
     with pytest.raises(ValueError, match="the library that reads it crashed, twice"):
         converters.convert("client001", upload)
     once = f"if not os.path.exists('seen'): open('seen', 'w'); {die}"
-    replace_program(monkeypatch, tmp_path, once)
+    replace_converter(monkeypatch, tmp_path, once)
     converters.convert("client001", upload)
     assert upload.read_bytes() == write_weights(tmp_path / "expected.h5", 5).read_bytes()
 
@@ -166,7 +141,7 @@ def test_a_crash_is_tried_once_more(converters, monkeypatch, tmp_path, name):
 def test_what_is_not_the_files_fault_is_ours(converters, monkeypatch, tmp_path, code, sentence):
     monkeypatch.setattr(convert, "WALL_S", 1)
     monkeypatch.setattr(converters, "cpu_s", 0)
-    replace_program(monkeypatch, tmp_path, code)
+    replace_converter(monkeypatch, tmp_path, code)
     upload = write_weights(tmp_path / "upload.h5", 5, root="model_weights")
     before = upload.read_bytes()
     with pytest.raises(ChildProcessError, match=sentence):
@@ -185,7 +160,7 @@ def test_a_process_that_cannot_be_started_is_our_fault(converters, monkeypatch, 
 
 
 def test_a_full_disk_is_our_fault(converters, monkeypatch, tmp_path):
-    replace_program(
+    replace_converter(
         monkeypatch,
         tmp_path,
         "from federation import convert\n"
@@ -199,7 +174,7 @@ def test_a_full_disk_is_our_fault(converters, monkeypatch, tmp_path):
 
 
 def test_one_conversion_a_client_and_two_in_all(converters, monkeypatch, tmp_path):
-    replace_program(
+    replace_converter(
         monkeypatch,
         tmp_path,
         "while not os.path.exists('go'): time.sleep(0.01)",
@@ -222,7 +197,7 @@ def test_one_conversion_a_client_and_two_in_all(converters, monkeypatch, tmp_pat
 
 
 def test_a_conversion_that_nobody_waits_for_ends(converters, monkeypatch, tmp_path):
-    replace_program(monkeypatch, tmp_path, "time.sleep(1000)")
+    replace_converter(monkeypatch, tmp_path, "time.sleep(1000)")
     upload = write_weights(tmp_path / "upload.h5", 5, root="model_weights")
     awaited = [True]
     first = Call(converters.convert, "client001", upload, lambda: awaited[0])

@@ -261,7 +261,7 @@ def test_a_layout_without_plain_tensors_is_refused(tmp_path):
     with h5py.File(path, "r+") as file:
         del file["norm1/norm1/weight0"]
         file["norm1"].create_dataset("norm1/weight0", data=np.zeros(2, "f4"), chunks=(1,))
-    with pytest.raises(ValueError, match="own.h5: layer 'norm1' .*stored chunked"):
+    with pytest.raises(ValueError, match="own.h5 cannot be used: layer 'norm1' .*stored chunked"):
         weights.Layout(path)
     with h5py.File(path, "r+") as file:
         del file["norm1/norm1/weight0"]
