@@ -32,7 +32,7 @@ STOP_S = 10  # how long a process may take to end after SIGTERM, before it is ki
 
 # These two repeat what scripts know that need packages; tests/test_launch.py compares them.
 IMAGE_SIZES = {"drcnn": 128, "vgg16": 224}  # network: image size in pixels, where no flag names one
-DATASETS = ["synthetic", "idrid", "ddr", "aptos", "eyepacs", "retinamnist", "folder"]
+DATASETS = ["synthetic", "idrid", "ddr", "aptos", "eyepacs", "folder", "retinamnist"]
 NEED_NO_SOURCE = ["synthetic", "retinamnist"]
 
 
