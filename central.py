@@ -1,4 +1,6 @@
-"""The central baseline: the server's network, from the same initial weights, trained in one place as a client trains it.
+"""The central baseline: what the network learns when all images are in one place.
+
+The same network as the server's, from the same initial weights, trained as a client trains it.
 
 python3 central.py                                           # on all images, index/train_set.pkl
 python3 central.py --index index/worker3.pkl --out alone     # one hospital that trains alone
@@ -65,26 +67,27 @@ def main(argv=None):
     )
     add("--threads", type=at_least(0), default=0, metavar="N", help="of TensorFlow (0: all cores)")
     args = parser.parse_args(argv)
+    image_size = args.image_size or model.ARCHS[args.arch]
     try:
         with files.alone_in(args.out):
-            return train_and_evaluate(args, args.image_size or model.ARCHS[args.arch])
+            train_and_evaluate(args, image_size)
     except (ValueError, OSError) as error:
         return fail("central", error)
+    return 0
 
 
 def train_and_evaluate(args, image_size):
-    """Publishes OUT/central_weight.h5 and OUT/history.csv, whose columns are server/history.csv's, after every round."""
+    """Publishes OUT/central_weight.h5 and OUT/history.csv after every round.
+
+    The columns are those of server/history.csv, so that the two can be compared row by row.
+    """
     files.clean(args.out)
-    train, val = map(
-        data.read_index,
-        (args.index or args.index_dir / "train_set.pkl", args.index_dir / "val_set.pkl"),
-    )
-    images, val_images = (
-        data.load_images(part, image_size, files.temporary(args.out / "images.npy"))
-        for part in (train, val)
-    )
+    train = data.read_index(args.index or args.index_dir / "train_set.pkl")
+    val = data.read_index(args.index_dir / "val_set.pkl")
+    images = data.load_images(train, image_size, files.temporary(args.out / "images.npy"))
+    val_images = data.load_images(val, image_size, files.temporary(args.out / "val_images.npy"))
     model.configure(args.seed, args.threads)
-    network, rows = model.build(args.arch, image_size, args.seed), []
+    network = model.build(args.arch, image_size, args.seed)
     model.initialize(network, args.weights)
     if args.freeze_base:
         model.freeze_base(network)
@@ -94,30 +97,26 @@ def train_and_evaluate(args, image_size):
         args.batch_size,
         args.seed,
         args.out.name,
-        not args.no_augmentation,
+        augment=not args.no_augmentation,
     )
-    for number in range(1, args.rounds + 1):
+    rows = []
+    for round_number in range(1, args.rounds + 1):
         started = time.monotonic()
-        model.train(network, batches, number, args.epochs, report=lambda row: None)
-        metrics = model.evaluate(network, val_images, data.healthy(val))
-        seconds = time.monotonic() - started
-        rows.append(
-            {
-                "round": number,
-                **metrics,
-                "clients": 1,
-                "num_examples": len(train),
-                "seconds": seconds,
-            }
-        )
+        # an epoch's own line is left out: a round here is what the log of the server shows
+        model.train(network, batches, round_number, args.epochs, report=lambda row: None)
+        scores = model.evaluate(network, val_images, data.healthy(val))
+        row = {
+            "round": round_number,
+            **scores,
+            "clients": 1,
+            "num_examples": len(train),
+            "seconds": time.monotonic() - started,
+        }
+        rows.append(row)
         model.save(network, args.out / "central_weight.h5")
         files.publish_rows(args.out / "history.csv", HISTORY_COLUMNS, rows)
-        say(
-            args.out.name,
-            f"round {number}/{args.rounds}: "
-            + "  ".join(f"{name} {metrics[name]:.3f}" for name in metrics),
-        )
-    return 0
+        numbers = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        say(args.out.name, f"round {round_number}/{args.rounds}: {numbers}")
 
 
 if __name__ == "__main__":

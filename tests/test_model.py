@@ -134,23 +134,6 @@ def test_later_rounds_do_not_retrace():
     assert len(traced) == first and pipeline.dataset is dataset
 
 
-def test_metrics_are_those_of_finding_dr():
-    sklearn = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(0)
-    labels = (rng.random(200) < 0.4).astype(np.float32)  # 1 = healthy
-    p_healthy = np.round(np.clip(labels * 0.3 + rng.random(200) * 0.7, 0, 1), 2)  # with ties
-    scores, dr = model.scores(p_healthy, labels), labels == 0
-    assert scores["auc"] == pytest.approx(sklearn.roc_auc_score(dr, 1 - p_healthy))
-    assert scores["sensitivity"] == pytest.approx(sklearn.recall_score(dr, p_healthy < 0.5))
-    assert scores["specificity"] == pytest.approx(sklearn.recall_score(~dr, p_healthy >= 0.5))
-    assert scores["accuracy"] == pytest.approx(sklearn.accuracy_score(dr, p_healthy < 0.5))
-    assert scores["loss"] == pytest.approx(
-        sklearn.log_loss(labels, np.clip(p_healthy, 1e-7, 1 - 1e-7))
-    )
-    assert model.scores(np.array([0.9, 0.8]), np.array([1.0, 1.0]))["specificity"] == 1
-    assert np.isnan(model.scores(np.array([0.9, 0.8]), np.array([1.0, 1.0]))["auc"])
-
-
 def test_evaluation_is_kerass(tmp_path):
     network = model.build("drcnn", 32, 1)
     images = np.random.default_rng(1).integers(0, 256, (50, 32, 32, 3), np.uint8)
@@ -242,7 +225,7 @@ def test_weights_that_are_not_the_networks_are_refused_before_keras_reads_them(t
         model.load(network, tmp_path / "good.h5")
     for name, sentence in (
         ("none.h5", "there is no such file"),
-        ("a.weights.h5", "Keras goes by the name"),
+        ("a.weights.h5", "Keras chooses the format by the name"),
     ):
         with pytest.raises(ValueError, match=f"{name} cannot be used: {sentence}"):
             model.load(network, tmp_path / name)

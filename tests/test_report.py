@@ -19,7 +19,7 @@ import model
 import report
 from common import files
 from federation import rounds
-from reporting import metrics as intervals
+from reporting import metrics
 
 SECTIONS = ["summary", "curves", "errors", "missed", "clients", "time"]
 COMPARED = "series,round,loss,accuracy,auc,sensitivity,specificity\n" + "".join(
@@ -126,52 +126,6 @@ def refused(capsys, *flags):
     return error
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "found, n, low, high",
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_as_published(found, n, low, high):
-    """Newcombe 1998, Statistics in Medicine 17:857, table I, method 3."""
-    assert intervals.wilson(found / n, n) == (
-        pytest.approx(low, abs=6e-5),
-        pytest.approx(high, abs=6e-5),
-    )
-
-
-def test_the_auc_interval_holds_what_it_promises():
-    """Of 600 samples with a known AUC, about 95 % of the intervals hold it, on either side."""
-    rng, truth = (
-        np.random.default_rng(1),
-        0.9213503964748574,
-    )  # Phi(2 / sqrt 2): normal scores, 2 standard deviations apart
-    ill = np.arange(90) < 40
-    below = above = 0
-    for _ in range(600):
-        low, high = intervals.auc_interval(
-            model.auc(rng.standard_normal(90) + 2 * ill, ill), 40, 50
-        )
-        below, above = below + (high < truth), above + (low > truth)
-    assert 6 <= below + above <= 54  # 1 % to 9 %
-    low, high = intervals.auc_interval(1.0, 40, 50)
-    assert low < 0.97 and high == 1
-
-
-def test_without_a_class_there_is_no_number():
-    measured = intervals.measure(np.array([0.9, 0.2, 0.7]), np.ones(3))
-    assert measured["accuracy"][0] == pytest.approx(2 / 3) and measured["specificity"][
-        0
-    ] == pytest.approx(2 / 3)
-    assert np.isnan(measured["auc"]).all() and np.isnan(measured["sensitivity"]).all()
-
-
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +210,7 @@ def test_the_threshold_that_finds_95_percent_is_the_highest_that_does(page, fini
 
 
 def test_the_comparison_gives_the_last_round_with_its_interval(page):
-    low, high = intervals.wilson(0.85, 60)
+    low, high = metrics.wilson(0.85, 60)
     assert (
         f"<td>central</td><td>85.0 %<small>{100 * low:.1f} to {100 * high:.1f}</small></td><td>0.750</td>"
         in page
@@ -289,7 +243,7 @@ def test_what_is_missing_is_one_sentence(here, monkeypatch, capsys):
     assert "nothing/val_set.pkl is missing" in refused(capsys, "--index-dir", "nothing")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "sklearn" else find_spec(name)
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
     )
     assert "pip install -r requirements-report.txt" in refused(capsys)
 
