@@ -515,7 +515,9 @@ def state_of_run(fresh):
     with files.alone_in("server"):
         if fresh:
             return "none"
-        state = files.load_state("server/state.json", ("rounds", "history"))
+        state = files.load_state(
+            "server/state.json", ("rounds", "history"), "move it away, or begin with --fresh"
+        )
     if state is None:
         return "none"
     return "finished" if len(state["history"]) >= state["rounds"] else "unfinished"
