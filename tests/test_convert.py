@@ -6,14 +6,27 @@ import signal
 import subprocess
 import sys
 
+import grpc
 import numpy as np
 import pytest
-from conftest import ROOT, Call, processes_in, until
+from conftest import (
+    ROOT,
+    Call,
+    averaged,
+    processes_in,
+    read_weights,
+    same_bits,
+    server_script,
+    start_server,
+    until,
+)
 from hostile import HOSTILE, replace_converter
 from standin import SHAPES, random_tensors, write_weights
 
 from common.files import sha256_of
 from federation import convert, weights
+from federation.state import RunState
+from generated import todo_pb2_grpc
 
 SHAPES_1_MB = [("conv1", (3, 3, 3, 2)), ("dense", (250_000,)), ("healthy", (1,))]
 
@@ -231,6 +244,8 @@ def test_a_conversion_ends_with_the_server(tmp_path, stopped):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from federation import convert, weights
+from federation.state import RunState
+from generated import todo_pb2_grpc
 converters = convert.Converters(weights.Layout({str(own)!r}))
 converters.convert("client001", {str(tmp_path / "upload.h5")!r})
 """
@@ -260,3 +275,67 @@ def test_it_bounds_itself_before_it_opens_the_file(converters, tmp_path):
     assert 268e6 < int(limits["Max address space"]) < 2e9
     size = (tmp_path / "server_weight.h5").stat().st_size
     assert int(limits["Max file size"]) == int(1.1 * size)
+
+
+# --- at a server's start -------------------------------------------------------------------------
+
+
+def deliver(address, path, client):
+    """The answer to an upload for round 1, sent by a new peer."""
+    with grpc.insecure_channel(address) as channel:
+        metadata = {"fedml-client": client, "fedml-run": "run0", "fedml-round": "1"}
+        metadata["fedml-sha256"] = sha256_of(path)
+        messages = weights.blob_messages(path, client, 3)
+        stub = todo_pb2_grpc.FedMLStub(channel)
+        return stub.sendWeight(messages, metadata=list(metadata.items()), timeout=60).value
+
+
+def store_upload(site, client, tensors, root):
+    """As a server of an earlier version kept it: as it was sent, whatever its layout."""
+    folder = site / "server" / client
+    folder.mkdir()
+    path = write_weights(folder / "client_weights.h5", tensors, root=root)
+    state = RunState.load(site / "server" / "state.json")
+    upload = {"num_examples": 3, "sha256": sha256_of(path)}
+    state.changed(uploads={**state.uploads, client: [upload]}).save(site / "server" / "state.json")
+    return upload["sha256"]
+
+
+def test_a_stored_upload_of_another_layout_is_converted_at_the_start(start, begun, tmp_path):
+    site = begun(rounds=1)
+    sha256 = store_upload(site, "client001", random_tensors(5), "model_weights")
+    server, address = start_server(start, site, script=server_script(site))
+    server.wait_for("client001/client_weights.h5 had another layout than the server's file")
+    stored = site / "server" / "client001" / "client_weights.h5"
+    assert stored.read_bytes() == write_weights(tmp_path / "expected.h5", 5).read_bytes()
+    upload = RunState.load(site / "server" / "state.json").uploads["client001"][-1]
+    expected = {"num_examples": 3, "sha256": sha256, "file_sha256": sha256_of(stored)}
+    assert upload == expected
+    server.kill()  # the converted file is found again, and nothing is converted twice
+    server, address = start_server(start, site, script=server_script(site))
+    assert "another layout" not in server.output
+    own = write_weights(tmp_path / "own.h5", 6)
+    assert deliver(address, own, "client002") == 1
+    merged = read_weights(site / "server" / "server_weight.h5")
+    uploads = [("client001", 3, random_tensors(5)), ("client002", 3, random_tensors(6))]
+    assert same_bits(merged, averaged(uploads))
+    # the client that sent it and never got its answer sends the same again
+    sent = write_weights(tmp_path / "sent.h5", 5, root="model_weights")
+    assert sha256_of(sent) == sha256 and deliver(address, sent, "client001") == 1
+
+
+def test_a_stored_upload_that_cannot_count_is_rejected_at_the_start(start, begun, tmp_path):
+    site = begun(rounds=1)
+    tensors = random_tensors(5)
+    tensors[1][0] = np.inf
+    store_upload(site, "client001", tensors, "")
+    server, address = start_server(start, site, script=server_script(site))
+    server.wait_for("upload rejected: client001: layer 'norm1' holds inf")
+    calls = [
+        Call(deliver, address, write_weights(tmp_path / f"{name}.h5", seed), name)
+        for name, seed in (("client001", 7), ("client002", 8))
+    ]
+    assert [call.result() for call in calls] == [1, 1]
+    merged = read_weights(site / "server" / "server_weight.h5")
+    uploads = [("client001", 3, random_tensors(7)), ("client002", 3, random_tensors(8))]
+    assert same_bits(merged, averaged(uploads))
