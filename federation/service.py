@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import grpc
 
 from common import files
-from federation import streams, tls, weights
+from federation import convert, streams, tls, weights
 from federation.rounds import Refused
 from federation.streams import Stream, Streams
 from generated import todo_pb2, todo_pb2_grpc
@@ -218,8 +218,9 @@ class Calls:
         self.serve_unnamed = serve_unnamed
         self.say = rounds.say
         self.streams = Streams(rounds.say)
-        self.check = weights.Checker(weights.shapes_of(rounds.weights_path))
-        self.max_bytes = int(1.1 * rounds.weights_path.stat().st_size)
+        self.layout = weights.Layout(rounds.weights_path)
+        self.converters = convert.Converters(self.layout)
+        self.max_bytes = int(1.1 * self.layout.size)
         self.lock = threading.Lock()
         # What the thesis demo's clients last fetched: connection -> round, the oldest first.
         self.fetched = {}
@@ -434,29 +435,35 @@ class Calls:
         """
         path = files.temporary(self.rounds.upload_path(upload.client))
         try:
-            sha256 = self.receive(upload, path, context)
+            sha256, file_sha256 = self.receive(upload, path, context)
             # A client that goes away wakes the call that waits for its round.
             context.add_callback(self.rounds.wake)
-            yield path, sha256
+            yield path, sha256, file_sha256
         finally:
             path.unlink(missing_ok=True)
 
     def receive(self, upload, path, context):
-        """Write the upload to `path` as it arrives, and check it; returns its SHA-256."""
+        """Write the upload to `path` and check it as it arrives; in the server's layout it stays.
+
+        Returns the SHA-256 of what was sent, and that of the file.
+        """
         client = upload.client
+        inspection = weights.Inspection(self.layout)
         try:
             with Stream(self.streams, context, "upload", client) as stream:
                 messages = stream.pass_on(upload.messages, self.max_bytes)
-                sha256 = weights.spool(messages, path, self.max_bytes)
+                sha256 = weights.spool(messages, path, self.max_bytes, inspection.look)
                 announced = upload.announced_sha256
                 if announced not in (None, sha256):
                     raise ValueError(
-                        f"what arrived has SHA-256 {sha256[:16]}..., "
-                        f"announced was {announced[:16]}..."
+                        f"what arrived has SHA-256 {sha256[:16]}..., announced was "
+                        f"{announced[:16]}..."
                     )
-                # Still the client's one upload: a newer one ends it while it is checked.
-                self.check(path)
-            return sha256
+                if inspection.fits():
+                    return sha256, sha256
+                # A newer upload of this client ends this one also while it is converted.
+                self.say(f"{client} sent a file of another layout than the server's: converting it")
+                return sha256, self.converters.convert(client, path, context.is_active)
         except Refused:
             raise
         except Exception as error:

@@ -19,6 +19,12 @@ EXTRA_S = 60
 SMALLEST_PIECE_BYTES = 1000
 EXTRA_MESSAGES = 1000
 
+# After a stream that failed the client's next one of its kind waits, PAUSE_FACTOR times as long as
+# the failed one lasted: so failing on purpose takes a fifth of a thread. A client that lost its
+# connection does not wait longer than LONGEST_PAUSE_S.
+PAUSE_FACTOR = 4
+LONGEST_PAUSE_S = 1
+
 NEVER = float("inf")
 
 
@@ -30,6 +36,7 @@ class Streams:
         self.changed = threading.Condition()
         self.open = set()
         self.newest = {}  # (client, what) -> its newest Stream
+        self.not_before = {}  # (client, what) -> when the next one may begin, time.monotonic()
 
     def begin(self, stream):
         """Open this stream: end the client's older one of this kind, and wait until it has ended.
@@ -38,36 +45,44 @@ class Streams:
         stalls. Waiting means that two of them never hold memory or a file at the same time.
         Raises Refused where a still newer one comes meanwhile.
         """
-        if stream.client is None:
-            with self.changed:
-                self.open.add(stream)
-            return
         with self.changed:
-            older = self._others(stream)
-            self.newest[stream.key] = stream
             self.open.add(stream)
+            if stream.client is None:
+                return
+            self.newest[stream.key] = stream
+            older = self._others(stream)
             self.changed.notify_all()  # an older one that waits here gives up
         if older:
             self.say(f"{stream.client} began a new {stream.what}: its unfinished one is ended")
         for other in older:
             other.context.cancel()
         with self.changed:
-            self.changed.wait_for(lambda: self._is_replaced(stream) or not self._others(stream))
-            if self._is_replaced(stream):
-                self.end(stream)
-                raise Refused("CANCELLED", f"{stream.client} began another {stream.what}")
+            while self._others(stream) or self._pause_s(stream) > 0:
+                if self.newest.get(stream.key) is not stream:
+                    self.end(stream)
+                    raise Refused("CANCELLED", f"{stream.client} began another {stream.what}")
+                self.changed.wait(max(0.01, self._pause_s(stream)))
 
     def _others(self, stream):
         return [other for other in self.open if other.key == stream.key and other is not stream]
 
-    def _is_replaced(self, stream):
-        return self.newest.get(stream.key) is not stream
+    def _pause_s(self, stream):
+        return self.not_before.get(stream.key, 0) - time.monotonic()
 
-    def end(self, stream):
+    def end(self, stream, failed=False):
+        """Forget this stream.
+
+        If it failed, the client's next one of this kind begins a little later: who makes them fail
+        on purpose, again and again, has a share of one thread and not all of it.
+        """
+        now = time.monotonic()
         with self.changed:
             self.open.discard(stream)
             if self.newest.get(stream.key) is stream:
                 del self.newest[stream.key]
+            if failed and stream.client is not None:
+                pause_s = min(LONGEST_PAUSE_S, PAUSE_FACTOR * (now - stream.opened))
+                self.not_before[stream.key] = now + pause_s
             self.changed.notify_all()
 
     def run_watchdog(self):
@@ -95,10 +110,8 @@ class Stream:
         self.context = context
         self.what = what
         self.client = client
-        self.stall_s = NEVER
-        self.total_s = NEVER
-        self.began = time.monotonic()
-        self.last = self.began  # of the last progress
+        self.opened = time.monotonic()
+        self.limit(NEVER)
 
     @property
     def key(self):
@@ -106,25 +119,26 @@ class Stream:
 
     def __enter__(self):
         self.streams.begin(self)
+        self.opened = time.monotonic()
         return self
 
-    def __exit__(self, *_):
-        self.streams.end(self)
+    def __exit__(self, kind, *_):
+        self.streams.end(self, failed=kind is not None)
 
     @property
     def ends_at(self):
-        return min(self.last + self.stall_s, self.began + self.total_s)
+        return min(self.last_progress + self.stall_s, self.limited_since + self.total_s)
 
     def describe_limit(self, now):
         who = self.client or self.context.peer()
-        if now > self.last + self.stall_s:
+        if now > self.last_progress + self.stall_s:
             return f"{who} made no progress for {self.stall_s:g} s"
         return f"{who} needed more than {self.total_s:.0f} s for its {self.what}"
 
     def limit(self, stall_s, total_s=NEVER):
         """From now on, end it without progress for `stall_s` seconds, or after `total_s`."""
-        self.began = time.monotonic()
-        self.last = self.began
+        self.limited_since = time.monotonic()
+        self.last_progress = self.limited_since
         self.stall_s = stall_s
         self.total_s = total_s
 
@@ -143,7 +157,7 @@ class Stream:
                     f"{self.client}: the {self.what} comes in more than {max_messages} messages: "
                     "expected pieces of 100,000 characters, or of 1 MiB",
                 )
-            self.last = time.monotonic()
+            self.last_progress = time.monotonic()
             yield message
-            self.last = time.monotonic()
+            self.last_progress = time.monotonic()
         self.limit(NEVER)
