@@ -24,17 +24,14 @@ from common.script import (
     client_name,
     exit_on_signals,
     fail,
-    keep_heap_small,
     pixels,
     seconds,
     start_script,
-    trim_heap,
 )
 from common.script import say as say_as
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
-    keep_heap_small()
 
 import data
 import model
@@ -302,7 +299,6 @@ def open_rounds(arguments, state, validation):
     state = check_uploads(folder, state, layout)
 
     def merge(paths, num_examples):
-        trim_heap()  # of what the uploads left
         return weights.fedavg(paths, num_examples, layout, target=path)
 
     rounds = Rounds(
@@ -401,6 +397,7 @@ def evaluator(folder, state, validation):
 
 def listen(arguments, rounds):
     """A started gRPC server."""
+    service.raise_descriptor_limit()
     is_local = tls.is_this_machine(arguments.listen)
     servicer = FedMLServicer(
         rounds, arguments.max_examples, serve_unnamed=is_local or arguments.insecure

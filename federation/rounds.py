@@ -275,16 +275,19 @@ class Rounds:
         with self.changed:
             self.changed.notify_all()
 
-    def fetch(self, client):
+    def fetch(self, client, alive=lambda: True):
         """The weights of the open round: (its number, their SHA-256, the open file).
 
         Waits while a round is being merged: nobody gets old weights under a new number. The file is
         opened under the same lock, so it belongs to the number even if the next merge replaces it.
 
-        client: a peer that names itself, or None.
+        client  a peer that names itself, or None
+        alive   alive() says whether someone still waits for the weights
         """
         with self.changed:
             while self.state.frozen and not self.over:
+                if not alive():
+                    raise Refused("CANCELLED", f"{client or 'a peer'} went away before the weights")
                 self.changed.wait()
             if self.over:
                 raise self.over
@@ -316,7 +319,9 @@ class Rounds:
         with self.changed:
             if round_number is None:
                 round_number = self._round_of_silent_peer(client, sha256)
-            if not self._is_repeat(client, run, round_number, sha256):
+            if self._is_repeat(client, run, round_number, sha256):
+                written.unlink(missing_ok=True)  # a call that waits holds no room on the disk
+            else:
                 if client in self.uploads and not alive():
                     # A late upload of a lost connection. The one that it would replace is newer:
                     # the client sent that one again and waits for its answer.

@@ -7,7 +7,6 @@ import base64
 import re
 import threading
 import time
-from contextlib import ExitStack
 
 import grpc
 import h5py
@@ -730,20 +729,6 @@ def test_a_stalled_upload_is_ended_and_stops_no_one_else(served, tmp_path, monke
     )
     assert served.send(good[1], "client002").result().value == first.result().value == 1
     assert served.run.holds(("client001", 3, 5), ("client002", 3, 6))
-
-
-def test_streams_that_stand_still_in_their_turns_delay_no_one():
-    all_streams = streams.Streams(print)
-    with ExitStack() as stack:
-        for _ in range(streams.TURNS):
-            stack.enter_context(streams.Stream(all_streams, None, streams.STALL_S).turn())
-        stream = streams.Stream(all_streams, None, streams.STALL_S)
-        started = time.monotonic()
-        assert list(stream.pass_on(range(1, 21))) == list(range(1, 21))
-        took_s = time.monotonic() - started
-    assert streams.TURN_S * 0.9 <= took_s < 4 * streams.TURN_S  # it waited once, not for each piece
-    assert stream.last >= started + streams.TURN_S * 0.9  # and to wait for a turn is not to stall
-    assert all(all_streams.turns.acquire(blocking=False) for _ in range(streams.TURNS))
 
 
 def test_a_new_upload_ends_the_clients_own_half_sent_one(served, tmp_path):
