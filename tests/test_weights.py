@@ -152,7 +152,7 @@ def test_names():
 
 
 def inspected(layout, content, cuts=()):
-    """An Inspection that has seen these bytes, cut at these places."""
+    """An Inspection that has seen these bytes, cut at these positions."""
     inspection = weights.Inspection(layout)
     for begin, end in zip([0, *cuts], [*cuts, len(content)], strict=True):
         inspection.look(content[begin:end])
