@@ -17,9 +17,10 @@ class Flower:
 
     folder   has preprocessed/ and index/, as a project folder
     modules  folders whose modules go before the project's own
+    more     of the processes' environment
     """
 
-    def __init__(self, folder, clients, modules=()):
+    def __init__(self, folder, clients, modules=(), **more):
         self.folder = folder
         self.processes = []
         self.home = folder / "flower-home"
@@ -30,6 +31,7 @@ class Flower:
             "FLWR_TELEMETRY_ENABLED": "0",  # nothing is reported to anyone
             "PYTHONPATH": os.pathsep.join([*map(str, modules), str(ROOT)]),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            **more,
         }
         address = f"127.0.0.1:{free_port()}"
         (self.home / "config.toml").write_text(
