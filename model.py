@@ -232,12 +232,21 @@ def features(base, images):
 # --- weight files ---------------------------------------------------------------------------------
 
 
+def tensors(network):
+    """The network's variables, in the order of the weight file, whether a layer is frozen or not."""
+    return [variable for _, variable in _named_tensors(network)]
+
+
 def shapes(network):
     """[(layer name, shape)] of every tensor, in the order of the weight file."""
+    return [(layer, tuple(variable.shape)) for layer, variable in _named_tensors(network)]
+
+
+def _named_tensors(network):
     return [
-        (layer.name, tuple(weight.shape))
+        (layer.name, variable)
         for layer in network.layers
-        for weight in layer.trainable_weights + layer.non_trainable_weights
+        for variable in layer.trainable_weights + layer.non_trainable_weights
     ]
 
 

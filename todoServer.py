@@ -12,6 +12,7 @@ import functools
 import os
 import queue
 import secrets
+import shutil
 import signal
 import sys
 import threading
@@ -23,24 +24,21 @@ from common.script import (
     client_name,
     exit_on_signals,
     fail,
-    keep_heap_small,
     pixels,
     seconds,
     start_script,
-    trim_heap,
 )
 from common.script import say as say_as
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
-    keep_heap_small()
 
 import data
 import model
 from common import files
-from federation import service, tls, weights
+from federation import convert, service, tls, weights
 from federation.rounds import Refused, Rounds, TooFewClients
-from federation.state import RunState
+from federation.state import RunState, file_sha256_of, new_upload
 from generated import todo_pb2_grpc
 
 # How long a finished server stays for clients that have not heard its last answer.
@@ -106,7 +104,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
         caller = self.calls.identify(context)
         upload = self.calls.begin_upload(caller, request_iterator, context)
         # 4. Receive the weights, and check them.
-        with self.calls.received(upload, context) as (path, sha256):
+        with self.calls.received(upload, context) as (path, sha256, file_sha256):
             # 5. Save them in the client's folder, and wait for all clients. Step 6, merge and
             #    evaluate, is the coordinator's: `Rounds.run`, in a thread of its own.
             is_last = self.rounds.deliver(
@@ -117,6 +115,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 upload.run,
                 upload.round_number,
                 context.is_active,
+                file_sha256,
             )
         # 7. Answer myResponse(value=1).
         return self.calls.answer(context, is_last)
@@ -295,10 +294,12 @@ def open_rounds(arguments, state, validation):
     check_weights(path, state)
     for each in [folder, *(folder / client for client in state.clients)]:
         files.clean(each)
+    # Every file of this run has the layout of this one.
+    layout = weights.Layout(path)
+    state = check_uploads(folder, state, layout)
 
     def merge(paths, num_examples):
-        trim_heap()  # of what the uploads left
-        return weights.fedavg(paths, num_examples, layout=path, target=path)
+        return weights.fedavg(paths, num_examples, layout, target=path)
 
     rounds = Rounds(
         folder,
@@ -328,6 +329,51 @@ def check_weights(path, state):
         )
 
 
+def check_uploads(folder, state, layout):
+    """Check the uploads of the open round like those that arrive; returns the state that remains.
+
+    They lay on the disk, and an earlier version of this program may have accepted them: it kept
+    them in whatever layout they came.
+    """
+    converters = convert.Converters(layout)
+    for client in state.uploads:
+        path = folder / client / "client_weights.h5"
+        sha256 = files.sha256_of(path)
+        held = [each for each in state.uploads[client] if file_sha256_of(each) == sha256]
+        if not held:
+            continue  # a crash came before the file: Rounds knows what that means
+        try:
+            if not weights.inspect(path, layout)[1]:
+                state = convert_upload(folder, state, client, held[0], converters)
+        except ValueError as error:
+            say(f"upload rejected: {client}: {error}")
+            others = {name: each for name, each in state.uploads.items() if name != client}
+            state = state.changed(uploads=others)
+    return state
+
+
+def convert_upload(folder, state, client, upload, converters):
+    """Bring a stored upload into the server's layout; returns the state that names it.
+
+    As with an upload that replaces another, the state comes first and names both; after a crash the
+    file's SHA-256 says which holds.
+    """
+    path = folder / client / "client_weights.h5"
+    with files.replacing(path) as converted:
+        shutil.copyfile(path, converted)
+        try:
+            file_sha256 = converters.convert(client, converted)
+        except OSError as error:
+            raise OSError(
+                f"{path} could not be converted: {error}; start the server again"
+            ) from None
+        stored = new_upload(upload["num_examples"], upload["sha256"], file_sha256)
+        state = state.changed(uploads={**state.uploads, client: [upload, stored]})
+        state.save(folder / "state.json")
+    say(f"{path} had another layout than the server's file: converted")
+    return state
+
+
 def evaluator(folder, state, validation):
     """evaluate() -> metrics (dict) of server_weight.h5 on the validation records."""
     images = data.load_images(validation, state.image_size, files.temporary(folder / "images.npy"))
@@ -351,6 +397,7 @@ def evaluator(folder, state, validation):
 
 def listen(arguments, rounds):
     """A started gRPC server."""
+    service.raise_descriptor_limit()
     is_local = tls.is_this_machine(arguments.listen)
     servicer = FedMLServicer(
         rounds, arguments.max_examples, serve_unnamed=is_local or arguments.insecure
