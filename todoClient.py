@@ -10,6 +10,7 @@ Killed at any instant and started again with the same command, it takes part aga
 
 import argparse
 import random
+import re
 import sys
 import threading
 import time
@@ -35,7 +36,7 @@ import grpc
 import data
 import model
 from common import files
-from federation import tls, weights
+from federation import probe, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 HISTORY_COLUMNS = ["round", "epoch", "loss", "accuracy", "num_examples", "seconds"]
@@ -455,13 +456,13 @@ def keep_trying(attempt, site):
 
 def report_failure(site, failure, left_s):
     """Say why no call succeeds. Raises ValueError where trying again does not help."""
-    if failure.code() == grpc.StatusCode.UNAVAILABLE:
-        reason = tls.explain(site.arguments)  # gRPC says UNAVAILABLE for a failed handshake too
-        if reason:
-            raise ValueError(reason)
     reason = failure.details() or failure.code().name
-    if "connect" in reason.lower():  # gRPC names addresses and errors of all attempts
-        reason = "no server answers there yet"
+    if failure.code() == grpc.StatusCode.UNAVAILABLE:
+        found = probe.explain(site.arguments)
+        # Of a connection that failed gRPC names addresses and errors of all attempts; anything else
+        # is the server's own sentence.
+        if found and re.search("connect|socket", reason, re.I):
+            reason = found
     site.say(
         f"waiting for the server at {site.arguments.server} ({reason}); giving up in {left_s:.0f} s"
     )

@@ -20,7 +20,7 @@ from seed_peer import LIMITS, cut
 import todoClient
 import todoServer
 from common import files
-from federation import service, tls, weights
+from federation import probe, service, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 
@@ -141,7 +141,7 @@ WRONG = {  # row: (server's flags, client's flags, sentence)
     "another CA": (
         {},
         {"own": "other/client001"},
-        "does not accept .*other/client001.pem: the server's --tls-ca did not",
+        "does not accept .*other/client001.pem: the CA in .*good/ca.pem did not sign it",
     ),
     "expired": ({}, {"own": "good/expired"}, "does not accept .*expired.pem: it has expired"),
     "another client's name": (
@@ -400,7 +400,7 @@ class Flood:
         host, _, port = address.rpartition(":")
         self.idle = [socket.create_connection((host, int(port)), 10) for _ in range(200)]
         for connection in self.idle[::2]:
-            connection.sendall(tls.CLIENT_PREFACE)
+            connection.sendall(probe.CLIENT_PREFACE)
         self.channels = []
         self.calls = []
         self.over = threading.Event()
