@@ -15,9 +15,9 @@ import threading
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
+from standin import metrics, random_tensors, read_weights, write_weights
 
 import data
 import model
@@ -26,12 +26,6 @@ from federation import weights
 from federation.rounds import Rounds, new_state
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = [
-    ("conv1", (3, 3, 3, 2)),
-    ("norm1", (2,)),
-    ("healthy", (2, 1)),
-    ("healthy", (1,)),
-]  # of the tiny weight file
 DEADLINE_S = 60  # for what takes a second on an idle machine
 
 signal.signal(
@@ -68,43 +62,6 @@ def until(condition, what, timeout_s=DEADLINE_S):
 
 
 # --- weight files -------------------------------------------------------------------------------------------------
-
-
-def random_tensors(seed, shapes=SHAPES):
-    """float32 arrays of `shapes`, which follow from the seed."""
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal(shape).astype(np.float32) for _, shape in shapes]
-
-
-def write_weights(path, tensors=0, shapes=SHAPES, root=""):
-    """A weight file in Keras's layout, of these tensors (a list of arrays, or the seed of random ones); equal tensors are
-    equal bytes. root: "" as Keras 2's save_weights has it, "model_weights" as model.save. Returns the path."""
-    tensors = random_tensors(tensors, shapes) if isinstance(tensors, int) else tensors
-    layers = list(dict.fromkeys(name for name, _ in shapes))
-    with h5py.File(path, "w") as file:
-        place = file.require_group(root) if root else file
-        place.attrs["layer_names"] = [layer.encode() for layer in layers]
-        for layer in layers:
-            own = [
-                tensor for (name, _), tensor in zip(shapes, tensors, strict=True) if name == layer
-            ]
-            names = [f"{layer}/weight{number}" for number in range(len(own))]
-            group = place.create_group(layer)
-            group.attrs["weight_names"] = [name.encode() for name in names]
-            for name, tensor in zip(names, own, strict=True):
-                group.create_dataset(name, data=tensor)
-    return Path(path)
-
-
-def read_weights(path):
-    """The tensors of a Keras weight file, in order: read here once more, independently of weights.py."""
-    with h5py.File(path, "r") as file:
-        place = file if "layer_names" in file.attrs else file["model_weights"]
-        return [
-            place[layer][weight][()]
-            for layer in place.attrs["layer_names"]
-            for weight in place[layer].attrs["weight_names"]
-        ]
 
 
 def averaged(uploads):
@@ -159,11 +116,6 @@ class Call:
         if self.error is not None:
             raise self.error
         return self.value
-
-
-def metrics():
-    """An evaluation of nothing."""
-    return {"loss": 0.5, "accuracy": 0.75, "auc": 0.875, "sensitivity": 1.0, "specificity": 0.5}
 
 
 class Run:
@@ -501,36 +453,18 @@ def holding(site, script, *patches):
 
 
 def client_script(site, training_s=0):
-    """todoClient.py whose training takes so long and always gives the same weights, without TensorFlow."""
+    """todoClient.py without TensorFlow; its training ends in the same weights in every round."""
     return holding(
         site,
         "todoClient",
-        f"TRAINING_S = {training_s}",
-        """
-import model
-from conftest import SHAPES, write_weights
-class Network:
-    name, input_shape = "drcnn", (None, 32, 32, 3)
-def train(*_):
-    print("training now", flush=True)
-    time.sleep(TRAINING_S)
-    return []
-model.configure, model.build, model.load, model.train = lambda *_: 0, lambda *_: Network(), lambda *_: 0, train
-model.shapes, model.save = lambda _: SHAPES, lambda network, path: write_weights(path, 1)
-import todoClient
-todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05
-""",
+        "import os, standin",
+        f'os.environ.update(STANDIN_TRAINING_S="{training_s}", STANDIN_SEED="1")',
+        'sys.modules["model"] = standin',
+        "import todoClient",
+        "todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05",
     )
 
 
-NO_EVALUATION = """
-import model
-from conftest import metrics
-model.configure = model.build = model.load = lambda *_: 0
-model.evaluate = lambda *_: metrics()
-"""
-
-
 def server_script(site):
-    """todoServer.py whose evaluation is nothing, without TensorFlow."""
-    return holding(site, "todoServer", NO_EVALUATION)
+    """todoServer.py without TensorFlow; its evaluation is nothing."""
+    return holding(site, "todoServer", "import standin", 'sys.modules["model"] = standin')

@@ -1,5 +1,7 @@
-"""Nothing bad gets in: each row of the table is refused with its status code and a sentence, leaves every file as it was,
-and the round's merged weights are then what they would have been."""
+"""Nothing bad gets in: each row of the table is refused with its status code and a sentence.
+
+It leaves every file as it was, and the round's merged weights are what they would have been.
+"""
 
 import base64
 import re
@@ -12,7 +14,8 @@ import grpc
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, SHAPES, Run, random_tensors, until, write_weights
+from conftest import ROOT, Run, random_tensors, until, write_weights
+from standin import SHAPES
 
 from common import files
 from federation import service, weights
@@ -23,7 +26,7 @@ NAME = "client002/client_weights.h5"
 
 
 class Served:
-    """A run of 10,000 rounds for two clients behind a real server on a real port, and a channel to it."""
+    """A run of 10,000 rounds for two clients behind a real server, and a channel to it."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -85,7 +88,7 @@ def served(tmp_path_factory):
     served.close()
 
 
-# --- good and bad weight files ------------------------------------------------------------------------------------
+# --- good and bad weight files --------------------------------------------------------------------
 
 
 def edited(change, **options):
@@ -276,7 +279,7 @@ FILES = {  # row: (maker, sentence); all are INVALID_ARGUMENT
 }
 
 
-# --- bad streams --------------------------------------------------------------------------------------------------
+# --- bad streams ----------------------------------------------------------------------------------
 
 
 def message(**fields):
@@ -419,7 +422,7 @@ STREAMS = {  # row: (good file -> messages, status code, sentence)
     ),
 }
 
-OTHERS = {  # row: (metadata that is otherwise, status code, sentence); the file and the messages are good
+OTHERS = {  # row: (metadata that differs, status code, sentence); file and messages are good
     "wrong run": (
         {"fedml-run": "0123"},
         "FAILED_PRECONDITION",
@@ -527,7 +530,7 @@ def test_a_client_that_is_not_enrolled_gets_no_weights(served):
 
 @pytest.mark.parametrize("bug", ["crashes", "does not return"])
 def test_a_file_on_which_the_library_itself_fails_is_refused(tmp_path, monkeypatch, bug):
-    """HDF5 crashes on some damaged files and hangs on others; here it does on "BAD", in the process that looks at the file."""
+    """HDF5 crashes on some damaged files and hangs on others; here, in the checker, on "BAD"."""
     program = tmp_path / "weights_with_a_bug.py"
     failure = {
         "crashes": "os.kill(os.getpid(), 11)",
@@ -583,7 +586,7 @@ def test_files_with_a_few_changed_bytes_never_harm(tmp_path):
     assert 3 < refused < 150
 
 
-# --- a full disk, a lame stream -----------------------------------------------------------------------------------
+# --- a full disk, a lame stream -------------------------------------------------------------------
 
 
 def test_a_refusal_of_any_length_keeps_its_code(served, tmp_path):

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import (
-    SHAPES,
     free_port,
     make_data,
     metrics,
@@ -28,6 +27,7 @@ from conftest import (
     read_weights,
     write_weights,
 )
+from standin import SHAPES
 
 import model
 from common import files

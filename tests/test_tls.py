@@ -8,7 +8,6 @@ import re
 import socket
 import statistics
 import subprocess
-import sys
 import threading
 import time
 
@@ -334,7 +333,7 @@ def test_insecure_is_allowed_and_warned_about(start, tmp_path):
     make_data(tmp_path / "site")
     write_weights(tmp_path / "start.h5")
     server = start(
-        "benchmarks/standin.py",
+        "tests/standin.py",
         "todoServer",
         "--listen",
         "0.0.0.0:0",
@@ -342,7 +341,7 @@ def test_insecure_is_allowed_and_warned_about(start, tmp_path):
         "--image-size",
         "32",
         cwd=tmp_path / "site",
-        env={"BENCHMARK_WEIGHTS": str(tmp_path / "start.h5")},
+        env={"STANDIN_WEIGHTS": str(tmp_path / "start.h5")},
     )
     server.wait_for("listening on 0.0.0.0:")
     assert "server: warning: plaintext: " in server.output
@@ -351,13 +350,10 @@ def test_insecure_is_allowed_and_warned_about(start, tmp_path):
 def test_two_rounds_under_mutual_tls(start, certs, tmp_path):
     """The scripts as they are started, but for TensorFlow."""
     site = make_data(tmp_path / "site")
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import standin
-
-    standin.make_weights(tmp_path / "start.h5", 0.1)
-    environment = {"BENCHMARK_WEIGHTS": str(tmp_path / "start.h5")}
+    write_weights(tmp_path / "start.h5", 0, [("layer", (25_000,))])
+    environment = {"STANDIN_WEIGHTS": str(tmp_path / "start.h5")}
     server = start(
-        "benchmarks/standin.py",
+        "tests/standin.py",
         "todoServer",
         "--listen",
         "localhost:0",
@@ -374,7 +370,7 @@ def test_two_rounds_under_mutual_tls(start, certs, tmp_path):
     address = server.wait_for(r"listening on (\S+)")[1]
     clients = [
         start(
-            "benchmarks/standin.py",
+            "tests/standin.py",
             "todoClient",
             "--name",
             name,
