@@ -13,13 +13,14 @@ import time
 
 import grpc
 import pytest
+import serving
 from conftest import ROOT, Run, make_data, until, write_weights
 from seed_peer import LIMITS, cut
 
 import todoClient
 import todoServer
 from common import files
-from federation import probe, service, tls, weights
+from federation import probe, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 
@@ -79,8 +80,8 @@ class Served:
     def __init__(self, folder, *flags, rounds=1, **options):
         self.run = Run(folder / "server", ["client001", "client002"], rounds=rounds)
         credentials = tls.server_credentials(todoServer.parse(list(flags)))
-        self.server, self.address = service.create_server(
-            self.run.rounds, "localhost:0", credentials=credentials, **options
+        self.server, self.address = serving.serve(
+            self.run.rounds, credentials=credentials, **options
         )
 
     def stub(self, *flags):
@@ -434,7 +435,7 @@ def test_a_flood_of_unknown_peers_does_not_delay_a_round(serve, tmp_path):
         {**state, "weights_sha256": files.sha256_of(served.run.weights)},
     )
     served.run.start()
-    served.server, served.address = service.create_server(served.run.rounds, "localhost:0")
+    served.server, served.address = serving.serve(served.run.rounds)
     good = [write_weights(tmp_path / f"{seed}.h5", seed, large) for seed in (1, 2)]
 
     def one_round():
