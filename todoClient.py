@@ -12,19 +12,18 @@ import argparse
 import math
 import random
 import re
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.log import fail, say
 from common.script import (
     at_least,
     client_name,
+    end_script,
     exit_on_signals,
-    fail,
     pixels,
-    say,
     seconds,
     start_script,
 )
@@ -91,7 +90,7 @@ class GaveUp(Exception):
 
 def main(argv=None):
     arguments = parse(argv)
-    exit_on_signals(f"{arguments.name}: stopped; start it again to take part again")
+    exit_on_signals(arguments.name, "stopped; start it again to take part again")
     try:
         with files.alone_in(arguments.client_dir):
             federate(Site(arguments))
@@ -423,7 +422,7 @@ def train_again_or_end(site, title, reason):
     if reason in earlier or len(earlier) + 1 == MAX_REJECTIONS:
         site.save(trained=None, rejections=[])  # a new start may try again
         raise ValueError(
-            f"the server rejected {len(earlier) + 1} uploads of this round, trained anew each time: "
+            f"the server rejected {len(earlier) + 1} uploads of this round, each trained anew: "
             f"{reason}. Look at the images in {site.arguments.index}, at this client's flags, and "
             "whether this client and the server are of the same commit"
         )
@@ -570,4 +569,4 @@ def reporting(site, what):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_script(main())

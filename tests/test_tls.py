@@ -133,7 +133,7 @@ def client_ends(address, *flags):
 @pytest.fixture
 def in_a_site(tmp_path, monkeypatch):
     monkeypatch.chdir(make_data(tmp_path / "site"))
-    monkeypatch.setattr(todoClient, "exit_on_signals", lambda words: None)
+    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
 
 
 WRONG = {  # row: (server's flags, client's flags, sentence)
