@@ -38,6 +38,18 @@ def fail(who, sentence, code=1):
     return code
 
 
+def pass_on(line):
+    """Say a line of another process on stdout, as it is."""
+    LOGGER.info("%s", line, extra={"as_it_is": True})
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record):
+        if getattr(record, "as_it_is", False):
+            return record.getMessage()
+        return super().format(record)
+
+
 class _Direct(logging.Handler):
     """Writes at once to sys.stdout or sys.stderr, whatever these are now.
 
@@ -119,7 +131,7 @@ def _use(*handlers):
     for handler in list(LOGGER.handlers):
         LOGGER.removeHandler(handler)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(LINE_FORMAT, DATE_FORMAT))
+        handler.setFormatter(_Formatter(LINE_FORMAT, DATE_FORMAT))
         LOGGER.addHandler(handler)
 
 

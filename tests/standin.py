@@ -27,6 +27,7 @@ import h5py
 import numpy as np
 
 from common.files import replacing
+from common.log import say
 from common.script import end_script, keep_heap_small, start_script
 from federation import weights
 
@@ -129,7 +130,7 @@ def load(network, path):
 
 
 def train(network, batches, round_number, epochs, report):
-    print("training now", flush=True)
+    say("standin", "training now")
     time.sleep(float(os.environ.get("STANDIN_TRAINING_S", 0)))
     if os.environ.get("STANDIN_GATE") == "1":
         sys.stdin.readline()

@@ -679,7 +679,11 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
     call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).sendWeight.future(
         half(), timeout=60
     )
-    until(lambda: list((site / "server" / "client002").glob(".*.tmp*")), "the first half is there")
+
+    def arrived():
+        return [path.stat().st_size for path in (site / "server" / "client002").glob(".*.tmp*")]
+
+    until(lambda: arrived() == [10_000], "the first half is there")
     before = {
         path: path.stat().st_mtime_ns
         for name in ("server", "client001")
