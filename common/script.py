@@ -22,6 +22,9 @@ def start_script():
     A package that is not installed is then one sentence in place of a traceback, and no terminal
     and no pipe can hold the script up, or end it.
     """
+    # HDF5 locks each file that it opens, and fails where a network file system has no locks. Our
+    # folders are held by one process already (files.alone_in).
+    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
     open_closed_outputs()
     sys.stdout = Output(1)
     sys.stderr = Output(2)
