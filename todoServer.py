@@ -204,7 +204,7 @@ def begin(arguments):
 
     given = {name: getattr(arguments, name) for name in NEW_RUN}
     choices = {name: NEW_RUN[name] if value is None else value for name, value in given.items()}
-    size = choices["image_size"] = choices["image_size"] or model.ARCHS[choices["arch"]]
+    size = choices["image_size"] = choices["image_size"] or model.ARCHS[choices["arch"]].image_size
     say(
         f"a new run of {choices['rounds']} rounds: {choices['arch']} at {size} x {size} pixels, seed {choices['seed']}, "
         f"clients {', '.join(choices['clients'])}"
