@@ -1,0 +1,153 @@
+"""The model card: what a weight file was made with, as JSON beside it.
+
+    server/server_weight.h5      server/server_weight.json
+
+A weight file alone does not say which network it belongs to, how a photograph must be prepared for
+it, or which score is a finding. The card does, and names the SHA-256 of its weight file: a pair
+that does not belong together is refused. Two files copied to another machine are enough to score.
+"""
+
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common.files import publish_text, sha256_of
+
+CARD_VERSION = 1
+MAX_WIRE_BYTES = 4000  # of fedml-card; gRPC's metadata ends at 8 kB, and there is other metadata
+MAX_FILE_BYTES = 1 << 20
+# The type of each entry that must be there, and what readers rely on.
+NEEDED = {
+    "card_version": int,
+    "arch": str,
+    "image_size": int,
+    "preprocessing": str,
+    "prepared_image_size": int,
+    "run": str,
+    "round": int,
+    "weights_sha256": str,
+    "tasks": dict,
+    "warning": str,
+}
+# What is told of the images, where prepared.json says it.
+UNKNOWN_DATA = {"dataset": "unknown", "split": "unknown", "preprocessing": "unknown"}
+
+
+def make(state, row, weights_sha256, prepared, assessed):
+    """The card (dict) of the weights after an evaluated round.
+
+    state: federation.state.RunState. row: the round's row of the history.
+    prepared: what index/prepared.json says, {} where there is none.
+    assessed: from reporting.metrics.assess.
+    """
+    data = {**UNKNOWN_DATA, **prepared}
+    counted = {
+        name: upload["num_examples"]
+        for name, upload in state.counted.items()
+        if upload["round"] == row["round"]
+    }
+    return {
+        "card_version": CARD_VERSION,
+        "arch": state.arch,
+        "image_size": state.image_size,
+        "preprocessing": str(data["preprocessing"])[:40],
+        "prepared_image_size": data.get("image_size", state.image_size),
+        "dataset": str(data["dataset"])[:80],
+        "split": str(data["split"])[:40],
+        "run": state.run,
+        "round": row["round"],
+        "rounds": state.rounds,
+        "seed": state.seed,
+        "initial_weights": Path(state.weights).name[:80],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "weights_sha256": weights_sha256,
+        "num_clients": row["clients"],
+        "num_examples": row["num_examples"],
+        "clients": counted,
+        # over all validation images, at a score of 0.5: what history.csv says of this round
+        "history": {name: number_or_none(row[name]) for name in ("loss", "accuracy", "auc")},
+        **assessed,
+    }
+
+
+def number_or_none(value):
+    return None if math.isnan(value) else round(value, 4)
+
+
+def path_of(weights_path):
+    """server/server_weight.h5 -> server/server_weight.json"""
+    return Path(weights_path).with_suffix(".json")
+
+
+def publish(weights_path, card):
+    publish_text(path_of(weights_path), json.dumps(card, indent=1) + "\n")
+
+
+def read(weights_path):
+    """The card beside a weight file. Raises ValueError where it is missing, bad or of other weights."""
+    path = path_of(weights_path)
+    if not Path(weights_path).exists():
+        raise ValueError(f"{weights_path} is missing: train a model first, with ./run_local.sh")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}, the card of {weights_path}, is missing: a model has one after its first "
+            "round; copy both files"
+        ) from None
+    try:
+        card = parse(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is no model card: {error}") from None
+    found = sha256_of(weights_path)
+    if found != card["weights_sha256"]:
+        raise ValueError(
+            f"{path} describes other weights than {weights_path} holds (SHA-256 "
+            f"{card['weights_sha256'][:12]}..., found {found[:12]}...): copy both files anew; of a "
+            "run that goes on, try again when its round is evaluated"
+        )
+    return card
+
+
+def parse(content):
+    """A card from JSON bytes or text that nobody vouches for. Raises ValueError, saying why not."""
+    try:
+        card = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    if not isinstance(card, dict):
+        raise ValueError(f"it holds a {type(card).__name__}, expected an object")
+    for name, kind in NEEDED.items():
+        if type(card.get(name)) is not kind:
+            raise ValueError(
+                f"its {name!r} is {str(card.get(name))[:40]!r}, expected {kind.__name__}"
+            )
+    if card["card_version"] != CARD_VERSION:
+        raise ValueError(
+            f"it has version {card['card_version']}, this program knows {CARD_VERSION}"
+        )
+    for name in ("image_size", "prepared_image_size"):
+        if not 16 <= card[name] <= 4096:
+            raise ValueError(f"its {name!r} is {card[name]}, expected 16 to 4096 pixels")
+    for task, entry in card["tasks"].items():
+        threshold = entry.get("threshold", "missing") if isinstance(entry, dict) else "missing"
+        is_number = isinstance(threshold, float | int) and 0 <= threshold <= 1
+        if threshold is not None and not is_number:
+            raise ValueError(f"its threshold for {task[:40]!r} is {threshold!r}, expected 0 to 1")
+    return card
+
+
+def to_wire(card):
+    """The card as ASCII JSON of at most MAX_WIRE_BYTES, for the metadata fedml-card."""
+    text = json.dumps(card, separators=(",", ":"))  # ASCII: all else is escaped
+    if len(text) > MAX_WIRE_BYTES:
+        # of many clients: num_clients and num_examples still say how many there were
+        text = json.dumps({**card, "clients": {}}, separators=(",", ":"))
+    return text
+
+
+def threshold_of(card, task="referable DR"):
+    """The threshold that was chosen for a task, or None."""
+    return card["tasks"].get(task, {}).get("threshold")
