@@ -1,11 +1,14 @@
 """The index of a data set, and batches of images from it.
 
-An index (`index/worker1.pkl`) is a pickle of four lists of one length, a place an image:
+An index (`index/worker1.pkl`) is a pickle of a dict of four lists of one length. The n-th entries
+of the lists belong to one image and make up a *record*; n is the position of the record.
   picture    "000123.png"
   label      grade 0..4 (0 = no DR ... 4 = proliferative DR)
-  dir        "preprocessed/synthetic/000123.png", the file's path from the project root
-  new_label  'True' = healthy (grade 0), 'False' = DR; so Keras's sorted classes make P(healthy) the network's answer
-A pickle is code: it is read with an unpickler that knows plain containers, strings and numbers, and nothing else.
+  dir        "preprocessed/synthetic/000123.png", the path of the file from the project root
+  new_label  'True' = healthy (grade 0), 'False' = DR. Keras sorts the names of the classes,
+             so the network's output is P(healthy).
+A pickle can run code when it is read. So an index is read with an unpickler that admits plain
+containers, strings and numbers, and nothing else.
 """
 
 import io
@@ -23,24 +26,30 @@ import numpy as np
 
 from common.files import replacing
 
-COLUMNS = {"picture": str, "label": int, "dir": str, "new_label": str}
-GRADES = 5
-INDEX_BYTES = 64 << 20  # of half a million images
-MEMORY_BYTES = (
-    4 << 30
-)  # decoded images above this go to a file, and the operating system keeps what fits
+INDEX_COLUMNS = {"picture": str, "label": int, "dir": str, "new_label": str}
+NUM_GRADES = 5
+MAX_INDEX_BYTES = 64 << 20  # enough for half a million images
+MAX_PICKLE_TUPLES = 1000  # an index needs none; a hostile pickle nests them
+# Decoded images that take more than this lie in a file, and the operating system keeps in memory
+# what fits.
+MEMORY_BYTES = 4 << 30
 
 
 class NotPlain(pickle.UnpicklingError):
-    pass
+    """The pickle holds something else than plain containers, strings and numbers."""
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Admits what the pickle format itself can say (dict, list, tuple, set, str, int, float, bool, None), no classes."""
+    """Admits what the pickle format itself can say: dict, list, tuple, set, str, int, float ...
+
+    Everything else in a pickle is a class or a function that is looked up by its name, or an object
+    outside the pickle. Both lookups are methods, and both refuse here.
+    """
 
     def find_class(self, module, name):
         raise NotPlain(
-            f"it holds {f'{module}.{name}'[:200]!r}, and only plain lists, strings and numbers are admitted"
+            f"it holds {f'{module}.{name}'[:200]!r}, and only plain lists, strings and numbers "
+            "are admitted"
         )
 
     def persistent_load(self, pid):
@@ -48,23 +57,32 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain(content):
-    """What the bytes of a pickle say, where that is plain. Raises NotPlain, or what a damaged pickle raises."""
-    tuples = 0
-    for place, (operation, argument, _) in enumerate(pickletools.genops(content)):
-        tuples += operation.name.startswith("TUPLE")
-        # a place in the memo takes the memory up to it, a key that is a deep tuple crashes Python, a huge number has no text
-        if (
-            tuples > 1000
-            or operation.name in ("LONG", "LONG4")
-            or operation.name.endswith("PUT")
-            and argument > place
-        ):
-            raise NotPlain(f"it is made to cost memory or a crash (operation {operation.name})")
+    """The plain value that a pickle (bytes) holds.
+
+    Raises NotPlain, or whatever a damaged pickle raises.
+    """
+    refuse_costly(content)
     return PlainUnpickler(io.BytesIO(content)).load()
 
 
+def refuse_costly(content):
+    """Raise NotPlain if a pickle (bytes) is made to cost memory or to crash Python."""
+    num_tuples = 0
+    for position, (operation, argument, _) in enumerate(pickletools.genops(content)):
+        # A deeply nested tuple as a key of a dict crashes Python when it is hashed.
+        num_tuples += operation.name.startswith("TUPLE")
+        # A PUT stores a value under a number in the unpickler's memo, and the memo is as long as
+        # its largest number. An honest pickle counts up from 0, so the number is never above the
+        # position of the operation itself.
+        costly_put = operation.name.endswith("PUT") and argument > position
+        # LONG holds a number of any length; one of many digits cannot even be printed.
+        long_number = operation.name in ("LONG", "LONG4")
+        if num_tuples > MAX_PICKLE_TUPLES or costly_put or long_number:
+            raise NotPlain(f"it is made to cost memory or a crash (operation {operation.name})")
+
+
 def worker_index(client, index_dir="index"):
-    """The index that `client` trains on unless told otherwise: client007 has worker7.pkl.
+    """The index that `client` trains on by default: client007 has index/worker7.pkl.
 
     None for a name that ends in no number.
     """
@@ -73,75 +91,89 @@ def worker_index(client, index_dir="index"):
 
 
 def write_index(path, records):
-    """Writes `records`, a list of dicts with the keys of COLUMNS, as an index."""
-    columns = {name: [record[name] for record in records] for name in COLUMNS}
+    """Write `records`, a list of dicts with the keys of INDEX_COLUMNS, as an index."""
+    columns = {name: [record[name] for record in records] for name in INDEX_COLUMNS}
     with replacing(path) as written:
         written.write_bytes(pickle.dumps(columns, protocol=4))
 
 
 def read_index(path):
-    """Reads an index into a list of dicts with the keys of COLUMNS.
+    """Read an index into a list of records, dicts with the keys of INDEX_COLUMNS.
 
-    Raises ValueError, with the path, on anything that is not a well-formed index.
+    Raises ValueError, one sentence with the path, on anything that is not a well-formed index.
+    """
+    columns = read_columns(path)
+    check_columns(path, columns)
+    rows = zip(*(columns[name] for name in INDEX_COLUMNS), strict=True)
+    records = [dict(zip(INDEX_COLUMNS, row, strict=True)) for row in rows]
+    for record in records:
+        check_record(path, record)
+    return records
+
+
+def read_columns(path):
+    """What the pickle of an index holds, whatever it is.
+
+    Raises ValueError if it cannot or must not be read.
     """
     try:
         with open(path, "rb") as file:
-            content = file.read(INDEX_BYTES + 1)
-        if len(content) > INDEX_BYTES:
-            raise NotPlain(f"it is larger than {INDEX_BYTES:,} bytes")
-        columns = load_plain(content)
+            content = file.read(MAX_INDEX_BYTES + 1)
+        if len(content) > MAX_INDEX_BYTES:
+            raise NotPlain(f"it is larger than {MAX_INDEX_BYTES:,} bytes")
+        return load_plain(content)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: make it with `python3 prepare.py`") from None
     except NotPlain as error:
         raise ValueError(
-            f"{path} is refused: {error}; make it anew with `python3 prepare.py`, or import an index that "
-            "you trust with `python3 prepare.py --index-from`"
+            f"{path} is refused: {error}; make it anew with `python3 prepare.py`, or import an "
+            "index that you trust with `python3 prepare.py --index-from`"
         ) from None
-    except (
-        Exception
-    ) as error:  # a hostile pickle can raise nearly anything: all of it means "not an index"
+    except Exception as error:
+        # A damaged or hostile pickle can raise nearly anything, and all of it means "not an index".
         reason = f"{path} is not a readable pickle ({type(error).__name__})"
         raise ValueError(f"{reason}: make it with `python3 prepare.py`") from None
-    return _checked(path, columns)
 
 
-def _checked(path, columns):
+def check_columns(path, columns):
+    """Raise ValueError unless `columns` is a dict of lists of one length and the right types."""
+    expected = ", ".join(INDEX_COLUMNS)
     if not isinstance(columns, dict):
         raise ValueError(
-            f"{path} holds a {type(columns).__name__}, expected a dict of the columns {', '.join(COLUMNS)}"
+            f"{path} holds a {type(columns).__name__}, expected a dict of the columns {expected}"
         )
-    for name, kind in COLUMNS.items():
+    for name, kind in INDEX_COLUMNS.items():
         if name not in columns:
-            raise ValueError(f"{path} has no column {name!r}, expected {', '.join(COLUMNS)}")
-        if not isinstance(columns[name], list) or not all(
-            type(value) is kind for value in columns[name]
-        ):
+            raise ValueError(f"{path} has no column {name!r}, expected {expected}")
+        values = columns[name]
+        # type(), not isinstance(): True is an int for isinstance().
+        if not isinstance(values, list) or any(type(value) is not kind for value in values):
             raise ValueError(f"{path}: column {name!r} must be a list of {kind.__name__}")
-    lengths = {name: len(columns[name]) for name in COLUMNS}
+    lengths = {name: len(columns[name]) for name in INDEX_COLUMNS}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{path}: the columns have different lengths: {lengths}")
-    if not lengths["dir"]:
+    if lengths["dir"] == 0:
         raise ValueError(f"{path} is empty: an index needs at least one image")
-    records = [
-        dict(zip(COLUMNS, row, strict=True))
-        for row in zip(*(columns[name] for name in COLUMNS), strict=True)
-    ]
-    for record in records:
-        where = PurePosixPath(record["dir"])
-        if where.is_absolute() or ".." in where.parts or "\0" in record["dir"]:
-            raise ValueError(
-                f"{path}: 'dir' {record['dir'][:200]!r} leaves the project folder: expected a path below it"
-            )
-        if not 0 <= record["label"] < GRADES:
-            raise ValueError(
-                f"{path}: label {record['label']} of {record['dir']!r} is no grade, expected 0..{GRADES - 1}"
-            )
-        if record["new_label"] != str(record["label"] == 0):
-            raise ValueError(
-                f"{path}: new_label {record['new_label'][:20]!r} of {record['dir']!r} contradicts its grade "
-                f"{record['label']}: 'True' is healthy (grade 0), 'False' is DR"
-            )
-    return records
+
+
+def check_record(path, record):
+    """Raise ValueError if a record of the index `path` leaves the project or contradicts itself."""
+    picture = PurePosixPath(record["dir"])
+    if picture.is_absolute() or ".." in picture.parts or "\0" in record["dir"]:
+        raise ValueError(
+            f"{path}: 'dir' {record['dir'][:200]!r} leaves the project folder: expected a path "
+            "below it"
+        )
+    if not 0 <= record["label"] < NUM_GRADES:
+        raise ValueError(
+            f"{path}: label {record['label']} of {record['dir']!r} is no grade, expected "
+            f"0..{NUM_GRADES - 1}"
+        )
+    if record["new_label"] != str(record["label"] == 0):
+        raise ValueError(
+            f"{path}: new_label {record['new_label'][:20]!r} of {record['dir']!r} contradicts its "
+            f"grade {record['label']}: 'True' is healthy (grade 0), 'False' is DR"
+        )
 
 
 def healthy(records):
@@ -150,31 +182,33 @@ def healthy(records):
 
 
 def load_images(records, image_size, spill=None):
-    """Decodes every image of `records` once: uint8 (n, image_size, image_size, 3), RGB.
+    """Decode every image of `records` once: uint8 (n, image_size, image_size, 3), RGB.
 
-    spill: a path. Images of more than MEMORY_BYTES are kept in this file, which has no name any
-    more when this returns: the space is given back when the process ends, however it ends.
+    spill: path of a file that holds an array of more than MEMORY_BYTES; None: all in memory.
     Raises ValueError naming a missing or unreadable image.
     """
     shape = (len(records), image_size, image_size, 3)
-    if np.prod(shape) > MEMORY_BYTES and spill is not None:
+    if spill is not None and np.prod(shape) > MEMORY_BYTES:
         images = np.lib.format.open_memmap(spill, "w+", np.uint8, shape)
-        os.unlink(spill)  # the mapping stays valid
+        # The mapping keeps the content of the file alive without a name. So nothing of it stays
+        # behind, however this process ends.
+        os.unlink(spill)
     else:
         images = np.empty(shape, np.uint8)
 
     def decode(position):
-        images[position] = _load_image(records[position]["dir"], image_size)
+        images[position] = load_image(records[position]["dir"], image_size)
 
-    # Pillow releases the interpreter's lock while it decodes, so threads help
+    # Threads are enough: Pillow decodes outside the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(decode, range(len(records))):
-            pass  # a result that is looked at raises what decode raised
+            pass  # taking the result raises what decode raised
     return images
 
 
-def _load_image(path, image_size):
-    from preparation.photos import open_image
+def load_image(path, image_size):
+    """One image, uint8 (image_size, image_size, 3). Raises ValueError if it cannot be read."""
+    from preparation.photos import open_image  # here: the index alone needs no Pillow
 
     return np.asarray(open_image(path).resize((image_size, image_size)))
 

@@ -1,59 +1,70 @@
-"""What a prepared data set looks like: a table, a contact sheet, and the split drawn like the thesis's figure 3."""
+"""What a prepared data set looks like: a table, a contact sheet, and a figure of the split.
+
+The figure is drawn like figure 3 of the thesis.
+"""
 
 from PIL import Image
 
 from common.files import replacing
 
-GRADES = ("none", "mild", "moderate", "severe", "proliferative")
-COLUMNS, CELL = 12, 128  # pictures in a row of the contact sheet, and pixels a side of each
+GRADE_NAMES = ("none", "mild", "moderate", "severe", "proliferative")
+SHEET_COLUMNS = 12  # pictures in a row of the contact sheet ...
+SHEET_CELL = 128  # ... and pixels a side of each
 
 
-def table(sets):
-    """Text: a row for each of `sets`, a dict from a name to a list of records; grades, healthy, DR, total."""
-    headings = (*GRADES, "healthy", "DR", "total")
+def format_table(sets):
+    """Text: a row for each of `sets`, a dict from a name to a list of records."""
+    headings = (*GRADE_NAMES, "healthy", "DR", "total")
     lines = [f"{'':12}" + "".join(f"  {heading:>5}" for heading in headings)]
     for name, records in sets.items():
-        none, *dr = count(records)
-        cells = zip(headings, (none, *dr, none, sum(dr), none + sum(dr)), strict=True)
-        lines.append(
-            f"{name:12}" + "".join(f"  {cell:{max(5, len(heading))}}" for heading, cell in cells)
-        )
+        none, *dr = count_grades(records)
+        numbers = (none, *dr, none, sum(dr), len(records))
+        cells = [
+            f"  {number:{max(5, len(heading))}}"
+            for heading, number in zip(headings, numbers, strict=True)
+        ]
+        lines.append(f"{name:12}" + "".join(cells))
     return "\n".join(lines)
 
 
-def count(records):
+def count_grades(records):
     """How many records there are of each grade 0..4."""
-    return [sum(record["label"] == grade for record in records) for grade in range(len(GRADES))]
+    labels = [record["label"] for record in records]
+    return [labels.count(grade) for grade in range(len(GRADE_NAMES))]
 
 
 def save_contact_sheet(path, records):
-    """The first pictures of each grade, a row a grade, as a PNG."""
-    sheet = Image.new("RGB", (COLUMNS * CELL, len(GRADES) * CELL))
-    for grade in range(len(GRADES)):
-        for column, record in enumerate(
-            [record for record in records if record["label"] == grade][:COLUMNS]
-        ):
+    """The first pictures of each grade, a row for each grade, as a PNG."""
+    rows = len(GRADE_NAMES)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_CELL, rows * SHEET_CELL))
+    for grade in range(rows):
+        of_grade = [record for record in records if record["label"] == grade]
+        for column, record in enumerate(of_grade[:SHEET_COLUMNS]):
             with Image.open(record["dir"]) as picture:
-                sheet.paste(
-                    picture.convert("RGB").resize((CELL, CELL)), (column * CELL, grade * CELL)
-                )
+                small = picture.convert("RGB").resize((SHEET_CELL, SHEET_CELL))
+            sheet.paste(small, (column * SHEET_CELL, grade * SHEET_CELL))
     with replacing(path) as written:
         sheet.save(written)
 
 
 def save_split_figure(path, workers):
-    """Bars for each worker's grades, as a PNG. Returns False where matplotlib is not installed."""
+    """Bars for the grades of each worker, as a PNG. workers: a list of lists of records.
+
+    Returns False where matplotlib is not installed: it is needed for reports only.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(workers)
-    for k, records in enumerate(workers):
-        places = [grade + (k - (len(workers) - 1) / 2) * width for grade in range(len(GRADES))]
-        axes.bar_label(axes.bar(places, count(records), width, label=f"worker{k + 1}"), fontsize=7)
-    axes.set_xticks(range(len(GRADES)), GRADES)
+    width = 0.8 / len(workers)  # of a bar; the bars of one grade take 0.8 together
+    for number, records in enumerate(workers):
+        from_middle = (number - (len(workers) - 1) / 2) * width
+        centres = [grade + from_middle for grade in range(len(GRADE_NAMES))]
+        bars = axes.bar(centres, count_grades(records), width, label=f"worker{number + 1}")
+        axes.bar_label(bars, fontsize=7)
+    axes.set_xticks(range(len(GRADE_NAMES)), GRADE_NAMES)
     axes.set_ylabel("images")
     axes.legend()
     with replacing(path) as written:

@@ -1,100 +1,132 @@
-"""Who gets which image: training or validation, and which hospital. Lists of datasets.Photo in, lists of Photo out."""
+"""Who gets which image: training or validation, and which hospital.
+
+Everything here takes and gives lists of datasets.Photo.
+"""
 
 import numpy as np
 
-VALIDATION = (
-    0.2,
-) * 5  # part of grades 0..4 that is held out where the published set has no validation part
-# The thesis's draw from the 6,266 healthy and 6,256 diseased images of OIA-DDR leaves 5,060 and 4,940 to train on, ...
+# Part of the images of grades 0..4 that is held out where the published set has no validation part.
+VALIDATION = (0.2, 0.2, 0.2, 0.2, 0.2)
+# The thesis draws its training set from 6,266 healthy and 6,256 diseased images of OIA-DDR:
+# 5,060 and 4,940 are left to train on.
 BALANCED = (1 - 5060 / 6266,) + (1 - 4940 / 6256,) * 4
-# ... and its non-IID split gives so many of them to workers 1, 2 and 3.
-THESIS_HEALTHY, THESIS_DISEASED = (
-    np.array([3000, 1000, 1060]) / 5060,
-    np.array([500, 300, 4140]) / 4940,
-)
+# Its non-IID split deals these parts of them to workers 1, 2 and 3.
+THESIS_HEALTHY = np.array([3000, 1000, 1060]) / 5060
+THESIS_DISEASED = np.array([500, 300, 4140]) / 4940
+# With a small alpha a Dirichlet draw can leave a client (nearly) nothing: then it is drawn again.
+DIRICHLET_ATTEMPTS = 1000
 
 
 def choose_validation(photos, balanced, rng):
-    """(train, val): the published parts where there are any, else a part of each grade; no patient is in both."""
-    published = any(photo.part for photo in photos) and not balanced
-    if published:
-        patients = {photo.patient for photo in photos if photo.part == "val"}
+    """(train, val): the published parts where there are any, else a part of each grade.
+
+    No patient is in both. balanced: the thesis's draw, which mixes the published parts.
+    Raises ValueError where one of the two is without images.
+    """
+    has_parts = any(photo.part for photo in photos)
+    if has_parts and not balanced:
+        train, val = published_parts(photos)
     else:
-        patients = hold_out(photos, BALANCED if balanced else VALIDATION, rng)
-    val = [p for p in photos if p.patient in patients and (p.part == "val" or not published)]
-    train = [
-        p for p in photos if p.patient not in patients and (p.part == "train" or not published)
-    ]
+        held_out = hold_out(photos, BALANCED if balanced else VALIDATION, rng)
+        train = [photo for photo in photos if photo.patient not in held_out]
+        val = [photo for photo in photos if photo.patient in held_out]
     if not train or not val:
         raise ValueError(
-            f"found {len(train)} images to train on and {len(val)} to validate: expected some of each"
+            f"found {len(train)} images to train on and {len(val)} to validate: expected some of "
+            "each"
         )
     return train, val
 
 
+def published_parts(photos):
+    """(train, val) as published; a patient who is in both is taken out of training."""
+    val = [photo for photo in photos if photo.part == "val"]
+    val_patients = {photo.patient for photo in val}
+    train = [
+        photo for photo in photos if photo.part == "train" and photo.patient not in val_patients
+    ]
+    return train, val
+
+
 def hold_out(photos, parts, rng):
-    """The set of patients who make up parts[grade] of the images of each grade; a patient counts as the worst image."""
-    patients = {}
+    """The set of patients who make up parts[grade] of the images of each grade.
+
+    A patient counts by the worst grade.
+    """
+    grades_of = {}
     for photo in photos:
-        patients.setdefault(photo.patient, []).append(photo.grade)
-    chosen, due = set(), 0.0
+        grades_of.setdefault(photo.patient, []).append(photo.grade)
+    chosen = set()
+    due = 0.0  # images still to be held out; what rounding leaves over is carried to the next grade
     for grade, part in enumerate(parts):
-        group = [patient for patient, grades in patients.items() if max(grades) == grade]
-        due += part * sum(
-            len(patients[patient]) for patient in group
-        )  # what rounding left over is carried on
+        group = [patient for patient, grades in grades_of.items() if max(grades) == grade]
+        due += part * sum(len(grades_of[patient]) for patient in group)
         for i in rng.permutation(len(group)):
             if due < 0.5:
                 break
             chosen.add(group[i])
-            due -= len(patients[group[i]])
+            due -= len(grades_of[group[i]])
     return chosen
 
 
 def split(photos, how, num_clients, rng, alpha=0.5, share=0):
-    """Divide training photos among clients: "iid", "noniid" or "dirichlet"; then add `share` of them to every client.
+    """Split training photos among clients: "iid", "noniid" or "dirichlet"; a list for each client.
 
-    noniid: the thesis's, for three clients. dirichlet: of each grade, parts from Dirichlet(alpha) (Hsu et al. 2019).
-    The shared images (Zhao et al. 2018) are in the grades' proportions, and taken out before the division.
+    noniid: the thesis's, for three clients. dirichlet: of each grade, parts from Dirichlet(alpha)
+    (Hsu et al. 2019). share: so many images (Zhao et al. 2018), in the grades' proportions, are taken
+    out before the split and given to every client.
+    Raises ValueError where a client would get too few.
     """
     if share + num_clients > len(photos):
         raise ValueError(
-            f"{len(photos)} training images are too few for {share} shared ones and {num_clients} clients"
+            f"{len(photos)} training images are too few for {share} shared ones and {num_clients} "
+            "clients"
         )
     # Shuffled, then ordered by grade: every n-th one of these is a fair sample.
-    photos = sorted(
-        (photos[i] for i in rng.permutation(len(photos))), key=lambda photo: photo.grade
-    )
+    shuffled = [photos[i] for i in rng.permutation(len(photos))]
+    by_grade = sorted(shuffled, key=lambda photo: photo.grade)
     common = set(np.linspace(0, len(photos) - 1, share).round().astype(int).tolist())
-    shared = [photos[i] for i in sorted(common)]
-    photos = [photo for i, photo in enumerate(photos) if i not in common]
-    fewest, attempts = (
-        (min(10, max(1, len(photos) // (4 * num_clients))), 1000) if how == "dirichlet" else (1, 1)
-    )
-    for _ in range(attempts):
-        clients = divide(photos, how, num_clients, rng, alpha)
+    shared = [by_grade[i] for i in sorted(common)]
+    own = [photo for i, photo in enumerate(by_grade) if i not in common]
+    clients = deal_enough(own, how, num_clients, rng, alpha)
+    return [client + shared for client in clients]
+
+
+def deal_enough(photos, how, num_clients, rng, alpha):
+    """What `deal` gives, if every client has enough of it; ValueError otherwise."""
+    if how != "dirichlet":
+        clients = deal(photos, how, num_clients, rng, alpha)
+        if [] in clients:
+            raise ValueError(
+                f"worker{clients.index([]) + 1} would get none of {len(photos)} images: take fewer "
+                "clients"
+            )
+        return clients
+    fewest = min(10, max(1, len(photos) // (4 * num_clients)))
+    for _ in range(DIRICHLET_ATTEMPTS):
+        clients = deal(photos, how, num_clients, rng, alpha)
         if min(map(len, clients)) >= fewest:
-            return [client + shared for client in clients]
-    if how == "dirichlet":
-        raise ValueError(
-            f"alpha {alpha} leaves a client with fewer than {fewest} images 1000 times: take a larger one"
-        )
+            return clients
     raise ValueError(
-        f"worker{clients.index([]) + 1} would get none of {len(photos)} images: take fewer clients"
+        f"alpha {alpha} leaves a client with fewer than {fewest} images {DIRICHLET_ATTEMPTS} times: "
+        "take a larger one"
     )
 
 
-def divide(photos, how, num_clients, rng, alpha):
+def deal(photos, how, num_clients, rng, alpha):
+    """Deal photos, ordered by grade, among clients: a list for each."""
     if how == "iid":
         return [photos[first::num_clients] for first in range(num_clients)]
+    groups = ((0,), (1, 2, 3, 4)) if how == "noniid" else ((0,), (1,), (2,), (3,), (4,))
     clients = [[] for _ in range(num_clients)]
-    for grades in ((0,), (1, 2, 3, 4)) if how == "noniid" else ((0,), (1,), (2,), (3,), (4,)):
+    for grades in groups:
         group = [photo for photo in photos if photo.grade in grades]
-        thesis = THESIS_DISEASED if grades[0] else THESIS_HEALTHY
-        parts = thesis if how == "noniid" else rng.dirichlet([alpha] * num_clients)
+        if how == "dirichlet":
+            parts = rng.dirichlet([alpha] * num_clients)
+        else:
+            parts = THESIS_HEALTHY if grades == (0,) else THESIS_DISEASED
         ends = np.round(np.cumsum(parts)[:-1] * len(group)).astype(int)
-        for client, chosen in zip(
-            clients, np.split(rng.permutation(len(group)), ends), strict=True
-        ):
-            client += [group[i] for i in chosen]
+        hands = np.split(rng.permutation(len(group)), ends)
+        for client, hand in zip(clients, hands, strict=True):
+            client += [group[i] for i in hand]
     return clients

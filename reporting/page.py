@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import data
-from preparation.overview import GRADES, count
+from preparation.overview import GRADE_NAMES, count_grades
 from preparation.photos import open_image
 from reporting import metrics
 from reporting.metrics import METRICS
@@ -286,7 +286,7 @@ def draw_sensitivity(axes, grade, found):
     n = len(found)
     part = float(np.mean(found))
     low, high = metrics.wilson(part, n)
-    name = f"{GRADES[grade]}\n{found.sum()} of {n}"
+    name = f"{GRADE_NAMES[grade]}\n{found.sum()} of {n}"
     axes.bar(name, part, color=GRADE_COLOURS[grade], width=0.7)
     # rounding can put an end on the wrong side of `part`, and matplotlib takes no negative length
     below = max(0, part - low)
@@ -305,7 +305,7 @@ def thumbnail(record, score):
     open_image(record["dir"]).resize((128, 128)).save(png, "PNG")
     encoded = base64.b64encode(png.getvalue()).decode()
     caption = (
-        f"score {score:.3f}<br>grade {record['label']}, {GRADES[record['label']]}"
+        f"score {score:.3f}<br>grade {record['label']}, {GRADE_NAMES[record['label']]}"
         f"<br>{escape(record['picture'])}"
     )
     return (
@@ -323,11 +323,13 @@ def clients(run):
         else:
             numbers = ["its images are not on this machine"]
         rows.append((escape(client), len(records) or "–", *numbers))
-    here = {client: count(records) for client, (_, records, _) in run["sites"].items() if records}
+    here = {
+        client: count_grades(records) for client, (_, records, _) in run["sites"].items() if records
+    }
     if here:
         of_each_grade = zip(*here.values(), strict=True)  # a tuple of the clients' numbers
         with picture(cells, "Images by grade") as axes:
-            parts = dict(zip(GRADES, of_each_grade, strict=True))
+            parts = dict(zip(GRADE_NAMES, of_each_grade, strict=True))
             draw_stacked(axes, list(here), parts, GRADE_COLOURS)
     text = (
         '<p class="quiet">The clients trained on these images: compare the clients with each '

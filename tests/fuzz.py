@@ -199,7 +199,7 @@ class Index:
             raise
         assert (
             all(
-                set(record) == set(data.COLUMNS) and 0 <= record["label"] < data.GRADES
+                set(record) == set(data.INDEX_COLUMNS) and 0 <= record["label"] < data.NUM_GRADES
                 for record in records
             )
             and records

@@ -13,7 +13,7 @@ def records_of(grades):
 
 
 def test_the_table_has_a_row_a_set_and_columns_for_grades_and_totals():
-    header, first, second = overview.table(
+    header, first, second = overview.format_table(
         {"worker1": records_of([0, 0, 1, 2, 4]), "validation": records_of([3])}
     ).splitlines()
     assert header.split() == [

@@ -109,7 +109,8 @@ def test_weights_that_are_none_are_refused_by_name(score, tmp_path):
     shutil.copy("server/server_weight.h5", tmp_path / "whole.keras")
     code, _, said = score("drawn", "preprocessed/0003.png", "--weights", tmp_path / "whole.keras")
     assert code == 1 and re.fullmatch(
-        "predict: error: .*whole.keras cannot be used: Keras chooses the format by the name.*\n", said.err
+        "predict: error: .*whole.keras cannot be used: Keras chooses the format by the name.*\n",
+        said.err,
     )
 
 
