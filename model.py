@@ -138,7 +138,7 @@ def vgg16(image_size):
 
 
 def lite0(image_size):
-    """EfficientNet-Lite0 (Tan and Le 2019, without squeeze-and-excitation, with ReLU6), one dense layer.
+    """EfficientNet-Lite0 (Tan and Le 2019) and one dense layer, without squeeze-and-excitation.
 
     All layers lie flat in one model: a model within a model orders its tensors anew when it is
     frozen, and weights are matched by order.

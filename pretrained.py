@@ -24,7 +24,7 @@ MAX_ELEMENTS = 100_000_000
 
 
 def vgg16_weights(input_shape):
-    """The tensors of VGG16's convolutions, in order. Keras downloads them once. Raises ValueError."""
+    """The tensors of VGG16 without its top, in order; Keras downloads them. Raises ValueError."""
     from keras import applications
 
     try:

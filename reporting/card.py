@@ -27,6 +27,7 @@ NEEDED = {
     "run": str,
     "round": int,
     "weights_sha256": str,
+    "validation_sha256": str,
     "tasks": dict,
     "warning": str,
 }
@@ -34,11 +35,12 @@ NEEDED = {
 UNKNOWN_DATA = {"dataset": "unknown", "split": "unknown", "preprocessing": "unknown"}
 
 
-def make(state, row, weights_sha256, prepared, assessed):
-    """The card (dict) of the weights after an evaluated round.
+def make(state, row, prepared, validation_sha256, assessed):
+    """The card (dict) of server_weight.h5 after an evaluated round.
 
     state: federation.state.RunState. row: the round's row of the history.
     prepared: what index/prepared.json says, {} where there is none.
+    validation_sha256: of the file val_set.pkl, so that nobody measures on another one unnoticed.
     assessed: from reporting.metrics.assess.
     """
     data = {**UNKNOWN_DATA, **prepared}
@@ -61,7 +63,8 @@ def make(state, row, weights_sha256, prepared, assessed):
         "seed": state.seed,
         "initial_weights": Path(state.weights).name[:80],
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "weights_sha256": weights_sha256,
+        "weights_sha256": state.weights_sha256,
+        "validation_sha256": validation_sha256,
         "num_clients": row["clients"],
         "num_examples": row["num_examples"],
         "clients": counted,
@@ -85,7 +88,7 @@ def publish(weights_path, card):
 
 
 def read(weights_path):
-    """The card beside a weight file. Raises ValueError where it is missing, bad or of other weights."""
+    """The card beside a weight file. Raises ValueError: missing, bad, or of other weights."""
     path = path_of(weights_path)
     if not Path(weights_path).exists():
         raise ValueError(f"{weights_path} is missing: train a model first, with ./run_local.sh")

@@ -185,7 +185,7 @@ def assess(p_healthy, records):
 
 
 def warning_of(tasks):
-    """Why a model must not be used to find referable DR, as a sentence; "" where it may be tried."""
+    """Why a model must not be used to find referable DR, as a sentence; "" where there is no reason."""
     task = tasks["referable DR"]
     area, low, high = task["measured"]["auc"]
     sensitivity = task["measured"]["sensitivity"][0]
