@@ -1,11 +1,11 @@
-"""One hospital: fetches the weights, trains on its own images, sends the weights back; round after round.
+"""One hospital: fetch the weights, train on its own images, send them back; round after round.
 
-    python3 todoClient.py --name client001                              # trains on index/worker1.pkl
+    python3 todoClient.py --name client001                      # trains on index/worker1.pkl
     python3 todoClient.py --name client002 --server SERVER_IP:50051 --epochs 2
 
-Killed at any instant and started again with the same command, it takes part again. Exit codes: 0 the run is over,
-1 refused or an error, 2 wrong usage, 4 gave up on a server that is away, 5 the last round was delivered but never
-answered, 130 Ctrl-C, 143 SIGTERM.
+Killed at any instant and started again with the same command, it takes part again. Exit codes:
+0 the run is over, 1 refused or an error, 2 wrong usage, 4 gave up on a server that is away,
+5 the last round was delivered but never answered, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import argparse
@@ -38,8 +38,10 @@ from common import files
 from federation import tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 
-HISTORY_COLUMNS = "round,epoch,loss,accuracy,num_examples,seconds".split(",")
-SETTINGS = (
+HISTORY_COLUMNS = ["round", "epoch", "loss", "accuracy", "num_examples", "seconds"]
+
+# The flags that decide what a round's training gives; the state keeps what they were.
+TRAINING_FLAGS = [
     "name",
     "threads",
     "seed",
@@ -47,29 +49,28 @@ SETTINGS = (
     "batch_size",
     "freeze_base",
     "no_augmentation",
-)  # what was trained follows
+]
+
 REPORT_EVERY_S = 30
-CONNECT_S = (
-    10  # an attempt that lasted longer than a connection may take had a server at its other end
-)
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10
+CONNECT_S = 10  # what gRPC may take to connect
+SERVED_S = 2 * CONNECT_S  # a call that lasted longer had a server at its other end
+
 MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
-SEED_TASK = {
-    "run": "",
-    "arch": "vgg16",
-    "image_size": 224,
-}  # what a server trains that names nothing
+
+# What a server trains that names nothing: the thesis demo's. A run without an id is one of that.
+SEED_TASK = {"run": "", "arch": "vgg16", "image_size": 224}
+
+# Status codes that trying again does not change.
 REFUSALS = {
-    grpc.StatusCode[name]
-    for name in (
-        "INVALID_ARGUMENT",
-        "PERMISSION_DENIED",
-        "UNAUTHENTICATED",
-        "ABORTED",
-        "RESOURCE_EXHAUSTED",
-        "UNIMPLEMENTED",
-    )
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNIMPLEMENTED,
 }
 
 
@@ -79,6 +80,10 @@ class Finished(Exception):
 
 class GaveUp(Exception):
     """The server has been away for --give-up-after."""
+
+    def __init__(self, sentence, exit_code):
+        super().__init__(sentence)
+        self.exit_code = exit_code
 
 
 def main(argv=None):
@@ -91,7 +96,7 @@ def main(argv=None):
         say(arguments.name, end)
         return 0
     except GaveUp as error:
-        return fail(arguments.name, *error.args)
+        return fail(arguments.name, error, error.exit_code)
     except (ValueError, OSError) as error:
         return fail(arguments.name, error)
 
@@ -102,7 +107,7 @@ def federate(site):
         if not site.has_trained_weights():
             task = keep_trying(ClientgetWeight, site)  # 1, 2: connect, get the weights
             train(site, task)  # 3: create the model, load the weights, train, save
-        keep_trying(ClientsendWeight, site)  # 4: upload, wait for the answer
+        keep_trying(ClientsendWeight, site)  # 4: send the weights, wait for the answer
         # 5: next round
 
 
@@ -115,7 +120,7 @@ def parse(argv):
         "--name",
         required=True,
         type=client_name,
-        help="who this is, as the server's --clients has it",
+        help="this client's name in the server's --clients",
     )
     add("--server", default="localhost:50051", metavar="HOST:PORT", help="(default: %(default)s)")
     add(
@@ -135,7 +140,8 @@ def parse(argv):
         "--index",
         type=Path,
         metavar="FILE",
-        help="(default: index/workerK.pkl, K the number at the end of the name)",
+        help="the images to train on "
+        "(default: index/workerK.pkl, K the number at the end of the name)",
     )
     add(
         "--client-dir", type=Path, metavar="DIR", help="weights, state, history (default: the name)"
@@ -164,11 +170,11 @@ def parse(argv):
         type=seconds,
         default=600,
         metavar="S",
-        help="of a server that is away (default: %(default)s)",
+        help="end when the server has been away for S seconds (default: %(default)s)",
     )
     tls.add_arguments(
         add,
-        "that signed the server's certificate: speak TLS",
+        "the CA that signed the server's certificate: speak TLS",
         "this client's certificate, in its --name",
     )
     arguments = parser.parse_args(argv)
@@ -176,32 +182,37 @@ def parse(argv):
     arguments.index = arguments.index or data.worker_index(arguments.name)
     if arguments.index is None:
         parser.error(
-            f"--name {arguments.name} ends in no number: say which images are its own with --index FILE"
+            f"--name {arguments.name} ends in no number: say which images are its own "
+            "with --index FILE"
         )
     arguments.client_dir = arguments.client_dir or Path(arguments.name)
     return arguments
 
 
 class Site:
-    """What a client knows: its images, its network, and the state file.
+    """What one hospital has: its images, its network and its state file.
 
-    The state's `trained` says for which round client_weights.h5 was trained, as long as it is not delivered: whoever
-    finds it at a start delivers instead of training again.
+    state["trained"] says for which settings client_weights.h5 was trained, and its SHA-256, as long
+    as it is not delivered; None otherwise. A client that finds it when it starts delivers that file
+    instead of training again.
     """
 
     def __init__(self, arguments):
-        self.arguments, self.name = arguments, arguments.name
-        files.clean(arguments.client_dir)
+        self.arguments = arguments
+        self.name = arguments.name
         self.weights = arguments.client_dir / "client_weights.h5"
+        self.state_path = arguments.client_dir / "state.json"
+        files.clean(arguments.client_dir)
         self.records = data.read_index(arguments.index)
-        nothing = {"run": None, "round": 0, "rounds": 0, "trained": None, "history": []}
-        self.state = files.load_state(arguments.client_dir / "state.json", nothing) or nothing
+        new_state = {"run": None, "round": 0, "rounds": 0, "trained": None, "history": []}
+        remedy = "move it away; this client then begins with the open round"
+        self.state = files.load_state(self.state_path, new_state, remedy) or new_state
         arguments.threads = arguments.threads or model.default_threads()
-        self.settings = {name: getattr(arguments, name) for name in SETTINGS} | {
-            "index": files.sha256_of(arguments.index)[:12],
-            "num_examples": len(self.records),
-        }
-        self.network = self.batches = None
+        self.settings = {flag: getattr(arguments, flag) for flag in TRAINING_FLAGS}
+        self.settings["index"] = files.sha256_of(arguments.index)[:12]
+        self.settings["num_examples"] = len(self.records)
+        self.network = None
+        self.batches = None
         self.sent = False  # whether the open round's weights went out whole at least once
 
     def say(self, line):
@@ -209,83 +220,72 @@ class Site:
 
     def save(self, **changes):
         self.state.update(changes)
-        files.save_state(self.arguments.client_dir / "state.json", self.state)
+        files.save_state(self.state_path, self.state)
 
     def has_trained_weights(self):
+        """Whether client_weights.h5 is trained, not delivered, and by the settings of now."""
         trained = self.state["trained"]
         if trained is None or trained["sha256"] != files.sha256_of(self.weights):
             return False
         changed = [
-            f"{name} was {trained.get(name)}, is {now}"
-            for name, now in self.settings.items()
-            if trained.get(name) != now
+            f"{name} was {trained.get(name)}, is {value}"
+            for name, value in self.settings.items()
+            if trained.get(name) != value
         ]
         if changed:
             self.say(
-                f"round {self.state['round']}: trained before with other settings ({'; '.join(changed)}): training again"
+                f"round {self.state['round']}: trained before with other settings "
+                f"({'; '.join(changed)}): training again"
             )
         return not changed
 
     def prepare(self, task):
-        """The network and the images, once for all rounds."""
-        if self.network is None or (self.network.name, self.network.input_shape[1]) != (
-            task["arch"],
+        """Make the network and load the images; once, unless the server changes the network."""
+        wanted = (task["arch"], task["image_size"])
+        if self.network and (self.network.name, self.network.input_shape[1]) == wanted:
+            return
+        model.configure(self.arguments.seed, self.arguments.threads)
+        self.network = model.build(task["arch"], task["image_size"])
+        if self.arguments.freeze_base:
+            model.freeze_base(self.network)
+        images = data.load_images(
+            self.records,
             task["image_size"],
-        ):
-            model.configure(self.arguments.seed, self.arguments.threads)
-            self.network = model.build(task["arch"], task["image_size"])
-            if self.arguments.freeze_base:
-                model.freeze_base(self.network)
-            images = data.load_images(
-                self.records,
-                task["image_size"],
-                files.temporary(self.weights.with_name("images.npy")),
-            )
-            self.batches = data.TrainingBatches(
-                images,
-                data.healthy(self.records),
-                self.arguments.batch_size,
-                self.arguments.seed,
-                self.name,
-                not self.arguments.no_augmentation,
-            )
+            files.temporary(self.weights.with_name("images.npy")),
+        )
+        self.batches = data.TrainingBatches(
+            images,
+            data.healthy(self.records),
+            self.arguments.batch_size,
+            self.arguments.seed,
+            self.name,
+            not self.arguments.no_augmentation,
+        )
+
+
+# --- the steps -----------------------------------------------------------------------------------
 
 
 def ClientgetWeight(stub, site):
-    """get weight from server: client_weights.h5 is then the server's. Returns the task (dict): run, round, rounds, arch,
-    image_size. Raises Finished."""
-    with waiting(site, "for the weights"), files.replacing(site.weights) as written:
-        call = stub.getWeight(
-            todo_pb2.void(), metadata=(("fedml-client", site.name), ("fedml-accept", "blob"))
-        )
-        told = dict(call.initial_metadata())
-        digest = weights.spool(call, written, MAX_WEIGHTS_BYTES)
-        if told.get("fedml-sha256", digest) != digest:
+    """get weight from server, save locally: client_weights.h5 is then the server's.
+
+    Returns the task, a dict of run, round, rounds, arch and image_size. Raises Finished where the
+    run is over, ValueError where the answer makes no sense, grpc.RpcError.
+    """
+    request_metadata = (("fedml-client", site.name), ("fedml-accept", "blob"))
+    with reporting(site, "waiting for the weights"), files.replacing(site.weights) as written:
+        call = stub.getWeight(todo_pb2.void(), metadata=request_metadata)
+        initial_metadata = dict(call.initial_metadata())
+        sha256 = weights.spool(call, written, MAX_WEIGHTS_BYTES)
+        announced = initial_metadata.get("fedml-sha256", sha256)
+        if announced != sha256:
             raise ValueError(
-                f"the weights arrived with SHA-256 {digest}, the server announced {told['fedml-sha256']}"
+                f"the weights arrived with SHA-256 {sha256}, the server announced {announced}"
             )
-    if "fedml-run" in told:
-        try:
-            task = {
-                "run": told["fedml-run"],
-                "arch": told["fedml-arch"],
-                "image_size": pixels(told["fedml-image-size"]),
-                "round": at_least(1)(told["fedml-round"]),
-                "rounds": at_least(1)(told["fedml-rounds"]),
-            }
-            model.ARCHS[task["arch"]]  # known?
-        except (KeyError, ValueError, argparse.ArgumentTypeError) as error:
-            raise ValueError(
-                f"the server names a run, but not its network and round as expected ({error}): is it this "
-                "project's todoServer.py, of the same commit?"
-            ) from None
-    else:  # the thesis demo's server: the client counts
-        counted = (
-            site.state["round"] - bool(site.state["trained"])
-            if site.state["run"] == SEED_TASK["run"]
-            else 0
-        )
-        task = {**SEED_TASK, "round": counted + 1, "rounds": site.arguments.rounds}
+    if "fedml-run" in initial_metadata:
+        task = task_from(initial_metadata)
+    else:
+        task = next_seed_task(site)
     if task["round"] > task["rounds"]:
         raise Finished(
             f"the run is over after {task['rounds']} rounds; its result is in {site.weights}"
@@ -293,25 +293,59 @@ def ClientgetWeight(stub, site):
     return task
 
 
+def task_from(initial_metadata):
+    """The task that a server of ours names. Raises ValueError where it is none."""
+    try:
+        task = {
+            "run": initial_metadata["fedml-run"],
+            "arch": initial_metadata["fedml-arch"],
+            "image_size": pixels(initial_metadata["fedml-image-size"]),
+            "round": at_least(1)(initial_metadata["fedml-round"]),
+            "rounds": at_least(1)(initial_metadata["fedml-rounds"]),
+        }
+        if task["arch"] not in model.ARCHS:
+            raise ValueError(f"unknown network {task['arch']!r}")
+    except (KeyError, ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(
+            f"the server names a run, but not its network and round as expected ({error}): "
+            "is it this project's todoServer.py, of the same commit?"
+        ) from None
+    return task
+
+
+def next_seed_task(site):
+    """The task of a server that names none, the thesis demo's: there the client counts rounds."""
+    finished = 0
+    if site.state["run"] == SEED_TASK["run"]:
+        finished = site.state["round"]
+        if site.state["trained"]:  # that round is not delivered
+            finished -= 1
+    return {**SEED_TASK, "round": finished + 1, "rounds": site.arguments.rounds}
+
+
 def train(site, task):
-    """Trains on the site's own images; publishes client_weights.h5, history.csv and state.json, in this order."""
+    """Create the model, load the weights, train on the site's own images, save.
+
+    Publishes client_weights.h5, then history.csv, and state.json last: only the state says that the
+    weights are trained, so a crash in between trains this round again.
+    """
     site.prepare(task)
     model.load(site.network, site.weights)
     title = f"round {task['round']}/{task['rounds']}"
     site.say(f"{title}: training on {len(site.records)} images")
-    rows = model.train(
-        site.network,
-        site.batches,
-        task["round"],
-        site.arguments.epochs,
-        lambda row: site.say(
-            f"{title}: epoch {row['epoch']}/{site.arguments.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  "
-            f"({row['seconds']:.1f} s)"
-        ),
-    )
+
+    def report(row):
+        site.say(
+            f"{title}: epoch {row['epoch']}/{site.arguments.epochs}  loss {row['loss']:.4f}  "
+            f"accuracy {row['accuracy']:.3f}  ({row['seconds']:.1f} s)"
+        )
+
+    rows = model.train(site.network, site.batches, task["round"], site.arguments.epochs, report)
     model.save(site.network, site.weights)
-    before = site.state["history"] if site.state["run"] == task["run"] else []
-    history = [row for row in before if row["round"] < task["round"]] + rows
+    history = rows
+    if site.state["run"] == task["run"]:
+        earlier = [row for row in site.state["history"] if row["round"] < task["round"]]
+        history = earlier + rows
     files.publish_rows(site.arguments.client_dir / "history.csv", HISTORY_COLUMNS, history)
     site.save(
         run=task["run"],
@@ -324,109 +358,147 @@ def train(site, task):
 
 
 def ClientsendWeight(stub, site):
-    """send weight to server, and wait for its answer. Afterwards nothing is left to deliver. Raises Finished."""
-    state, trained = site.state, site.state["trained"]
-    title = f"round {state['round']}/{state['rounds']}"
-    if state["run"]:
-        metadata = (
-            ("fedml-client", site.name),
-            ("fedml-run", state["run"]),
-            ("fedml-round", str(state["round"])),
-            ("fedml-sha256", trained["sha256"]),
-        )
-        messages = weights.blob_messages(site.weights, site.name, trained["num_examples"])
-    else:
-        metadata = ()
-        messages = weights.base64_messages(
-            site.weights, f"{site.name}/{weights.SEED_FILE_NAME}", trained["num_examples"]
-        )
+    """send weight to server, and wait for its answer. Afterwards nothing is left to deliver.
 
-    def noted():
-        yield from messages
-        site.sent = True
-
+    Raises Finished after the last round, grpc.RpcError.
+    """
+    round_number = site.state["round"]
+    title = f"round {round_number}/{site.state['rounds']}"
+    messages, request_metadata = upload_of(site)
     try:
-        with waiting(site, "for the server's answer", title):
-            answer, call = stub.sendWeight.with_call(noted(), metadata=metadata)
+        with reporting(site, f"{title}: waiting for the server's answer"):
+            answer, call = stub.sendWeight.with_call(messages, metadata=request_metadata)
     except grpc.RpcError as error:
         if error.code() != grpc.StatusCode.FAILED_PRECONDITION:
             raise
-        site.say(f"{title}: these weights do not count ({error.details()}); dropped")
-        return site.save(trained=None)
-    told = dict(call.trailing_metadata())
-    site.save(trained=None, round=state["round"] - (answer.value != 1))
-    if answer.value != 1:
-        return site.say(
-            f"{title}: the server did not merge (answer {answer.value}): fetching again"
-        )
-    if "fedml-done" in told or (not state["run"] and state["round"] >= state["rounds"]):
+        # Another run or another round is open by now.
+        site.say(f"{title}: upload rejected: {error.details()}; these weights are dropped")
+        site.save(trained=None)
+        return
+    if answer.value != 1:  # the thesis demo's server says 0 when the others did not come in time
+        site.save(trained=None, round=round_number - 1)
+        site.say(f"{title}: the server did not merge (answer {answer.value}): fetching again")
+        return
+    site.save(trained=None)
+    trailing_metadata = dict(call.trailing_metadata())
+    counted_by_client = not site.state["run"]
+    last_by_count = counted_by_client and round_number >= site.state["rounds"]
+    if "fedml-done" in trailing_metadata or last_by_count:
         raise Finished(
-            f"the run is over after {state['rounds']} rounds; {site.weights} is this site's last; "
-            "the merged model is the server's server_weight.h5"
+            f"the run is over after {site.state['rounds']} rounds; {site.weights} is this site's "
+            "last; the merged model is the server's server_weight.h5"
         )
+
+
+def upload_of(site):
+    """(messages, request metadata) of what is trained, in the form that this server reads."""
+    state = site.state
+    num_examples = state["trained"]["num_examples"]
+    if state["run"]:
+        messages = weights.blob_messages(site.weights, site.name, num_examples)
+        request_metadata = (
+            ("fedml-client", site.name),
+            ("fedml-run", state["run"]),
+            ("fedml-round", str(state["round"])),
+            ("fedml-sha256", state["trained"]["sha256"]),
+        )
+    else:  # the thesis demo's server knows base64 only, and takes the client's name from a path
+        path_on_server = f"{site.name}/{weights.SEED_FILE_NAME}"
+        messages = weights.base64_messages(site.weights, path_on_server, num_examples)
+        request_metadata = ()
+
+    def noting_the_end():
+        yield from messages
+        site.sent = True
+
+    return noting_the_end(), request_metadata
+
+
+# --- the connection ------------------------------------------------------------------------------
 
 
 def keep_trying(attempt, site):
-    """attempt(stub, site), on a new connection each time, until it succeeds or is refused. Raises GaveUp, ValueError."""
-    away_since, said, pause_s = None, 0, FIRST_PAUSE_S
+    """Call attempt(stub, site), each time on a new connection, until it returns.
+
+    The pause between two attempts doubles up to LONGEST_PAUSE_S.
+    Raises ValueError where the server refuses, GaveUp after --give-up-after.
+    """
+    away_since = None  # when the server was missed first; None as long as it was not
+    last_report = None
+    pause_s = FIRST_PAUSE_S
     while True:
         started = time.monotonic()
         try:
             with connect(site) as channel:
                 return attempt(todo_pb2_grpc.FedMLStub(channel), site)
         except grpc.RpcError as error:
-            code, sentence = error.code(), error.details() or ""
-        if code in REFUSALS:
-            raise ValueError(f"the server refused: {sentence} ({code.name})")
+            failure = error
+        if failure.code() in REFUSALS:
+            raise ValueError(f"the server refused: {failure.details()} ({failure.code().name})")
+
         now = time.monotonic()
-        if away_since is None or now - started > 2 * CONNECT_S:
-            away_since, said, pause_s = now, 0, FIRST_PAUSE_S
-        give_up_s = site.arguments.give_up_after
-        if now - away_since >= give_up_s:
+        if away_since is None or now - started > SERVED_S:
+            # The server was there until now: the time to give up begins anew.
+            away_since = now
+            last_report = None
+            pause_s = FIRST_PAUSE_S
+        left_s = away_since + site.arguments.give_up_after - now
+        if left_s <= 0:
             raise gave_up(site)
-        if not said or now - said >= REPORT_EVERY_S:
-            said = now
-            if code == grpc.StatusCode.UNAVAILABLE and (why := tls.explain(site.arguments)):
-                raise ValueError(why)
-            reason = (
-                "no server answers there yet"
-                if "connect" in sentence.lower()
-                else sentence or code.name
-            )
-            site.say(
-                f"waiting for the server at {site.arguments.server} ({reason}); "
-                f"giving up in {give_up_s - (now - away_since):.0f} s"
-            )
-        time.sleep(
-            min(pause_s * random.uniform(0.5, 1.5), max(0, away_since + give_up_s - now))
-        )  # jitter: not all at once
+        if last_report is None or now - last_report >= REPORT_EVERY_S:
+            last_report = now
+            report_failure(site, failure, left_s)
+        jitter = random.uniform(0.5, 1.5)  # or all clients would come back at the same moment
+        time.sleep(min(pause_s * jitter, left_s))
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
+def report_failure(site, failure, left_s):
+    """Say why no call succeeds. Raises ValueError where trying again does not help."""
+    if failure.code() == grpc.StatusCode.UNAVAILABLE:
+        reason = tls.explain(site.arguments)  # gRPC says UNAVAILABLE for a failed handshake too
+        if reason:
+            raise ValueError(reason)
+    reason = failure.details() or failure.code().name
+    if "connect" in reason.lower():  # gRPC names addresses and errors of all attempts
+        reason = "no server answers there yet"
+    site.say(
+        f"waiting for the server at {site.arguments.server} ({reason}); giving up in {left_s:.0f} s"
+    )
+
+
 def gave_up(site):
-    away = f"the server at {site.arguments.server} did not answer for {site.arguments.give_up_after:g} s"
+    """The GaveUp of this moment: what is lost depends on what was delivered."""
     state = site.state
-    if state["trained"] and site.sent and state["round"] == state["rounds"]:
+    away = (
+        f"the server at {site.arguments.server} did not answer for "
+        f"{site.arguments.give_up_after:g} s"
+    )
+    is_last = state["round"] == state["rounds"]
+    if state["trained"] and site.sent and is_last:
         return GaveUp(
-            f"{away}; the last round's weights were delivered and never answered: the run is probably over, "
-            "look at the server; started again, this client asks again",
-            5,
+            f"{away}; the last round's weights were delivered and never answered: the run is "
+            "probably over, look at the server; started again, this client asks again",
+            exit_code=5,
         )
     return GaveUp(
-        f"{away}; what was trained is kept: start this client again when the server is back", 4
+        f"{away}; what was trained is kept: start this client again when the server is back",
+        exit_code=4,
     )
 
 
 def connect(site):
-    """A channel of its own for each attempt: an old one would keep its back-off and its dead connection."""
+    """A gRPC channel to the server, for one attempt.
+
+    An old channel would keep its growing pauses and its dead connection.
+    """
     options = [
-        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.min_reconnect_backoff_ms", CONNECT_S * 1000),
     ]
-    if site.state[
-        "run"
-    ]:  # a server of ours: it lets us knock while everyone trains, the thesis demo's would hang up
+    if site.state["run"]:
+        # A server of ours allows pings while a client waits; the thesis demo's would hang up.
         options += [
             ("grpc.keepalive_time_ms", 8000),
             ("grpc.keepalive_timeout_ms", 20_000),
@@ -436,15 +508,14 @@ def connect(site):
 
 
 @contextmanager
-def waiting(site, what, title=""):
-    """Says every 30 s for what and for how long this client waits, while the body runs."""
-    over, started = threading.Event(), time.monotonic()
+def reporting(site, what):
+    """While the body runs, say every REPORT_EVERY_S seconds `what` it does and for how long."""
+    over = threading.Event()
+    started = time.monotonic()
 
     def report():
         while not over.wait(REPORT_EVERY_S):
-            site.say(
-                f"{title + ': ' if title else ''}waiting {what} for {time.monotonic() - started:.0f} s"
-            )
+            site.say(f"{what} for {time.monotonic() - started:.0f} s")
 
     threading.Thread(target=report, daemon=True).start()
     try:

@@ -165,7 +165,13 @@ def load(arguments):
     import data
 
     keys = new_state("", (), 0, "", arch="", image_size=0, seed=0)
-    state = None if arguments.fresh else files.load_state(arguments.server_dir / "state.json", keys)
+    state = (
+        None
+        if arguments.fresh
+        else files.load_state(
+            arguments.server_dir / "state.json", keys, "move it away, or begin with --fresh"
+        )
+    )
     examples = data.read_index(arguments.index_dir / "val_set.pkl")
     state = begin(arguments) if state is None else resume(arguments, state)
     if arguments.min_clients and arguments.min_clients > len(state["clients"]):
@@ -273,7 +279,7 @@ def listen(arguments, rounds):
 
     local, credentials = (
         tls.is_this_machine(arguments.listen),
-        tls.credentials(arguments, of_server=True),
+        tls.server_credentials(arguments),
     )
     server, address = create_server(
         rounds,

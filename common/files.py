@@ -1,7 +1,8 @@
-"""Files that survive a crash: whole or not there, never half (standard library only).
+"""Files that survive a crash: each is whole or not there, never half. Standard library only.
 
-Everything that a run writes for later goes through `publish`. A process killed at any instant leaves the old file
-or the new one, and at most a temporary file beside it, which `clean` removes at the next start.
+Everything that a run keeps for later goes through `publish`. A process that is killed at any
+instant leaves the old file or the new one, and at most a temporary file beside it; `clean` removes
+that at the next start.
 """
 
 import csv
@@ -14,29 +15,43 @@ from contextlib import contextmanager
 from pathlib import Path
 
 STATE_VERSION = 1
+# What a server's run writes into its folder, apart from the clients' uploads. The state comes
+# first: once it is moved aside, the files that are left belong to no run.
+RUN_FILES = ("state.json", "server_weight.h5", "history.csv", "report.html")
+
+
+# --- publishing ----------------------------------------------------------------------------------
 
 
 def temporary(path):
-    """A name in the folder of `path`, with its extension (Keras goes by it), for a file that `publish` will put in place."""
+    """Return a new name beside `path`, for a file that `publish` will rename to it.
+
+    It keeps the extension, because Keras chooses the file format by it.
+    """
     path = Path(path)
     return path.with_name(f".{path.stem}.{os.getpid()}-{os.urandom(4).hex()}.tmp{path.suffix}")
 
 
 def publish(written, path):
-    """Puts the complete temporary file `written` in the place of `path`, durably: fsync, rename, fsync of the folder."""
+    """Rename the complete temporary file `written` to `path`, durably."""
+    # The content must be on disk before the name points to it ...
     with open(written, "rb") as file:
         os.fsync(file.fileno())
     os.replace(written, path)
-    folder = os.open(Path(path).parent, os.O_RDONLY)
+    # ... and the new name is on disk only once the folder is.
+    folder_fd = os.open(Path(path).parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(folder_fd)
     finally:
-        os.close(folder)
+        os.close(folder_fd)
 
 
 @contextmanager
 def replacing(path):
-    """A temporary file to be written in the body; published as `path` after it, removed where anything goes wrong."""
+    """Give the body a temporary file to write; afterwards publish it as `path`.
+
+    If the body or the publishing fails, the temporary file is removed and `path` is as it was.
+    """
     written = temporary(path)
     try:
         yield written
@@ -46,52 +61,74 @@ def replacing(path):
 
 
 def publish_text(path, text):
+    """Publish `text` as UTF-8, its line ends as they are."""
     with replacing(path) as written:
         written.write_text(text, encoding="utf-8", newline="")
 
 
 def publish_rows(path, columns, rows):
-    """A CSV file, whole from the state, so that a crash neither doubles nor drops a row."""
+    """Publish a CSV file with these columns; a row is a dict, and its other keys are left out.
+
+    The file is written whole from the state and never appended to, so a crash neither doubles nor
+    drops a row. A file that is already the same stays untouched.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(
-        {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
-        for row in rows
-    )
+    for row in rows:
+        writer.writerow({name: _rounded(value) for name, value in row.items()})
     path = Path(path)
+    # compared as bytes: a spreadsheet may have saved the file in an encoding that is not UTF-8
     if not path.exists() or path.read_bytes() != text.getvalue().encode():
         publish_text(path, text.getvalue())
 
 
+def _rounded(value):
+    return round(value, 6) if isinstance(value, float) else value
+
+
+# --- the state -----------------------------------------------------------------------------------
+
+
 def save_state(path, state):
+    """Publish `state`, a dict of JSON values, with this program's version of the format."""
     publish_text(path, json.dumps({"version": STATE_VERSION, **state}, indent=1) + "\n")
 
 
-def load_state(path, keys=()):
-    """The state as a dict, or None where there is none. Raises ValueError where the file is not a state of this version, or
-    has not these keys."""
+def load_state(path, required_keys=(), remedy="move it away"):
+    """Return the state as a dict, or None where there is no such file.
+
+    required_keys  names that the state must have
+    remedy         what the user can do about a file that is no state of this program; the caller
+                   knows it, because a server's user has other means than a client's
+
+    Raises ValueError where the file is not a state of this version, or lacks a key.
+    """
     path = Path(path)
     if not path.exists():
         return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         version = state.pop("version")
-        if version == STATE_VERSION and (missing := [key for key in keys if key not in state]):
-            raise ValueError(f"no {', '.join(missing)}")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        sentence = f"{path} is not a state file of this program ({error!r}): move it away, or start the server with --fresh"
-        raise ValueError(sentence) from None
+        raise ValueError(
+            f"{path} is not a state file of this program ({error!r}): {remedy}"
+        ) from None
     if version != STATE_VERSION:
         raise ValueError(
-            f"{path} has version {version}, this program writes {STATE_VERSION}: "
-            "finish the run with the program that began it, or start with --fresh"
+            f"{path} has version {version}, this program writes {STATE_VERSION}: finish the run "
+            f"with the program that began it, or {remedy}"
+        )
+    missing = [key for key in required_keys if key not in state]
+    if missing:
+        raise ValueError(
+            f"{path} is not a state file of this program (no {', '.join(missing)}): {remedy}"
         )
     return state
 
 
 def sha256_of(path):
-    """SHA-256 of a file as 64 hex digits; '' where it is missing."""
+    """Return the SHA-256 of a file as 64 hex digits, '' where there is no such file."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -99,49 +136,58 @@ def sha256_of(path):
         return ""
 
 
+# --- a run's folder ------------------------------------------------------------------------------
+
+
 @contextmanager
 def alone_in(folder):
-    """Makes `folder` where it is missing; while the body runs, no other process is in it: a second server or client would
-    clean away what the first is writing. The lock ends with its process, however that ends. Raises ValueError."""
+    """Make `folder` where it is missing, and hold it for this process while the body runs.
+
+    A second server or client in the same folder would remove the temporary files that the first is
+    writing. The lock belongs to the open folder, so the operating system releases it however the
+    process ends. Raises ValueError where another process holds the folder.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    place = os.open(folder, os.O_RDONLY)
+    folder_fd = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(place)
+        os.close(folder_fd)
         raise ValueError(
             f"another process works in {folder}: wait until it ends, or stop it, and start again"
         ) from None
     except OSError:
-        pass  # a network's file system that has no locks
+        pass  # some network file systems have no locks: the run goes on without one
     try:
         yield
     finally:
-        os.close(place)
+        os.close(folder_fd)
 
 
 def clean(folder):
-    """Removes the temporary files that a killed process left in `folder`."""
-    for left in Path(folder).glob(".*.tmp*"):
-        left.unlink(missing_ok=True)
+    """Remove the temporary files that a killed process left in `folder`."""
+    for left_over in Path(folder).glob(".*.tmp*"):
+        left_over.unlink(missing_ok=True)
 
 
 def move_aside(folder):
-    """Moves what a server's run wrote into `folder`, and nothing else, into a folder old-1, old-2 ... there, the state first.
-    Returns that, or None where there is nothing."""
-    names = ("state.json", "server_weight.h5", "history.csv", "report.html")
-    old = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
-    uploads = sorted(Path(folder).glob("*/client_weights.h5"))
-    old += [
-        path.parent for path in uploads if not (path.parent / "state.json").exists()
-    ]  # that is a client's own folder
-    if not old:
+    """Move what a server's run wrote into `folder`, and nothing else, to a new folder old-N there.
+
+    Returns the new folder (pathlib.Path), or None where there was nothing to move.
+    """
+    folder = Path(folder)
+    old_files = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    for upload in sorted(folder.glob("*/client_weights.h5")):
+        # A state.json beside it means that a client works there, in its own folder: not the run's.
+        if not (upload.parent / "state.json").exists():
+            old_files.append(upload.parent)
+    if not old_files:
         return None
     number = 1
-    while (Path(folder) / f"old-{number}").exists():
+    while (folder / f"old-{number}").exists():
         number += 1
-    aside = Path(folder) / f"old-{number}"
+    aside = folder / f"old-{number}"
     aside.mkdir()
-    for path in old:
+    for path in old_files:
         path.rename(aside / path.name)
     return aside

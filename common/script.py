@@ -19,7 +19,8 @@ def start_script():
     A package that is not installed is then one sentence in place of a traceback.
     """
     sys.excepthook = explain_missing_package
-    # A file name on Linux is bytes, not text: print what cannot be decoded as \\x.. instead of failing.
+    # A file name on Linux is bytes, not text: print what cannot be decoded as \\x.. instead of
+    # failing.
     sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -64,7 +65,7 @@ def client_name(text):
 
 
 def at_least(least, most=999_999_999):
-    """An argparse type: a whole number of at least `least`, and of nine digits at most, as the wire takes them."""
+    """An argparse type: a whole number from `least` to `most`; the wire takes nine digits."""
 
     def whole_number(text):
         if not text.isdecimal() or int(text) < least:
@@ -91,10 +92,14 @@ def seconds(text):
 
 
 def exit_on_signals(last_words):
-    """SIGINT and SIGTERM end the process at once with 130 or 143: every published file is whole at every instant."""
+    """End the process at once on SIGINT (exit code 130) or SIGTERM (143).
+
+    Nothing has to be finished first: every published file is whole at every instant.
+    """
 
     def end(number, frame):
-        os.write(1, f"{last_words}\n".encode())  # print could be interrupted within itself
+        # os.write, because a handler may interrupt print within itself.
+        os.write(1, f"{last_words}\n".encode())
         os._exit(128 + number)
 
     signal.signal(signal.SIGINT, end)
@@ -102,23 +107,27 @@ def exit_on_signals(last_words):
 
 
 def keep_heap_small():
-    """Starts this script once more, as the same process, with a heap whose size doesn't follow the number of clients: by
-    itself glibc gives each thread a cache and every few threads a heap, and pieces and tensors leave all of them full of holes.
-    glibc reads these settings only when a process starts (a user's own stay); any other C library passes over them."""
-    if "GLIBC_TUNABLES" not in os.environ:
-        settings = {
-            "arena_max": 1,
-            "tcache_count": 0,
-            "mmap_threshold": 32 << 20,
-            "trim_threshold": 4 << 20,
-        }
-        os.environ["GLIBC_TUNABLES"] = ":".join(
-            f"glibc.malloc.{name}={value}" for name, value in settings.items()
-        )
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    """Start this script again, as the same process, with memory settings for many threads.
+
+    By itself glibc gives each thread a cache and every few threads a heap, and pieces and tensors
+    leave holes in all of them, so the size would follow the number of clients. glibc reads these
+    settings only when a process starts; a user's own stay, other C libraries ignore them.
+    """
+    if "GLIBC_TUNABLES" in os.environ:
+        return
+    settings = {
+        "arena_max": 1,
+        "tcache_count": 0,
+        "mmap_threshold": 32 << 20,
+        "trim_threshold": 4 << 20,
+    }
+    os.environ["GLIBC_TUNABLES"] = ":".join(
+        f"glibc.malloc.{name}={value}" for name, value in settings.items()
+    )
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def trim_heap():
-    """Gives the pages of the holes back."""
+    """Give the memory of the heap's holes back to the operating system."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

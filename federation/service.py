@@ -35,7 +35,7 @@ SENTENCE = 2000  # characters of a refusal; gRPC drops a longer answer, its code
 def create_server(rounds, listen, max_examples=10_000_000, credentials=None, serve_unnamed=True):
     """A started gRPC server and the HOST:PORT it is bound to. Raises ValueError where it cannot bind.
 
-    credentials    from tls.credentials; None is plaintext
+    credentials    from tls.server_credentials; None is plaintext
     serve_unnamed  whether peers are served that name nobody, neither in metadata nor by a certificate (the thesis demo's)
     """
     host, _, port = listen.rpartition(":")

@@ -1,5 +1,8 @@
-"""The thesis demo's wire (Liang 2020), written from its description: a client and a server that know fields 1 to 3 only,
-send one base64 text in pieces of 100,000 characters, and accept no message above 100,050 bytes."""
+"""The thesis demo's wire (Liang 2020), written from its description.
+
+A client and a server that know fields 1 to 3 only, send one base64 text in pieces of 100,000
+characters, and accept no message above 100,050 bytes.
+"""
 
 import base64
 import math
@@ -20,7 +23,10 @@ def cut(content, **fields):
 
 
 def seed_client(address, name, size, rounds, train, timeout_s=60):
-    """Takes part in `rounds` rounds: train(bytes of the weight file) -> bytes. Returns what it fetched each round."""
+    """Take part in `rounds` rounds; train(bytes of the weight file) -> bytes of the trained one.
+
+    Returns what it fetched, a list of bytes, one a round.
+    """
     fetched = []
     for _ in range(rounds):
         with grpc.insecure_channel(address, options=LIMITS) as channel:
@@ -38,7 +44,10 @@ def seed_client(address, name, size, rounds, train, timeout_s=60):
 
 
 class SeedServer(todo_pb2_grpc.FedMLServicer):
-    """Keeps what it is sent as {name on the wire: (bytes, size)}; merge(uploads) -> the next round's bytes."""
+    """Keeps what it is sent as uploads = {name on the wire: (bytes, size)}.
+
+    merge(uploads) -> the next round's bytes; answers: what the first uploads are answered with.
+    """
 
     def __init__(self, content, clients, merge, answers=()):
         self.content, self.clients, self.merge = content, clients, merge
@@ -54,7 +63,8 @@ class SeedServer(todo_pb2_grpc.FedMLServicer):
         for last in request_iterator:
             self.messages.append(last.ByteSize())
             text += last.model
-        if self.answers and (value := self.answers.pop(0)) != 1:
+        value = self.answers.pop(0) if self.answers else 1
+        if value != 1:
             return todo_pb2.myResponse(value=value)
         with self.changed:
             number = self.round

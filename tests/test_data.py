@@ -99,7 +99,7 @@ def test_images_too_large_for_memory_lie_in_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MEMORY_BYTES", 1000)
     on_disk = data.load_images(records, 32, "spilled.npy")
     assert isinstance(on_disk, np.memmap) and np.array_equal(in_memory, on_disk)
-    assert not os.path.exists("spilled.npy")  # nothing stays behind, however the process ends
+    assert not (tmp_path / "site" / "spilled.npy").exists()  # nothing stays behind
 
 
 def test_a_transform_is_a_rotation_with_flips_about_the_centre():

@@ -1,5 +1,8 @@
-"""How server and client end: 0 finished, 1 refused or an error, 2 usage, 3 too few clients, 4 gave up, 5 never answered,
-130 Ctrl-C, 143 SIGTERM; within seconds, with a sentence, and with the port free."""
+"""How server and client end: within seconds, with a sentence, and with the port free.
+
+Exit codes: 0 finished, 1 refused or an error, 2 usage, 3 too few clients, 4 gave up,
+5 never answered, 130 Ctrl-C, 143 SIGTERM.
+"""
 
 import re
 import shutil
@@ -48,13 +51,13 @@ def deliver(address, site, client, seed=1, round_number=1):
 
 
 def ended(process, code, timeout_s):
-    """Asserts that the process ends with this code within the time; for a busy machine, twice as much is let go."""
+    """Assert that the process ends with this code in time; twice the time, for a busy machine."""
     started = time.monotonic()
     assert process.wait(4 * timeout_s + 5) == code, process.output
     assert time.monotonic() - started < 2 * timeout_s, process.output
 
 
-# --- the server ---------------------------------------------------------------------------------------------------
+# --- the server ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
@@ -87,7 +90,8 @@ import model
 def evaluate(*_):
     print("holding: evaluate", flush=True)
     while True: time.sleep(0.1)
-model.evaluate, model.configure, model.build, model.load = evaluate, lambda *_: 0, lambda *_: 0, lambda *_: 0
+model.evaluate = evaluate
+model.configure = model.build = model.load = lambda *_: 0
 """
 
 
@@ -150,8 +154,8 @@ def test_too_few_clients_within_the_limit_is_exit_3(start, begun):
     call = deliver(address, site, "client002")
     assert server.wait(30) == 3
     assert (
-        "have client002; waiting for client001, not seen yet; client003, not seen yet; 1 of at least 2"
-        in server.output
+        "have client002; waiting for client001, not seen yet; client003, not seen yet; "
+        "1 of at least 2" in server.output
     )
     with pytest.raises(grpc.RpcError) as caught:
         call.result()
@@ -176,7 +180,12 @@ def test_with_all_gone_and_a_limit_the_server_is_gone_too(start, begun):
 
 def test_a_merge_that_fails_is_exit_1_and_everyone_is_told(start, begun):
     site = begun(clients=["client001"])
-    full = "from federation import weights\ndef fedavg(*_, **__): raise OSError(28, 'No space left on device')\nweights.fedavg = fedavg"
+    full = """
+from federation import weights
+def fedavg(*_, **__):
+    raise OSError(28, "No space left on device")
+weights.fedavg = fedavg
+"""
     server = start(holding(site, "todoServer", full), "--listen", "localhost:0", cwd=site)
     address = server.wait_for(r"listening on (\S+)")[1]
     with pytest.raises(grpc.RpcError) as caught:
@@ -270,7 +279,9 @@ def test_a_state_of_the_other_side_is_exit_1(serve_in_vain, begun, monkeypatch, 
     monkeypatch.chdir(begun())
     monkeypatch.setattr(todoClient, "exit_on_signals", lambda _: None)
     assert todoClient.main(["--name", "client001", "--client-dir", "server"]) == 1
-    assert "server/state.json is not a state file of this program" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "server/state.json is not a state file of this program" in said
+    assert "--fresh" not in said  # a client has no such flag
     files.save_state("server/state.json", {})
     assert "server/state.json is not a state file of this program" in serve_in_vain([])
 
@@ -384,7 +395,7 @@ def test_a_run_whose_last_evaluation_was_interrupted_is_not_called_finished(star
     assert server.lines[1].startswith("server: round 1/1: loss 0.5000")
 
 
-# --- the client ---------------------------------------------------------------------------------------------------
+# --- the client ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -578,7 +589,7 @@ def test_weights_of_another_run_are_dropped_with_a_line(start, begun):
     files.save_state(path, {**files.load_state(path), "run": "another"})
     client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
     server.wait_for("client001 delivered .* again")
-    assert "these weights do not count (client001 delivers for run 'another'" in client.output
+    assert "upload rejected: client001 delivers for run 'another'" in client.output
     assert "round 1/1: training on 4 images" in client.output
 
 
@@ -696,5 +707,9 @@ def test_no_script_loads_tensorflow_before_it_needs_it(start, begun):
     begun()
     import subprocess
 
-    code = "import todoServer, todoClient, federation.service, sys; assert not {'tensorflow', 'keras'} & set(sys.modules)"
+    code = """
+import sys
+import federation.service, todoClient, todoServer
+assert not {"tensorflow", "keras"} & set(sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -1,4 +1,4 @@
-"""files.py: whole or not there."""
+"""common/files.py: a file is whole or not there, and a folder belongs to one process."""
 
 import errno
 import fcntl
@@ -42,15 +42,19 @@ def test_state_comes_back_and_foreign_files_are_named(tmp_path):
     assert files.load_state(path) == {"round": 3}
     for text in ("{", "[]", '{"round": 3}', ""):
         path.write_text(text)
-        with pytest.raises(ValueError, match="state.json is not a state file.*--fresh"):
+        with pytest.raises(ValueError, match="state.json is not a state file.*move it away"):
             files.load_state(path)
+        with pytest.raises(
+            ValueError, match="state.json is not a state file.*: begin with --fresh$"
+        ):
+            files.load_state(path, remedy="begin with --fresh")
     path.write_text('{"version": 1, "round": 3}')
     assert files.load_state(path, ["round"]) == {"round": 3}
     with pytest.raises(ValueError, match="state.json is not a state file.*no trained, history"):
         files.load_state(path, ["trained", "round", "history"])
     path.write_text('{"version": 99}')
-    with pytest.raises(ValueError, match="version 99, this program writes 1"):
-        files.load_state(path)
+    with pytest.raises(ValueError, match="version 99, this program writes 1.*or begin anew$"):
+        files.load_state(path, remedy="begin anew")
 
 
 def test_rows_are_published_only_when_they_change(tmp_path):
@@ -98,7 +102,13 @@ def test_what_no_servers_run_wrote_is_not_moved(tmp_path):
 
 def test_a_folder_is_one_processs_until_that_ends_however_it_ends(tmp_path):
     folder = tmp_path / "new" / "server"
-    code = "import sys\nfrom common import files\nwith files.alone_in(sys.argv[1]): print('there', flush=True); sys.stdin.read()"
+    code = """
+import sys
+from common import files
+with files.alone_in(sys.argv[1]):
+    print("there", flush=True)
+    sys.stdin.read()
+"""
     other = subprocess.Popen(
         [sys.executable, "-c", code, folder],
         cwd=ROOT,

@@ -1,5 +1,8 @@
-"""Three hospitals and a server, each in a network of its own on this machine, under mutual TLS; one loses its line for a
-minute in the middle of its upload: the undisturbed run's bits."""
+"""Three hospitals and a server, each in a network of its own on this machine, under mutual TLS.
+
+One loses its line for a minute in the middle of its upload; the result has the bits of an
+undisturbed run.
+"""
 
 import os
 import shutil
@@ -39,14 +42,18 @@ def ip(*words):
 
 @pytest.fixture
 def hosts():
-    """{name: command that runs another in that host's network}; the server's has an address that each hospital's reaches."""
+    """{name: the command that runs another one in that host's network}.
+
+    The server's network has an address that each hospital's network reaches.
+    """
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("network namespaces need root and the command `ip`")
     prefix = f"fedml{os.getpid()}-"
     names = {name: f"{prefix}{number}" for number, name in enumerate(["server", *CLIENTS])}
     try:
         for name, space in names.items():
-            if (made := ip("netns", "add", space)).returncode:
+            made = ip("netns", "add", space)
+            if made.returncode:
                 pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
             assert ip("-n", space, "link", "set", "lo", "up").returncode == 0, name
         there = names["server"]

@@ -81,7 +81,10 @@ def test_three_old_clients_complete_three_rounds_one_changing_nothing(tmp_path):
 
 @pytest.fixture
 def old_server(site, monkeypatch):
-    """Our client's main() in this process against the seed's server, which trains a small network instead of VGG16."""
+    """Our client's main() in this process against the seed's server.
+
+    Both train a small network instead of VGG16.
+    """
     monkeypatch.chdir(site)
     monkeypatch.setattr(todoClient, "SEED_TASK", {"run": "", "arch": "drcnn", "image_size": 32})
     monkeypatch.setattr(todoClient, "exit_on_signals", lambda words: None)

@@ -1,4 +1,7 @@
-"""Only who shows the right certificate is served; who cannot is told why and ends, and the round goes on."""
+"""Only clients with the right certificate are served.
+
+A client that cannot be served hears why and ends; the round goes on.
+"""
 
 import os
 import re
@@ -36,7 +39,10 @@ def openssl(command, cwd):
 
 @pytest.fixture(scope="module")
 def certs(tmp_path_factory):
-    """good/ and other/ by make_certs.sh for localhost; in good/ also expired ones, one without a SAN, and another host's."""
+    """good/ and other/ by make_certs.sh for localhost.
+
+    good/ also has expired certificates, one without a SAN, and another host's.
+    """
     folder = tmp_path_factory.mktemp("certs")
     for name in ("good", "other"):
         assert (
@@ -73,7 +79,7 @@ class Served:
 
     def __init__(self, folder, *flags, rounds=1, **options):
         self.run = Run(folder / "server", ["client001", "client002"], rounds=rounds)
-        credentials = tls.credentials(todoServer.parse(list(flags)), of_server=True)
+        credentials = tls.server_credentials(todoServer.parse(list(flags)))
         self.server, self.address = service.create_server(
             self.run.rounds, "localhost:0", credentials=credentials, **options
         )
@@ -384,18 +390,20 @@ def test_two_rounds_under_mutual_tls(start, certs, tmp_path):
     assert "warning" not in server.output
 
 
-# --- a flood ------------------------------------------------------------------------------------------------------
+# --- a flood -------------------------------------------------------------------------------------
 
 
 class Flood:
-    """200 connections on which nothing is said, half of them not even HTTP/2, and 50 half-open calls of unknown peers."""
+    """200 silent connections, half of them not even HTTP/2, and 50 half-open calls of strangers."""
 
     def __init__(self, address):
         host, _, port = address.rpartition(":")
         self.idle = [socket.create_connection((host, int(port)), 10) for _ in range(200)]
         for connection in self.idle[::2]:
-            connection.sendall(tls.PREFACE)
-        self.channels, self.calls, self.over = [], [], threading.Event()
+            connection.sendall(tls.CLIENT_PREFACE)
+        self.channels = []
+        self.calls = []
+        self.over = threading.Event()
         for number in range(50):
             self.channels.append(
                 grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
@@ -413,7 +421,10 @@ class Flood:
     def close(self):
         self.over.set()
         for each in [*self.calls, *self.channels, *self.idle]:
-            each.cancel() if hasattr(each, "cancel") else each.close()
+            if hasattr(each, "cancel"):
+                each.cancel()
+            else:
+                each.close()
 
 
 def test_a_flood_of_unknown_peers_does_not_delay_a_round(serve, tmp_path):
@@ -452,14 +463,13 @@ def test_a_flood_of_unknown_peers_does_not_delay_a_round(serve, tmp_path):
         pairs.append((quiet, one_round()))
         flood.close()
     quiet, flooded = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(
-        f"quiet {quiet:.3f} s, flooded {flooded:.3f} s, ratio {statistics.median(b / a for a, b in pairs):.2f}"
-    )
+    ratio = statistics.median(after / before for before, after in pairs)
+    print(f"quiet {quiet:.3f} s, flooded {flooded:.3f} s, ratio {ratio:.2f}")
     assert flooded <= 1.1 * quiet + 0.1, pairs
     assert any("peers that name nobody are here already" in line for line in served.run.said)
 
 
-# --- make_certs.sh ------------------------------------------------------------------------------------------------
+# --- make_certs.sh -------------------------------------------------------------------------------
 
 
 def test_make_certs(tmp_path):
