@@ -7,12 +7,15 @@ it, or which score is a finding. The card does, and names the SHA-256 of its wei
 that does not belong together is refused. Two files copied to another machine are enough to score.
 """
 
+import functools
 import json
 import math
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
 from common.files import publish_text, sha256_of
+from reporting.metrics import MEASURED, TASKS
 
 CARD_VERSION = 1
 MAX_WIRE_BYTES = 4000  # of fedml-card; gRPC's metadata ends at 8 kB, and there is other metadata
@@ -22,12 +25,24 @@ NEEDED = {
     "card_version": int,
     "arch": str,
     "image_size": int,
+    "initial_weights": str,
+    "seed": int,
     "preprocessing": str,
     "prepared_image_size": int,
+    "dataset": str,
+    "split": str,
     "run": str,
     "round": int,
+    "date": str,
+    "commit": str,
     "weights_sha256": str,
     "validation_sha256": str,
+    "clients": dict,
+    "num_images": int,
+    "num_patients": int,
+    "num_reporting_images": int,
+    "num_reporting_patients": int,
+    "patients_known": bool,
     "tasks": dict,
     "warning": str,
 }
@@ -63,6 +78,7 @@ def make(state, row, prepared, validation_sha256, assessed):
         "seed": state.seed,
         "initial_weights": Path(state.weights).name[:80],
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
         "weights_sha256": state.weights_sha256,
         "validation_sha256": validation_sha256,
         "num_clients": row["clients"],
@@ -72,6 +88,25 @@ def make(state, row, prepared, validation_sha256, assessed):
         "history": {name: number_or_none(row[name]) for name in ("loss", "accuracy", "auc")},
         **assessed,
     }
+
+
+@functools.cache
+def commit():
+    """The commit of this program, "" where it is not in a git repository."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # git would answer for a repository further up
+        return ""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()[:60] if done.returncode == 0 else ""
 
 
 def number_or_none(value):
@@ -134,12 +169,30 @@ def parse(content):
     for name in ("image_size", "prepared_image_size"):
         if not 16 <= card[name] <= 4096:
             raise ValueError(f"its {name!r} is {card[name]}, expected 16 to 4096 pixels")
-    for task, entry in card["tasks"].items():
-        threshold = entry.get("threshold", "missing") if isinstance(entry, dict) else "missing"
-        is_number = isinstance(threshold, float | int) and 0 <= threshold <= 1
-        if threshold is not None and not is_number:
-            raise ValueError(f"its threshold for {task[:40]!r} is {threshold!r}, expected 0 to 1")
+    for task in TASKS:
+        check_task(task, card["tasks"].get(task))
     return card
+
+
+def check_task(task, entry):
+    """Raises ValueError unless it has a threshold in 0..1 or None, and metrics with intervals."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("measured"), dict):
+        raise ValueError(f"it does not say what was measured for {task}")
+    threshold = entry.get("threshold")
+    if threshold is not None and not is_part(threshold):
+        raise ValueError(f"its threshold for {task} is {str(threshold)[:40]}, expected 0 to 1")
+    if type(entry.get("num_positive")) is not int:
+        raise ValueError(f"it does not say how many images have {task}")
+    for metric in MEASURED:
+        numbers = entry["measured"].get(metric)
+        if not isinstance(numbers, list) or len(numbers) != 3:
+            raise ValueError(f"its {metric} for {task} is not [value, low, high]")
+        if not all(number is None or is_part(number) for number in numbers):
+            raise ValueError(f"its {metric} for {task} has a number outside 0 to 1")
+
+
+def is_part(number):
+    return type(number) in (int, float) and 0 <= number <= 1
 
 
 def to_wire(card):

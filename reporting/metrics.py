@@ -9,11 +9,21 @@ intervals are a bootstrap over patients, and a patient either chooses the thresh
 """
 
 import hashlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 METRICS = ("accuracy", "auc", "sensitivity", "specificity")
+# What `measure` gives of a task, on a model card too.
+MEASURED = (
+    "auc",
+    "sensitivity",
+    "specificity",
+    "accuracy",
+    "always_same",
+    "sensitivity_at_90",
+    "specificity_at_90",
+)
 # What a grade (0..4) must be at least for an image to count as positive.
 # Referable DR (moderate or worse) is what screening sends to an ophthalmologist.
 TASKS = {"any DR": 1, "referable DR": 2}
@@ -94,6 +104,19 @@ def confusion(says_dr, has_dr):
         "false alarms": int(np.sum(says_dr & ~has_dr)),
         "cleared": int(np.sum(~says_dr & ~has_dr)),
     }
+
+
+def calibration(score, positive, num_bins):
+    """[(mean score, part that is positive, number of images)] of groups of nearly equal size.
+
+    The groups are of neighbouring scores: a calibrated score of 0.7 is right for 7 of 10.
+    """
+    groups = np.array_split(np.argsort(score, kind="stable"), num_bins)
+    return [
+        (float(np.mean(score[group])), float(np.mean(positive[group])), len(group))
+        for group in groups
+        if len(group)
+    ]
 
 
 # --- thresholds -----------------------------------------------------------------------------------
@@ -185,7 +208,7 @@ def assess(p_healthy, records):
 
 
 def warning_of(tasks):
-    """Why a model must not be used to find referable DR, as a sentence; "" where there is no reason."""
+    """Why a model must not be used to find referable DR: a sentence, or "" for no reason."""
     task = tasks["referable DR"]
     area, low, high = task["measured"]["auc"]
     sensitivity = task["measured"]["sensitivity"][0]
@@ -221,8 +244,7 @@ def json_number(value):
 # --- intervals ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """A metric and the ends of its 95 % interval."""
 
     value: float
