@@ -1,9 +1,11 @@
-"""What decoding, shuffling and augmenting cost a client's epoch, and how many threads three clients should have.
+"""What decoding, shuffling and augmenting cost a client's epoch; how many threads clients need.
 
-    python3 benchmarks/training_input.py          (needs preprocessed/ and index/: python3 prepare.py)
+    python3 prepare.py                       # makes the preprocessed/ and index/ that this needs
+    python3 benchmarks/training_input.py
 
-An epoch of the real client's pipeline against the same network on tensors that are already in memory; the pipeline alone
-against Keras's ImageDataGenerator as the thesis used it; and the epoch of three clients at once, by number of threads.
+Three comparisons: an epoch of the real client's pipeline against the same network on tensors that
+are already in memory; the pipeline alone against Keras's ImageDataGenerator as the thesis used it;
+the epoch of three clients at once, by number of threads.
 """
 
 import argparse
@@ -18,43 +20,46 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.chdir(ROOT)
 
 import data
 import model
 
 REPEATS = 5
+IMAGE_SIZE = 128
+BATCH = 16
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--epoch-with-threads", type=int, help=argparse.SUPPRESS
-    )  # one of three clients at once
+    # this script starts itself as one of three clients at once
+    parser.add_argument("--epoch-with-threads", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    os.chdir(ROOT)  # where preprocessed/ and index/ lie
     if arguments.epoch_with_threads:
-        return one_of_three(arguments.epoch_with_threads)
+        run_one_of_three(arguments.epoch_with_threads)
+        return
     model.configure(0)
     records = data.read_index("index/worker1.pkl")
-    images, labels = data.load_images(records, 128), data.healthy(records)
-    batches = data.TrainingBatches(images, labels, 16, 0, "client001")
-    epochs(batches, images, labels)
-    pipelines(batches, records)
-    threads()
+    images = data.load_images(records, IMAGE_SIZE)
+    labels = data.healthy(records)
+    batches = data.TrainingBatches(images, labels, BATCH, 0, "client001")
+    compare_epochs(batches, images, labels)
+    compare_pipelines(batches, records)
+    compare_threads()
 
 
-def rate(n, function):
-    """Images a second of function(), which handles n of them."""
+def images_per_second(n, function):
+    """The rate of function(), which handles n images."""
     started = time.monotonic()
     function()
     return n / (time.monotonic() - started)
 
 
-def paired(n, one, other):
-    """Medians of REPEATS runs in turn, and of the ratio pair by pair."""
-    pairs = [(rate(n, one), rate(n, other)) for _ in range(REPEATS)]
+def in_turn(n, one, other):
+    """Medians over REPEATS pairs: the rates of both, and of one over the other pair by pair."""
+    pairs = [(images_per_second(n, one), images_per_second(n, other)) for _ in range(REPEATS)]
     return (
         statistics.median(a for a, _ in pairs),
         statistics.median(b for _, b in pairs),
@@ -62,48 +67,46 @@ def paired(n, one, other):
     )
 
 
-def epochs(batches, images, labels):
+def compare_epochs(batches, images, labels):
     import tensorflow as tf
 
-    network = model.build("drcnn", 128)
-    # cut beforehand
-    cut = [
-        (
-            tf.constant(images[start : start + 16] / 255.0, tf.float32),
-            tf.constant(labels[start : start + 16]),
-        )
-        for start in range(0, len(images), 16)
-    ]
+    network = model.build("drcnn", IMAGE_SIZE)
+    ready = []
+    for first in range(0, len(images), BATCH):
+        pixels = tf.constant(images[first : first + BATCH] / 255.0, tf.float32)
+        ready.append((pixels, tf.constant(labels[first : first + BATCH])))
 
-    def memory():
-        for pixels, healthy in cut:
+    def from_pipeline():
+        model.train(network, batches, 1, 1, lambda row: None)
+
+    def from_memory():
+        for pixels, healthy in ready:
             network.train_on_batch(pixels, healthy)
 
-    model.train(network, batches, 1, 1, lambda row: None)
-    memory()
-    client, tensors, ratio = paired(
-        len(images), lambda: model.train(network, batches, 1, 1, lambda row: None), memory
-    )
-    print("| an epoch of drcnn, 300 images of 128 x 128 | images a second |\n|---|---|")
-    print(
-        f"| a client, with augmentation | {client:.0f} |\n| tensors in memory | {tensors:.0f} |\n| ratio | {ratio:.2f} |\n"
-    )
+    from_pipeline()  # both compile on first use
+    from_memory()
+    pipeline, memory, ratio = in_turn(len(images), from_pipeline, from_memory)
+    print(f"| an epoch of drcnn, {len(images)} images of 128 x 128 | images a second |")
+    print("|---|---|")
+    print(f"| a client, with augmentation | {pipeline:.0f} |")
+    print(f"| tensors in memory | {memory:.0f} |")
+    print(f"| ratio | {ratio:.2f} |\n")
 
 
-def pipelines(batches, records):
+def compare_pipelines(batches, records):
     from keras.src.legacy.preprocessing.image import ImageDataGenerator
 
     with tempfile.TemporaryDirectory() as folder:
-        for record in records:
-            place = Path(folder) / record["new_label"] / record["picture"]
-            place.parent.mkdir(exist_ok=True)
-            place.symlink_to(ROOT / record["dir"])
+        for record in records:  # the generator wants a folder a class
+            link = Path(folder) / record["new_label"] / record["picture"]
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(ROOT / record["dir"])
         generator = ImageDataGenerator(
             rotation_range=360, horizontal_flip=True, vertical_flip=True, rescale=1 / 255
         )
         with contextlib.redirect_stdout(sys.stderr):  # "Found 300 images"
-            flow = generator.flow_from_directory(
-                folder, target_size=(128, 128), batch_size=16, class_mode="binary"
+            thesis_batches = generator.flow_from_directory(
+                folder, (IMAGE_SIZE, IMAGE_SIZE), batch_size=BATCH, class_mode="binary"
             )
 
         def ours():
@@ -111,34 +114,34 @@ def pipelines(batches, records):
                 pass
 
         def thesis():
-            for place in range(len(flow)):
-                flow[place]
+            for number in range(len(thesis_batches)):
+                thesis_batches[number]
 
         ours()
-        own, keras, ratio = paired(len(records), ours, thesis)
+        own, keras, ratio = in_turn(len(records), ours, thesis)
     print("| the input pipeline alone | images a second |\n|---|---|")
     print(f"| ours | {own:.0f} |\n| ImageDataGenerator | {keras:.0f} |\n| ratio | {ratio:.1f} |\n")
 
 
-def threads():
+def compare_threads():
     print("| threads of each of three clients at once | images a second, together |\n|---|---|")
-    rates = {number: [] for number in sorted({1, 2, model.default_threads()})}
+    rates = {threads: [] for threads in sorted({1, 2, model.default_threads()})}
     for _ in range(3):
-        for number, measured in rates.items():
-            measured.append(three_at_once(number))
-    for number, measured in rates.items():
-        print(f"| {number} | {statistics.median(measured):.0f} |")
+        for threads, measured in rates.items():
+            measured.append(rate_of_three(threads))
+    for threads, measured in rates.items():
+        print(f"| {threads} | {statistics.median(measured):.0f} |")
 
 
-def three_at_once(number):
+def rate_of_three(threads):
     """Images a second of three clients together, each with so many threads."""
-    command = [sys.executable, __file__, "--epoch-with-threads", str(number)]
+    command = [sys.executable, __file__, "--epoch-with-threads", str(threads)]
     clients = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     for client in clients:
-        client.stdout.readline()  # warm
+        client.stdout.readline()  # it has warmed up
     started = time.monotonic()
     for client in clients:
         client.stdin.close()
@@ -146,13 +149,13 @@ def three_at_once(number):
     return images / (time.monotonic() - started)
 
 
-def one_of_three(number):
-    model.configure(0, number)
+def run_one_of_three(threads):
+    """Warm up, wait until stdin ends, train three epochs, print the number of images seen."""
+    model.configure(0, threads)
     records = data.read_index("index/worker1.pkl")
-    batches = data.TrainingBatches(
-        data.load_images(records, 128), data.healthy(records), 16, 0, "client001"
-    )
-    network = model.build("drcnn", 128)
+    images = data.load_images(records, IMAGE_SIZE)
+    batches = data.TrainingBatches(images, data.healthy(records), BATCH, 0, "client001")
+    network = model.build("drcnn", IMAGE_SIZE)
     model.train(network, batches, 1, 1, lambda row: None)
     print("warm", flush=True)
     sys.stdin.read()

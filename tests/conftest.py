@@ -1,4 +1,4 @@
-"""What several tests need: tiny weight files, tiny data sets, real processes that never outlive their test, deadlines.
+"""What several tests need: tiny data sets, real processes that never outlive their test, deadlines.
 
 python3 -m pytest                    # the fast tests
 python3 -m pytest --slow             # all of them
@@ -15,23 +15,18 @@ import threading
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
+from standin import metrics, random_tensors, read_weights, write_weights
 
 import data
 import model
 from common import files
 from federation import weights
-from federation.rounds import Rounds, new_state
+from federation.rounds import Rounds
+from federation.state import RunState
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = [
-    ("conv1", (3, 3, 3, 2)),
-    ("norm1", (2,)),
-    ("healthy", (2, 1)),
-    ("healthy", (1,)),
-]  # of the tiny weight file
 DEADLINE_S = 60  # for what takes a second on an idle machine
 
 signal.signal(
@@ -53,62 +48,32 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
-# --- conditions with a deadline -----------------------------------------------------------------------------------
+# --- conditions with a deadline ------------------------------------------------------------------
 
 
 def until(condition, what, timeout_s=DEADLINE_S):
-    """Waits until condition() is true and returns its value; at the deadline it fails and names `what`, a text or a function
-    that gives one."""
+    """Wait until condition() is true, and return its value.
+
+    At the deadline it fails and names `what`: a text, or a function that gives one.
+    """
     deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
+    value = condition()
+    while not value:
         if time.monotonic() > deadline:
             raise AssertionError(f"{what() if callable(what) else what}: not within {timeout_s} s")
         time.sleep(0.001)
+        value = condition()
     return value
 
 
-# --- weight files -------------------------------------------------------------------------------------------------
-
-
-def random_tensors(seed, shapes=SHAPES):
-    """float32 arrays of `shapes`, which follow from the seed."""
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal(shape).astype(np.float32) for _, shape in shapes]
-
-
-def write_weights(path, tensors=0, shapes=SHAPES, root=""):
-    """A weight file in Keras's layout, of these tensors (a list of arrays, or the seed of random ones); equal tensors are
-    equal bytes. root: "" as Keras 2's save_weights has it, "model_weights" as model.save. Returns the path."""
-    tensors = random_tensors(tensors, shapes) if isinstance(tensors, int) else tensors
-    layers = list(dict.fromkeys(name for name, _ in shapes))
-    with h5py.File(path, "w") as file:
-        place = file.require_group(root) if root else file
-        place.attrs["layer_names"] = [layer.encode() for layer in layers]
-        for layer in layers:
-            own = [
-                tensor for (name, _), tensor in zip(shapes, tensors, strict=True) if name == layer
-            ]
-            names = [f"{layer}/weight{number}" for number in range(len(own))]
-            group = place.create_group(layer)
-            group.attrs["weight_names"] = [name.encode() for name in names]
-            for name, tensor in zip(names, own, strict=True):
-                group.create_dataset(name, data=tensor)
-    return Path(path)
-
-
-def read_weights(path):
-    """The tensors of a Keras weight file, in order: read here once more, independently of weights.py."""
-    with h5py.File(path, "r") as file:
-        place = file if "layer_names" in file.attrs else file["model_weights"]
-        return [
-            place[layer][weight][()]
-            for layer in place.attrs["layer_names"]
-            for weight in place[layer].attrs["weight_names"]
-        ]
+# --- weight files --------------------------------------------------------------------------------
 
 
 def averaged(uploads):
-    """FedAvg as DESIGN promise 4 says it: uploads [(client, num_examples, tensors)] -> float32 tensors."""
+    """FedAvg, written here once more: uploads [(client, num_examples, tensors)] -> float32 tensors.
+
+    The sum in float64, in the order of the clients' names, cast once.
+    """
     uploads = sorted(uploads, key=lambda upload: upload[0])
     total = sum(n for _, n, _ in uploads)
     return [
@@ -130,7 +95,7 @@ def same_bits(one, other):
     )
 
 
-# --- a run without a network --------------------------------------------------------------------------------------
+# --- a run without a network ---------------------------------------------------------------------
 
 
 class Call:
@@ -161,13 +126,24 @@ class Call:
         return self.value
 
 
-def metrics():
-    """An evaluation of nothing."""
-    return {"loss": 0.5, "accuracy": 0.75, "auc": 0.875, "sensitivity": 1.0, "specificity": 0.5}
+def new_run(clients, rounds, weights_path):
+    """The state of a run that begins with these weights; its name is run0."""
+    return RunState(
+        run="run0",
+        clients=list(clients),
+        rounds=rounds,
+        weights_sha256=files.sha256_of(weights_path),
+        arch="drcnn",
+        image_size=32,
+        seed=0,
+    )
 
 
 class Run:
-    """A run with real files, the real FedAvg on tiny weights and a coordinator thread; `say` goes to `said`."""
+    """A run with real files, the real FedAvg on tiny weights and a coordinator thread.
+
+    `said` has what it logs.
+    """
 
     def __init__(
         self, folder, clients=("client001", "client002", "client003"), rounds=2, **options
@@ -177,18 +153,7 @@ class Run:
         for client in clients:
             (folder / client).mkdir(parents=True, exist_ok=True)
         write_weights(self.weights, 1000)
-        files.save_state(
-            folder / "state.json",
-            new_state(
-                "run0",
-                clients,
-                rounds,
-                files.sha256_of(self.weights),
-                arch="drcnn",
-                image_size=32,
-                seed=0,
-            ),
-        )
+        new_run(clients, rounds, self.weights).save(folder / "state.json")
         self.merge = self.average
         self.evaluate = metrics
         self.start()
@@ -198,8 +163,8 @@ class Run:
 
     def start(self, rounds=None):
         """Opens what is on disk, as a server does that is started."""
-        state = files.load_state(self.folder / "state.json")
-        state["rounds"] = rounds or state["rounds"]
+        state = RunState.load(self.folder / "state.json")
+        state = state.changed(rounds=rounds or state.rounds)
         self.rounds = Rounds(
             self.folder,
             state,
@@ -210,7 +175,7 @@ class Run:
         )
         self.rounds.open()
         assert (
-            files.load_state(self.folder / "state.json")["frozen"] is None
+            RunState.load(self.folder / "state.json").frozen is None
         )  # from here the coordinator may freeze again
         self.rounds.opened = None
         self.coordinator = Call(self.rounds.run)
@@ -257,7 +222,7 @@ class Run:
         return call
 
     def holds(self, *uploads):
-        """Whether server_weight.h5 has the bits of FedAvg over uploads (client, num_examples, seed)."""
+        """Whether server_weight.h5 is FedAvg over these uploads (client, num_examples, seed)."""
         return same_bits(
             read_weights(self.weights),
             averaged([(c, n, random_tensors(seed)) for c, n, seed in uploads]),
@@ -266,7 +231,10 @@ class Run:
 
 @pytest.fixture
 def make_run(tmp_path):
-    """make_run(clients=..., rounds=..., min_clients=..., round_timeout_s=...) -> Run, stopped after the test."""
+    """make_run(clients=..., rounds=..., min_clients=..., round_timeout_s=...) -> Run.
+
+    It is stopped after the test.
+    """
     made = []
 
     def make(**options):
@@ -278,12 +246,13 @@ def make_run(tmp_path):
         run.stop()
 
 
-# --- data ---------------------------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
 
 
 def make_data(folder, clients=3, images=8, image_size=32, validation=8):
-    """preprocessed/ and index/ in `folder`: PNGs that follow from their number, grades 0 and 2 in turn. Returns folder.
+    """preprocessed/ and index/ in `folder`, which is returned.
 
+    PNGs that follow from their number, grades 0 and 2 in turn.
     images: of the first client; every later one has 2 more, so that no two weigh the same.
     """
     from PIL import Image
@@ -325,7 +294,7 @@ def site(tmp_path):
     return make_data(tmp_path / "site")
 
 
-# --- processes ----------------------------------------------------------------------------------------------------
+# --- processes -----------------------------------------------------------------------------------
 
 
 def free_port():
@@ -381,12 +350,14 @@ class Started:
         with self.changed:
             while True:
                 for line in self.lines[start:]:
-                    if found := re.search(pattern, line):
+                    found = re.search(pattern, line)
+                    if found:
                         return found
                 if self.ended or not self.changed.wait(max(0, deadline - time.monotonic())):
+                    end = " before its end" if self.ended else ""
                     pytest.fail(
-                        f"{self.command}: no line with {pattern!r} {'before its end' if self.ended else ''} within "
-                        f"{timeout_s} s; it said:\n{self.output}"
+                        f"{self.command}: no line with {pattern!r}{end} within {timeout_s} s; "
+                        f"it said:\n{self.output}"
                     )
 
     def wait(self, timeout_s=DEADLINE_S):
@@ -415,7 +386,10 @@ class Started:
 
 @pytest.fixture
 def start():
-    """start(script, *arguments, cwd=folder) -> Started. `script` is a file of the project root. None outlives the test."""
+    """start(script, *arguments, cwd=folder) -> Started; it does not outlive the test.
+
+    `script` is a file of the project root.
+    """
     started = []
 
     def begin(script, *arguments, cwd, env=None):
@@ -458,7 +432,7 @@ def processes_in(folder):
     return found
 
 
-# --- the real scripts without TensorFlow --------------------------------------------------------------------------
+# --- the real scripts without TensorFlow ---------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -468,16 +442,17 @@ def shared_site(tmp_path_factory):
 
 @pytest.fixture
 def begun(shared_site, tmp_path):
-    """A function: the folder of a run that is begun but not served; todoServer.py goes on with it, without TensorFlow until
-    it evaluates."""
+    """A function: the folder of a run that is begun but not served.
+
+    todoServer.py resumes it, without TensorFlow until it evaluates.
+    """
 
     def begin(clients=("client001", "client002"), rounds=2):
         for name in ("preprocessed", "index"):
             (tmp_path / name).symlink_to(shared_site / name)
         (tmp_path / "server").mkdir()
-        digest = files.sha256_of(write_weights(tmp_path / "server" / "server_weight.h5", 1))
-        state = new_state("run0", clients, rounds, digest, arch="drcnn", image_size=32, seed=0)
-        files.save_state(tmp_path / "server" / "state.json", state)
+        weights_path = write_weights(tmp_path / "server" / "server_weight.h5", 1)
+        new_run(clients, rounds, weights_path).save(tmp_path / "server" / "state.json")
         return tmp_path
 
     return begin
@@ -501,36 +476,18 @@ def holding(site, script, *patches):
 
 
 def client_script(site, training_s=0):
-    """todoClient.py whose training takes so long and always gives the same weights, without TensorFlow."""
+    """todoClient.py without TensorFlow; its training ends in the same weights in every round."""
     return holding(
         site,
         "todoClient",
-        f"TRAINING_S = {training_s}",
-        """
-import model
-from conftest import SHAPES, write_weights
-class Network:
-    name, input_shape = "drcnn", (None, 32, 32, 3)
-def train(*_):
-    print("training now", flush=True)
-    time.sleep(TRAINING_S)
-    return []
-model.configure, model.build, model.load, model.train = lambda *_: 0, lambda *_: Network(), lambda *_: 0, train
-model.shapes, model.save = lambda _: SHAPES, lambda network, path: write_weights(path, 1)
-import todoClient
-todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05
-""",
+        "import os, standin",
+        f'os.environ.update(STANDIN_TRAINING_S="{training_s}", STANDIN_SEED="1")',
+        'sys.modules["model"] = standin',
+        "import todoClient",
+        "todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05",
     )
 
 
-NO_EVALUATION = """
-import model
-from conftest import metrics
-model.configure = model.build = model.load = lambda *_: 0
-model.evaluate = lambda *_: metrics()
-"""
-
-
 def server_script(site):
-    """todoServer.py whose evaluation is nothing, without TensorFlow."""
-    return holding(site, "todoServer", NO_EVALUATION)
+    """todoServer.py without TensorFlow; its evaluation is nothing."""
+    return holding(site, "todoServer", "import standin", 'sys.modules["model"] = standin')

@@ -1,11 +1,12 @@
-"""Damaged input for all that reads what others wrote: the chunk reader, the index's unpickler, the check of HDF5 files.
+"""Damaged input for all that reads what others wrote: wire messages, indexes, HDF5 files.
 
     python3 tests/fuzz.py --inputs 120000        # or --seconds 300; --seed N for others
     python3 tests/fuzz.py --only chunks,index
 
-Each input follows from the seed and its number. Whatever it is: a ValueError with a sentence or something well-formed, no
-crash, no hang, no file outside the scratch folder, no memory that grows. The HDF5 library does crash and hang on some files;
-that is why they are checked in a process of its own, and counted here. The default tests run a short one.
+Each input follows from the seed and its number. Whatever it is, the reader raises ValueError with a
+sentence or returns something well-formed: no crash, no hang, no file outside the scratch folder, no
+memory that grows. The HDF5 library does crash and hang on some files; that is why they are read in
+a process of their own, and such ends are counted here. The default tests run a short one.
 """
 
 import argparse
@@ -53,48 +54,45 @@ INTERESTING = [
 
 
 def mutated(rng, content, others=()):
-    """One to eight of: a byte, a bit, a number, a cut, a piece doubled, moved or from another input."""
+    """One to eight damages: another byte, bit or number, a cut, a piece doubled or moved."""
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
-        place, length = (
-            rng.randrange(len(content) + 1),
-            rng.choice([1, 2, 4, 8, rng.randrange(1, 200)]),
-        )
+        offset = rng.randrange(len(content) + 1)
+        length = rng.choice([1, 2, 4, 8, rng.randrange(1, 200)])
         match rng.randrange(7):
             case 0:
-                content[place : place + 1] = bytes([rng.randrange(256)])
-            case 1 if place < len(content):
-                content[place] ^= 1 << rng.randrange(8)
+                content[offset : offset + 1] = bytes([rng.randrange(256)])
+            case 1 if offset < len(content):
+                content[offset] ^= 1 << rng.randrange(8)
             case 2:
                 size = rng.choice([1, 2, 4, 8])
                 number = rng.choice(INTERESTING) % (1 << 8 * size)
-                content[place : place + size] = number.to_bytes(size, rng.choice(["little", "big"]))
+                content[offset : offset + size] = number.to_bytes(
+                    size, rng.choice(["little", "big"])
+                )
             case 3:
-                del content[place : place + length]
+                del content[offset : offset + length]
             case 4:
-                content[place:place] = content[place : place + length] * rng.choice([1, 2, 50])
+                content[offset:offset] = content[offset : offset + length] * rng.choice([1, 2, 50])
             case 5:
                 other = rng.choice([content, *others])
                 start = rng.randrange(len(other) + 1)
-                content[place:place] = other[start : start + length]
+                content[offset:offset] = other[start : start + length]
             case 6:
-                del content[rng.choice([place, len(content) - min(length, len(content))]) :]
+                del content[rng.choice([offset, len(content) - min(length, len(content))]) :]
     return bytes(content)
 
 
 class Chunks:
-    """weights.spool on streams whose messages were damaged on the wire, or cut, ordered and named otherwise."""
+    """weights.spool on streams whose messages were damaged, or cut, ordered or named otherwise."""
 
     def __init__(self, folder):
-        self.path, self.good = folder / "spooled.h5", folder / "good.h5"
-        write_weights(self.good, 3)
-        self.content = self.good.read_bytes()
+        self.path = folder / "spooled.h5"
+        self.content = write_weights(folder / "good.h5", 3).read_bytes()
 
     def stream(self, rng):
-        size, whole = (
-            rng.choice([3, 299, 3000, 4000]),
-            self.content[: rng.choice([0, 10, 3000, len(self.content)])],
-        )
+        size = rng.choice([3, 299, 3000, 4000])
+        whole = self.content[: rng.choice([0, 10, 3000, len(self.content)])]
         base64_form = rng.random() < 0.6
         pieces = base64.b64encode(whole) if base64_form else whole
         pieces = [pieces[start : start + size] for start in range(0, len(pieces), size)][:60]
@@ -106,21 +104,20 @@ class Chunks:
         for _ in range(rng.choice([0, 0, 1, 3])):
             if not messages:
                 break
-            place = rng.randrange(len(messages))
+            position = rng.randrange(len(messages))
             match rng.randrange(5):
                 case 0:
-                    messages.insert(rng.randrange(len(messages)), messages.pop(place))
+                    messages.insert(rng.randrange(len(messages)), messages.pop(position))
                 case 1:
-                    messages.insert(place, messages[rng.randrange(len(messages))])
+                    messages.insert(position, messages[rng.randrange(len(messages))])
                 case 2:
-                    messages[place] = todo_pb2.modelWeight()
+                    messages[position] = todo_pb2.modelWeight()
                 case 3:
-                    messages.pop(place)
+                    messages.pop(position)
                 case 4:
                     try:
-                        messages[place] = todo_pb2.modelWeight.FromString(
-                            mutated(rng, messages[place].SerializeToString())
-                        )
+                        damaged = mutated(rng, messages[position].SerializeToString())
+                        messages[position] = todo_pb2.modelWeight.FromString(damaged)
                     except DecodeError:
                         pass  # gRPC ends such a call itself
         return messages
@@ -318,14 +315,11 @@ def main(argv=None):
         unguard()
         os.chdir("/")
     for key, target in targets.items():
-        print(
-            f"{key}: {counts[key, 'accepted']} accepted, {counts[key, 'refused']} refused, slowest {slowest[key]:.2f} s"
-            + (
-                f", {target.crashed} crashes or hangs of the library, contained"
-                if key == "hdf5"
-                else ""
-            )
-        )
+        line = f"{key}: {counts[key, 'accepted']} accepted, {counts[key, 'refused']} refused"
+        line += f", slowest {slowest[key]:.2f} s"
+        if key == "hdf5":
+            line += f", {target.crashed} crashes or hangs of the library, contained"
+        print(line)
     print(
         json.dumps(
             {

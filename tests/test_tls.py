@@ -8,19 +8,19 @@ import re
 import socket
 import statistics
 import subprocess
-import sys
 import threading
 import time
 
 import grpc
 import pytest
+import serving
 from conftest import ROOT, Run, make_data, until, write_weights
 from seed_peer import LIMITS, cut
 
 import todoClient
 import todoServer
 from common import files
-from federation import service, tls, weights
+from federation import tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 
@@ -80,8 +80,8 @@ class Served:
     def __init__(self, folder, *flags, rounds=1, **options):
         self.run = Run(folder / "server", ["client001", "client002"], rounds=rounds)
         credentials = tls.server_credentials(todoServer.parse(list(flags)))
-        self.server, self.address = service.create_server(
-            self.run.rounds, "localhost:0", credentials=credentials, **options
+        self.server, self.address = serving.serve(
+            self.run.rounds, credentials=credentials, **options
         )
 
     def stub(self, *flags):
@@ -334,7 +334,7 @@ def test_insecure_is_allowed_and_warned_about(start, tmp_path):
     make_data(tmp_path / "site")
     write_weights(tmp_path / "start.h5")
     server = start(
-        "benchmarks/standin.py",
+        "tests/standin.py",
         "todoServer",
         "--listen",
         "0.0.0.0:0",
@@ -342,7 +342,7 @@ def test_insecure_is_allowed_and_warned_about(start, tmp_path):
         "--image-size",
         "32",
         cwd=tmp_path / "site",
-        env={"BENCHMARK_WEIGHTS": str(tmp_path / "start.h5")},
+        env={"STANDIN_WEIGHTS": str(tmp_path / "start.h5")},
     )
     server.wait_for("listening on 0.0.0.0:")
     assert "server: warning: plaintext: " in server.output
@@ -351,13 +351,10 @@ def test_insecure_is_allowed_and_warned_about(start, tmp_path):
 def test_two_rounds_under_mutual_tls(start, certs, tmp_path):
     """The scripts as they are started, but for TensorFlow."""
     site = make_data(tmp_path / "site")
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import standin
-
-    standin.make_weights(tmp_path / "start.h5", 0.1)
-    environment = {"BENCHMARK_WEIGHTS": str(tmp_path / "start.h5")}
+    write_weights(tmp_path / "start.h5", 0, [("layer", (25_000,))])
+    environment = {"STANDIN_WEIGHTS": str(tmp_path / "start.h5")}
     server = start(
-        "benchmarks/standin.py",
+        "tests/standin.py",
         "todoServer",
         "--listen",
         "localhost:0",
@@ -374,7 +371,7 @@ def test_two_rounds_under_mutual_tls(start, certs, tmp_path):
     address = server.wait_for(r"listening on (\S+)")[1]
     clients = [
         start(
-            "benchmarks/standin.py",
+            "tests/standin.py",
             "todoClient",
             "--name",
             name,
@@ -438,7 +435,7 @@ def test_a_flood_of_unknown_peers_does_not_delay_a_round(serve, tmp_path):
         {**state, "weights_sha256": files.sha256_of(served.run.weights)},
     )
     served.run.start()
-    served.server, served.address = service.create_server(served.run.rounds, "localhost:0")
+    served.server, served.address = serving.serve(served.run.rounds)
     good = [write_weights(tmp_path / f"{seed}.h5", seed, large) for seed in (1, 2)]
 
     def one_round():

@@ -15,7 +15,7 @@ from generated import todo_pb2
 
 
 def seed_messages(content, name, size):
-    """The thesis demo's own cutting, from its description: one base64 text in pieces of 100,000 characters."""
+    """As the thesis demo cuts: one base64 text in pieces of 100,000 characters."""
     text = base64.b64encode(content).decode()
     return [
         todo_pb2.modelWeight(

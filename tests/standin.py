@@ -1,0 +1,171 @@
+"""Weight files without Keras, and a stand-in for `model`: the real scripts run without TensorFlow.
+
+    python3 tests/standin.py todoServer --listen localhost:0 --image-size 16 ...
+    python3 tests/standin.py todoClient --name client001 ...
+
+Tests and benchmarks share it. Settings come from the environment, as both start processes:
+
+STANDIN_WEIGHTS      the weight file that a run begins with, and whose shapes the network has
+STANDIN_TRAINING_S   how long "training" takes (default: 0 s)
+STANDIN_GATE         1: "training" waits for a line on stdin
+STANDIN_SEED         training always ends in the random weights of this seed; without it, training
+                     adds a constant to every number
+STANDIN_BASE64       1: a client speaks the thesis demo's base64 form, to this project's server
+"""
+
+import importlib
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import h5py
+import numpy as np
+
+from common.files import replacing
+from common.script import keep_heap_small
+from federation import weights
+
+# --- weight files -------------------------------------------------------------------------------
+
+SHAPES = [  # of the tiny weight file that most tests use
+    ("conv1", (3, 3, 3, 2)),
+    ("norm1", (2,)),
+    ("healthy", (2, 1)),
+    ("healthy", (1,)),
+]
+
+
+def shapes_of_size(megabytes):
+    """Shapes of 32 tensors with so many bytes; the largest has 30 % of them, as VGG16's has."""
+    elements = int(megabytes * 1e6 / 4)
+    rows = int(elements * 0.3) // 256
+    others = (elements - rows * 256) // 31
+    return [("layer0", (rows, 256))] + [(f"layer{number}", (others,)) for number in range(1, 32)]
+
+
+def random_tensors(seed, shapes=SHAPES):
+    """float32 arrays of `shapes`, which follow from the seed."""
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(np.float32) for _, shape in shapes]
+
+
+def write_weights(path, tensors=0, shapes=SHAPES, root=""):
+    """A weight file in Keras's layout; equal tensors are equal bytes. Returns the path.
+
+    tensors  a list of arrays, or the seed of random ones
+    root     "" is the layout of Keras 2's save_weights, "model_weights" that of model.save
+    """
+    if isinstance(tensors, int):
+        tensors = random_tensors(tensors, shapes)
+    layers = list(dict.fromkeys(name for name, _ in shapes))
+    with h5py.File(path, "w") as file:
+        base = file.require_group(root) if root else file
+        base.attrs["layer_names"] = [layer.encode() for layer in layers]
+        for layer in layers:
+            own = [
+                tensor for (name, _), tensor in zip(shapes, tensors, strict=True) if name == layer
+            ]
+            names = [f"{layer}/weight{number}" for number in range(len(own))]
+            group = base.create_group(layer)
+            group.attrs["weight_names"] = [name.encode() for name in names]
+            for name, tensor in zip(names, own, strict=True):
+                group.create_dataset(name, data=tensor)
+    return Path(path)
+
+
+def read_weights(path):
+    """The tensors of a Keras weight file, in order: read here once more, without weights.py."""
+    with h5py.File(path, "r") as file:
+        base = file if "layer_names" in file.attrs else file["model_weights"]
+        return [
+            base[layer][weight][()]
+            for layer in base.attrs["layer_names"]
+            for weight in base[layer].attrs["weight_names"]
+        ]
+
+
+def add_constant(path, target, constant=0.001):
+    """`target` is `path` with a constant added to every number: the cheapest "training"."""
+    shutil.copyfile(path, target)
+    with h5py.File(target, "r+") as file:
+        for *_, dataset in weights.tensors(file):
+            dataset[...] = dataset[()] + np.float32(constant)
+
+
+# --- in place of `model`: the same functions, without a network ----------------------------------
+
+ARCHS = {"drcnn": 128, "vgg16": 224}
+
+
+def configure(seed, threads=None):
+    pass
+
+
+def default_threads():
+    return 1
+
+
+def build(arch, image_size, seed=0):
+    return SimpleNamespace(name=arch, input_shape=(None, image_size, image_size, 3), path=None)
+
+
+def initialize(network, source):
+    pass
+
+
+def shapes(network):
+    """Those of STANDIN_WEIGHTS; where nothing is said, whatever was loaded last is right."""
+    return weights.shapes_of(os.environ.get("STANDIN_WEIGHTS", network.path))
+
+
+def load(network, path):
+    network.path = path
+    weights.check(path, shapes(network))
+
+
+def train(network, batches, round_number, epochs, report):
+    print("training now", flush=True)
+    time.sleep(float(os.environ.get("STANDIN_TRAINING_S", 0)))
+    if os.environ.get("STANDIN_GATE") == "1":
+        sys.stdin.readline()
+    measured = {"loss": 0.0, "accuracy": 0.0, "num_examples": 1, "seconds": 0.0}
+    return [{"round": round_number, "epoch": 1, **measured}]
+
+
+def save(network, path):
+    with replacing(path) as written:
+        if network.path is None:
+            shutil.copyfile(os.environ["STANDIN_WEIGHTS"], written)
+        elif "STANDIN_SEED" in os.environ:
+            write_weights(written, int(os.environ["STANDIN_SEED"]), shapes(network))
+        else:
+            add_constant(network.path, written)
+
+
+def metrics():
+    """An evaluation of nothing."""
+    return {"loss": 0.5, "accuracy": 0.75, "auc": 0.875, "sensitivity": 1.0, "specificity": 0.5}
+
+
+def evaluate(network, images, labels):
+    return metrics()
+
+
+def main():
+    name = sys.argv[1]
+    if name == "todoServer":
+        keep_heap_small()  # as the real one does
+    sys.modules["model"] = sys.modules[__name__]
+    script = importlib.import_module(name)
+    if os.environ.get("STANDIN_BASE64") == "1":
+        weights.blob_messages = weights.base64_messages
+    sys.exit(script.main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()
