@@ -191,7 +191,7 @@ def assess(p_healthy, records):
             0.5 if threshold is None else threshold,
         )
         tasks[task] = {
-            "threshold": None if threshold is None else round(threshold, 6),
+            "threshold": threshold,  # as it is: scores can lie very close together
             "num_positive": int(positive[~choosing].sum()),
             "measured": {name: rounded(each) for name, each in measured.items()},
         }
@@ -224,7 +224,10 @@ def warning_of(tasks):
             "contains 0.5 or lies below it, and 0.5 is guessing"
         )
     if task["threshold"] is None:
-        return "no threshold finds referable DR in one half of the validation patients"
+        return (
+            f"no threshold finds {100 * LEAST_SENSITIVITY:.0f} % of those with referable DR in the "
+            "choosing half of the validation patients and clears anybody"
+        )
     if sensitivity == 0:
         return "it finds nobody with referable DR at its threshold"
     if specificity == 0:
