@@ -50,6 +50,15 @@ NEEDED = {
 UNKNOWN_DATA = {"dataset": "unknown", "split": "unknown", "preprocessing": "unknown"}
 
 
+def read_prepared(index_dir):
+    """What index/prepared.json says of the images, a dict; {} where there is none."""
+    try:
+        prepared = json.loads((Path(index_dir) / "prepared.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return prepared if isinstance(prepared, dict) else {}
+
+
 def make(state, row, prepared, validation_sha256, assessed):
     """The card (dict) of server_weight.h5 after an evaluated round.
 
