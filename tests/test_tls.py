@@ -471,7 +471,7 @@ def test_a_flood_of_unknown_peers_does_not_delay_a_round(serve, tmp_path):
 
 def test_make_certs(tmp_path):
     made = make_certs(tmp_path / "certs", "192.0.2.7", "client001", DAYS="90")
-    assert made.returncode == 0 and made.stdout.count("holds until") == 3
+    assert made.returncode == 0 and made.stdout.count("is valid until") == 3
     assert {
         path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "certs").glob("*.key")
     } == dict.fromkeys(["ca.key", "server.key", "client001.key"], "0o600")
@@ -501,7 +501,7 @@ def test_make_certs(tmp_path):
     ):  # renewed, by the same CA
         (tmp_path / "certs" / name).rename(tmp_path / name)
     renewed = make_certs(tmp_path / "certs", "192.0.2.7", "client001")
-    assert renewed.returncode == 0 and renewed.stdout.count("holds until") == 3
+    assert renewed.returncode == 0 and renewed.stdout.count("is valid until") == 3
     openssl("verify -CAfile certs/ca.pem certs/server.pem certs/client001.pem server.pem", tmp_path)
     assert (tmp_path / "certs" / "server.pem").read_bytes() != (
         tmp_path / "server.pem"
