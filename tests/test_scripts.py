@@ -2,6 +2,7 @@
 
 import functools
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -183,3 +184,14 @@ def test_a_missing_file_is_one_sentence_and_exit_1(arguments, sentence, tmp_path
     shown = run(sys.executable, ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
     assert shown.returncode == 1 and sentence in shown.stderr and "Traceback" not in shown.stderr
     assert len(shown.stderr.splitlines()) == 1
+
+
+def test_two_signals_at_once_end_a_server(start, begun):
+    """Ctrl-C reaches the server by the terminal, and run_local.sh ends it too: both within a blink."""
+    folder = begun()
+    for _ in range(8):
+        server, _ = start_server(start, folder)
+        server.signal(signal.SIGINT)
+        server.signal(signal.SIGTERM)
+        assert server.wait(10) in (130, 143)
+        assert "what has arrived is kept" in server.lines[-1]
