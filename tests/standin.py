@@ -100,7 +100,10 @@ def add_constant(path, target, constant=0.001):
 
 # --- in place of `model`: the same functions, without a network ----------------------------------
 
-ARCHS = {"drcnn": 128, "vgg16": 224}
+ARCHS = {
+    "drcnn": SimpleNamespace(image_size=128),
+    "vgg16": SimpleNamespace(image_size=224),
+}
 
 
 def configure(seed, threads=None):
