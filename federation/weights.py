@@ -328,13 +328,15 @@ def _check_storage(where, dataset, shape):
 
 def _check_numbers(where, path, offset, shape):
     """Read past HDF5: from plain storage the numbers can be read as they lie in the file."""
-    for first, count in _slabs(shape):
-        slab = np.fromfile(path, "<f4", count, offset=offset + 4 * first)
-        if len(slab) != count:
-            raise ValueError(f"{where} ends in the middle: the file is cut short")
-        finite = np.isfinite(slab)
-        if not finite.all():
-            raise ValueError(f"{where} holds {slab[~finite][0]}: only finite numbers are averaged")
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        for _, count in _slabs(shape):
+            slab = np.fromfile(file, "<f4", count)
+            if len(slab) != count:
+                raise ValueError(f"{where} ends in the middle: the file is cut short")
+            value = first_not_finite(slab)
+            if value is not None:
+                raise ValueError(f"{where} holds {value}: only finite numbers are averaged")
 
 
 def _slabs(shape):
@@ -455,13 +457,9 @@ class Inspection:
             self._note(np.frombuffer(content[:whole], "<f4"), layer)
 
     def _note(self, numbers, layer):
-        if not numbers.flags.aligned:
-            numbers = numbers.copy()  # NumPy is ten times slower on numbers between two words
-        # Both hand a NaN on. Two passes without a temporary array are faster than np.isfinite.
-        with np.errstate(invalid="ignore"):
-            finite = np.isfinite(numbers.min()) and np.isfinite(numbers.max())
-        if not finite and self.not_finite is None:
-            self.not_finite = (layer, numbers[~np.isfinite(numbers)][0])
+        value = first_not_finite(numbers)
+        if value is not None and self.not_finite is None:
+            self.not_finite = (layer, value)
 
     def fits(self):
         """The verdict on the complete file: True if it has the server's layout, False if another.
@@ -476,9 +474,24 @@ class Inspection:
                 f"the file is cut short: it has {self.position:,} of {self.layout.size:,} bytes"
             )
         if self.not_finite is not None:
-            layer, value = self.not_finite
-            raise ValueError(f"layer {layer!r} holds {value}: only finite numbers are averaged")
+            raise not_finite(*self.not_finite)
         return True
+
+
+def first_not_finite(numbers):
+    """The first NaN or infinity of a float32 array, or None."""
+    if not numbers.size:
+        return None
+    if not numbers.flags.aligned:
+        numbers = numbers.copy()  # NumPy is ten times slower on numbers between two words
+    # Both hand a NaN on. Two passes without a temporary array are faster than np.isfinite.
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(numbers.min()) and np.isfinite(numbers.max())
+    return None if finite else numbers[~np.isfinite(numbers)][0]
+
+
+def not_finite(layer, value):
+    return ValueError(f"layer {layer!r} holds {value}: only finite numbers are averaged")
 
 
 def inspect(path, layout):
@@ -498,7 +511,7 @@ def write_tensors(path, tensors):
     path     a weight file, fetched from the server; what lies outside its tensors stays
     tensors  arrays in Keras's order, or what NumPy makes an array of: Keras's variables
 
-    Raises ValueError where they are not of the file's shapes.
+    Raises ValueError where they are not of the file's shapes or not finite; then `path` stays.
     """
     layout = Layout(path)
     source = {}
@@ -509,9 +522,17 @@ def write_tensors(path, tensors):
                 f"that of {path} has {tensor.shape}"
             )
         source[tensor] = values
-    with replacing(path) as written:
+
+    def numbers_of(tensor):
         # one array at a time: the client holds the network already
-        return _write(written, layout, lambda tensor: [np.ascontiguousarray(source[tensor], "<f4")])
+        numbers = np.ascontiguousarray(source[tensor], "<f4")
+        value = first_not_finite(numbers)
+        if value is not None:
+            raise not_finite(tensor.layer, value)
+        yield numbers
+
+    with replacing(path) as written:
+        return _write(written, layout, numbers_of)
 
 
 def _write(path, layout, numbers_of):

@@ -29,9 +29,8 @@ def many_empty_layers(path, names=10_000):
         file.create_group("a").attrs["weight_names"] = np.full(0, b"w")
 
 
-def one_text_many_times(path, megabytes=1, times=4000):
-    """A list of 4,000 names that all refer to one text of 1 MB: read, they are 4 GB."""
-    names = times
+def one_text_many_times(path, megabytes=0.9, names=4000):
+    """A list of 4,000 names that all refer to one text of 0.9 MB: read, they are 3.6 GB."""
     text = b"a" * int(megabytes * 1e6)
     with h5py.File(path, "w") as file:
         # each entry: length of the text (4 bytes), heap (8), number within the heap (4)

@@ -256,6 +256,15 @@ def test_tensors_of_other_shapes_are_not_written(own, tmp_path):
     assert fetched.read_bytes() == before and list(tmp_path.iterdir()) == [fetched]
 
 
+def test_numbers_that_are_not_finite_are_not_written(own, tmp_path):
+    fetched = write_weights(tmp_path / "client_weights.h5", 0)
+    before, tensors = fetched.read_bytes(), random_tensors(4)
+    tensors[1][1] = np.nan
+    with pytest.raises(ValueError, match="layer 'norm1' holds nan"):
+        weights.write_tensors(fetched, tensors)
+    assert fetched.read_bytes() == before and list(tmp_path.iterdir()) == [fetched]
+
+
 def test_a_layout_without_plain_tensors_is_refused(tmp_path):
     path = write_weights(tmp_path / "own.h5", 0)
     with h5py.File(path, "r+") as file:
