@@ -792,16 +792,19 @@ def test_a_client_that_goes_away_after_a_complete_upload_counts(served, tmp_path
     assert served.run.holds(("client001", 3, 11), ("client002", 3, 12))
 
 
-@pytest.mark.parametrize("form", ["{}/client_weights", "./{}/client_weights.h5"])
-def test_a_peer_of_2020_names_itself_by_a_path_in_any_of_its_forms(served, tmp_path, form):
-    good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (15, 16)]
+@pytest.mark.parametrize(
+    ("form", "seeds"),  # others each time: equal bytes would be a repeat
+    [("{}/client_weights", (15, 16)), ("./{}/client_weights.h5", (17, 18))],
+)
+def test_a_peer_of_2020_names_itself_by_a_path_in_any_of_its_forms(served, tmp_path, form, seeds):
+    good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in seeds]
     first = served.counted(good[0], "client001")
     content = good[1].read_bytes()
     message = todo_pb2.modelWeight(
         model=base64.b64encode(content), clientname=form.format("client002"), clientsize=3
     )
     assert served.stub.sendWeight(iter([message]), timeout=60).value == first.result().value == 1
-    assert served.run.holds(("client001", 3, 15), ("client002", 3, 16))
+    assert served.run.holds(("client001", 3, seeds[0]), ("client002", 3, seeds[1]))
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "drcnn"])
