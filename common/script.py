@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ def start_script():
     # folders are held by one process already (files.alone_in).
     os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
     open_closed_outputs()
+    let_no_one_wait_for_stderr()
     sys.stdout = Output(1)
     sys.stderr = Output(2)
     log.start()
@@ -52,6 +54,24 @@ def open_closed_outputs():
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+
+
+def let_no_one_wait_for_stderr():
+    """Make stderr non-blocking where it is a terminal or a pipe.
+
+    gRPC and TensorFlow write there from threads of their own (each failed handshake is a line):
+    these lines are lost while nobody reads, instead of holding a thread that serves clients. It is
+    opened anew, because a setting of the open file would hold for all who share the terminal.
+    """
+    mode = os.fstat(2).st_mode
+    if not (stat.S_ISFIFO(mode) or os.isatty(2)):
+        return
+    try:
+        own_fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return  # another user's terminal (su), or no /proc: it stays as it is
+    os.dup2(own_fd, 2)
+    os.close(own_fd)
 
 
 class Output(io.TextIOWrapper):
