@@ -22,12 +22,11 @@ from pathlib import Path
 
 from common import files
 from common.log import fail, say
-from common.script import at_least, end_script, pixels, start_script
+from common.script import at_least, end_script, pixels, start_script, watch_signals
 
 PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
 LISTENING = re.compile(r"server: listening on (\S+)$")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SERVER_LOG = "run_local.log"
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
 
@@ -40,7 +39,10 @@ NEED_NO_SOURCE = ["synthetic", "retinamnist"]
 def main(argv=None):
     command, flags = parse(argv)
     processes = Processes(command)
-    processes.stop_on_signals()
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+        signals.append(signal.SIGHUP)
+    watch_signals(signals, lambda number: processes.events.put(("signal", number)))
     try:
         set_up(processes)
         os.chdir(PROJECT)
@@ -315,14 +317,9 @@ class Processes:
         self.running = {}  # name: Popen
         self.followers = []  # a thread for each, which passes its lines on
         # All that the main thread waits for: ("signal", number), ("listening", HOST:PORT) of the
-        # server, ("ended", name). A signal handler may put into a SimpleQueue at any instant.
+        # server, ("ended", name).
         self.events = queue.SimpleQueue()
         self.printing = threading.Lock()  # one line at a time
-
-    def stop_on_signals(self):
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # under nohup SIGHUP is ignored
-                signal.signal(number, lambda number, frame: self.events.put(("signal", number)))
 
     def run(self, *command, cwd=PROJECT):
         """One process by itself: it has the terminal. Raises Stop when it fails."""

@@ -8,6 +8,7 @@ import re
 import signal
 import stat
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -157,6 +158,26 @@ def exit_on_signals(who, last_words):
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
+
+
+def watch_signals(numbers, on_signal):
+    """Call on_signal(number) for every signal that arrives, in a thread of its own.
+
+    Python runs a handler only when its main thread gets to it. But of two signals that arrive at
+    once, another thread can take both: the main thread then sleeps on in its system call, and
+    neither is noticed. The wake-up pipe is written by whichever thread the signal meets.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
+
+    def watch():
+        while True:
+            on_signal(os.read(reading, 1)[0])
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def keep_heap_small():

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -87,18 +88,20 @@ def test_the_readme_names_every_file():
     assert len(names) > 20 and [name for name in names if name not in readme] == []
 
 
-def test_help_answers_soon():
-    """Before TensorFlow, gRPC or NumPy could be imported: seconds as a ratio to an empty Python."""
+def fastest_s(*command):
+    """Seconds of the fastest of several starts: what else the machine does only adds to them."""
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        assert run(sys.executable, *command).returncode == 0
+        seconds.append(time.monotonic() - started)
+    return min(seconds)
 
-    def fastest_s(*command):
-        seconds = []
-        for _ in range(7):
-            started = time.monotonic()
-            run(sys.executable, *command)
-            seconds.append(time.monotonic() - started)
-        return min(seconds)
 
-    assert fastest_s("todoServer.py", "--help") / fastest_s("-c", "pass") < 15
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_soon(script):
+    """As a ratio to an empty Python: gRPC, NumPy and Pillow cost 10 to 30, TensorFlow 200 more."""
+    assert fastest_s(script, "--help") / fastest_s("-c", "pass") < 60
 
 
 @pytest.mark.parametrize(
@@ -181,3 +184,14 @@ def test_a_missing_file_is_one_sentence_and_exit_1(arguments, sentence, tmp_path
     shown = run(sys.executable, ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
     assert shown.returncode == 1 and sentence in shown.stderr and "Traceback" not in shown.stderr
     assert len(shown.stderr.splitlines()) == 1
+
+
+def test_two_signals_at_once_end_a_server(start, begun):
+    """Ctrl-C reaches the server by the terminal, and run_local.sh ends it too: both within a blink."""
+    folder = begun()
+    for _ in range(8):
+        server, _ = start_server(start, folder)
+        server.signal(signal.SIGINT)
+        server.signal(signal.SIGTERM)
+        assert server.wait(10) in (130, 143)
+        assert "what has arrived is kept" in server.lines[-1]
