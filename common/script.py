@@ -152,12 +152,11 @@ def exit_on_signals(who, last_words):
     Nothing has to be finished first: every published file is whole at every instant.
     """
 
-    def end(number, frame):
+    def end(number):
         log.say(who, last_words)
         end_script(128 + number)
 
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
+    watch_signals((signal.SIGINT, signal.SIGTERM), end)
 
 
 def watch_signals(numbers, on_signal):
@@ -173,10 +172,19 @@ def watch_signals(numbers, on_signal):
     for number in numbers:
         signal.signal(number, lambda number, frame: None)
 
+    def forget():
+        # A forked process has no such thread, and would write its signals into our pipe.
+        signal.set_wakeup_fd(-1)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
     def watch():
         while True:
-            on_signal(os.read(reading, 1)[0])
+            number = os.read(reading, 1)[0]
+            if number in numbers:
+                on_signal(number)
 
+    os.register_at_fork(after_in_child=forget)
     threading.Thread(target=watch, daemon=True).start()
 
 
