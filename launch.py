@@ -21,7 +21,7 @@ import threading
 from pathlib import Path
 
 from common import files
-from common.log import fail, say
+from common.log import fail, say, warn
 from common.script import at_least, end_script, pixels, start_script, watch_signals
 
 PROJECT = Path(__file__).resolve().parent
@@ -385,7 +385,7 @@ class Processes:
             code = exit_code(self.running.pop(value))
             if code and self.running:
                 sentence = f"{value} ended with {code} (its words are above): stopping the others"
-                say(self.command, sentence, sys.stderr)
+                warn(self.command, sentence)
             if code:
                 raise Stop(code)
         return kind, value
