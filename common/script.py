@@ -1,7 +1,6 @@
 """How scripts begin and end, and types of their arguments. Standard library only."""
 
 import argparse
-import ctypes
 import io
 import os
 import re
@@ -9,7 +8,6 @@ import signal
 import stat
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 from common import log
@@ -186,30 +184,3 @@ def watch_signals(numbers, on_signal):
 
     os.register_at_fork(after_in_child=forget)
     threading.Thread(target=watch, daemon=True).start()
-
-
-def keep_heap_small():
-    """Start this script again, as the same process, with memory settings for many threads.
-
-    By itself glibc gives each thread a cache and every few threads a heap, and pieces and tensors
-    leave holes in all of them, so the size would follow the number of clients. glibc reads these
-    settings only when a process starts; a user's own stay, other C libraries ignore them.
-    """
-    if "GLIBC_TUNABLES" in os.environ:
-        return
-    settings = {
-        "arena_max": 1,
-        "tcache_count": 0,
-        "mmap_threshold": 32 << 20,
-        "trim_threshold": 4 << 20,
-    }
-    os.environ["GLIBC_TUNABLES"] = ":".join(
-        f"glibc.malloc.{name}={value}" for name, value in settings.items()
-    )
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def trim_heap():
-    """Give the memory of the heap's holes back to the operating system."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -28,7 +28,7 @@ import numpy as np
 
 from common.files import replacing
 from common.log import say
-from common.script import end_script, keep_heap_small, start_script
+from common.script import end_script, start_script
 from federation import weights
 
 # --- weight files -------------------------------------------------------------------------------
@@ -165,8 +165,6 @@ def evaluate(network, images, labels):
 def main():
     start_script()
     name = sys.argv[1]
-    if name == "todoServer":
-        keep_heap_small()  # as the real one does
     sys.modules["model"] = sys.modules[__name__]
     script = importlib.import_module(name)
     if os.environ.get("STANDIN_BASE64") == "1":
