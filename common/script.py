@@ -1,14 +1,16 @@
-"""Messages, argument types and signals that all scripts share. Standard library only."""
+"""How scripts begin and end, and types of their arguments. Standard library only."""
 
 import argparse
-import ctypes
+import io
 import os
 import re
 import signal
+import stat
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
+
+from common import log
 
 # A client's name is also the name of its folder: no path separator, no leading dot, at most 64.
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -17,12 +19,81 @@ CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 def start_script():
     """Prepare the process for a script's output; call it before the first package is imported.
 
-    A package that is not installed is then one sentence in place of a traceback.
+    A package that is not installed is then one sentence in place of a traceback, and no terminal
+    and no pipe can hold the script up, or end it.
     """
+    # HDF5 locks each file that it opens, and fails where a network file system has no locks. Our
+    # folders are held by one process already (files.alone_in).
+    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
+    open_closed_outputs()
+    let_no_one_wait_for_stderr()
+    sys.stdout = Output(1)
+    sys.stderr = Output(2)
+    log.start()
     sys.excepthook = explain_missing_package
-    # A file name on Linux is bytes, not text: print what cannot be decoded as \\x.. instead of
-    # failing.
-    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def end_script(code):
+    """End the process with this exit code; None is 0.
+
+    At once, without joining threads or unloading TensorFlow: all files are already on disk.
+    """
+    sys.stdout.flush()
+    log.flush()
+    os._exit(code or 0)
+
+
+def open_closed_outputs():
+    """Open /dev/null where stdin, stdout or stderr is closed (`>&-`).
+
+    Otherwise the next file that this process opens would get that number, and be what we print to.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+
+
+def let_no_one_wait_for_stderr():
+    """Make stderr non-blocking where it is a terminal or a pipe.
+
+    gRPC and TensorFlow write there from threads of their own (each failed handshake is a line):
+    these lines are lost while nobody reads, instead of holding a thread that serves clients. It is
+    opened anew, because a setting of the open file would hold for all who share the terminal.
+    """
+    mode = os.fstat(2).st_mode
+    if not (stat.S_ISFIFO(mode) or os.isatty(2)):
+        return
+    try:
+        own_fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return  # another user's terminal (su), or no /proc: it stays as it is
+    os.dup2(own_fd, 2)
+    os.close(own_fd)
+
+
+class Output(io.TextIOWrapper):
+    """sys.stdout or sys.stderr, for what is printed: a reader that went away does not end a script.
+
+    A file name on Linux is bytes, not text: what cannot be encoded is printed as \\udc..
+    """
+
+    def __init__(self, fd):
+        buffered = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
+        super().__init__(buffered, "utf-8", "backslashreplace", line_buffering=True)
+
+    def write(self, text):
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self):
+        try:
+            super().flush()
+        except (OSError, RuntimeError):
+            pass  # RuntimeError: a signal handler interrupted a write
 
 
 def explain_missing_package(kind, error, trace):
@@ -30,30 +101,11 @@ def explain_missing_package(kind, error, trace):
     if kind is not ModuleNotFoundError:
         sys.__excepthook__(kind, error, trace)
         return
-    fail(
+    log.fail(
         Path(sys.argv[0]).name,
         f"{sys.executable} has no package {error.name!r}: start it with .venv/bin/python, which "
         "`bash setup.sh requirements.txt` makes, or pip install -r requirements.txt",
     )
-
-
-def say(who, line, to=None):
-    """Print one line in one write, because several processes share a terminal.
-
-    A reader that went away must not end a run of days, so a failed write is ignored.
-    """
-    try:
-        to = to or sys.stdout
-        to.write(f"{who}: {line}\n")
-        to.flush()
-    except OSError:
-        pass
-
-
-def fail(who, sentence, code=1):
-    """Print a user's mistake as one sentence on stderr; returns the exit code."""
-    say(who, f"error: {sentence}", sys.stderr)
-    return code
 
 
 def client_name(text):
@@ -92,19 +144,17 @@ def seconds(text):
     return value
 
 
-def exit_on_signals(last_words):
+def exit_on_signals(who, last_words):
     """End the process at once on SIGINT (exit code 130) or SIGTERM (143).
 
     Nothing has to be finished first: every published file is whole at every instant.
     """
 
-    def end(number, frame):
-        # os.write, because a handler may interrupt print within itself.
-        os.write(1, f"{last_words}\n".encode())
-        os._exit(128 + number)
+    def end(number):
+        log.say(who, last_words)
+        end_script(128 + number)
 
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
+    watch_signals((signal.SIGINT, signal.SIGTERM), end)
 
 
 def watch_signals(numbers, on_signal):
@@ -120,35 +170,17 @@ def watch_signals(numbers, on_signal):
     for number in numbers:
         signal.signal(number, lambda number, frame: None)
 
+    def forget():
+        # A forked process has no such thread, and would write its signals into our pipe.
+        signal.set_wakeup_fd(-1)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
     def watch():
         while True:
-            on_signal(os.read(reading, 1)[0])
+            number = os.read(reading, 1)[0]
+            if number in numbers:
+                on_signal(number)
 
+    os.register_at_fork(after_in_child=forget)
     threading.Thread(target=watch, daemon=True).start()
-
-
-def keep_heap_small():
-    """Start this script again, as the same process, with memory settings for many threads.
-
-    By itself glibc gives each thread a cache and every few threads a heap, and pieces and tensors
-    leave holes in all of them, so the size would follow the number of clients. glibc reads these
-    settings only when a process starts; a user's own stay, other C libraries ignore them.
-    """
-    if "GLIBC_TUNABLES" in os.environ:
-        return
-    settings = {
-        "arena_max": 1,
-        "tcache_count": 0,
-        "mmap_threshold": 32 << 20,
-        "trim_threshold": 4 << 20,
-    }
-    os.environ["GLIBC_TUNABLES"] = ":".join(
-        f"glibc.malloc.{name}={value}" for name, value in settings.items()
-    )
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def trim_heap():
-    """Give the memory of the heap's holes back to the operating system."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -7,6 +7,7 @@ in, so nothing here knows about weights or images.
 What is published in which order, and what a start does after a crash, stands in `federation.state`.
 """
 
+import errno
 import threading
 import time
 
@@ -17,6 +18,8 @@ HISTORY_COLUMNS = (
     "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds"
 ).split(",")
 REPORT_EVERY_S = 30  # how often the server says for whom it waits
+RETRY_S = 1  # how soon a step is tried again for which no file could be opened
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # of this process, of this machine
 
 
 class Refused(Exception):
@@ -40,18 +43,29 @@ class Rounds:
     state            a RunState: a new run's, or the one that state.json holds
     merge            merge(paths, num_examples) -> SHA-256: publishes server_weight.h5
     evaluate         evaluate() -> dict: metrics of server_weight.h5
+    publish_result   publish_result(state, row) -> dict: publishes what is known of the evaluated
+                     round `row`, and the model if it is the best; what RunState.best says then
     min_clients      how many uploads are enough once the time limit is over; None: all
     round_timeout_s  the time limit of a round; 0: none
     say              say(line): the server's log
     """
 
     def __init__(
-        self, folder, state, merge, evaluate, min_clients=None, round_timeout_s=0, say=print
+        self,
+        folder,
+        state,
+        merge,
+        evaluate,
+        min_clients=None,
+        round_timeout_s=0,
+        say=print,
+        publish_result=lambda state, row: None,
     ):
         self.folder = folder
         self.state = state
         self.merge = merge
         self.evaluate = evaluate
+        self.publish_result = publish_result
         self.clients = state.clients
         self.min_clients = min_clients or len(self.clients)
         self.round_timeout_s = round_timeout_s
@@ -63,9 +77,10 @@ class Rounds:
         self.uploads = self._uploads_on_disk()  # client -> its accepted upload for the open round
         self.waiting = {}  # client -> a token of its newest waiting call: only that one is answered
         self.last_seen = {}  # client -> time.monotonic()
-        self.finished = set()  # clients that know that the run is over
+        self.finished = set()  # clients that have the result, or all that they can use of it
         self.over = None  # a Refused for everyone, once no round can be closed any more
         self.opened = time.monotonic()  # when the round opened, or the server started again
+        self.moved = time.monotonic()  # when a client last made progress, at the end of the run
 
     # --- what the state says ---------------------------------------------------------------------
 
@@ -77,6 +92,10 @@ class Rounds:
     def done(self):
         """Whether the last round is merged (its evaluation may still run)."""
         return self.state.is_over
+
+    @property
+    def is_evaluating_last(self):
+        return self.done and self.answered < self.state.rounds
 
     @property
     def answered(self):
@@ -137,8 +156,8 @@ class Rounds:
         try:
             while not self.done:
                 self._wait_for_clients()
-                self._merge_and_commit()
-                self._evaluate()
+                for step in (self._freeze, self._merge_and_commit, self._evaluate):
+                    self._do(step)
         except TooFewClients as error:
             self.stop("UNAVAILABLE", str(error))
             raise
@@ -158,7 +177,7 @@ class Rounds:
             self.changed.notify_all()
 
     def _wait_for_clients(self):
-        """Wait for all clients, or for enough of them at the time limit; then freeze the round."""
+        """Wait for all clients, or for enough of them at the time limit."""
         self.opened = time.monotonic()
         reported = self.opened
         limit = float("inf")
@@ -178,10 +197,30 @@ class Rounds:
                     reported = now
                 next_event = min(reported + REPORT_EVERY_S, limit)
                 self.changed.wait(max(0.01, next_event - now))
-            # From here on the set is fixed, and a crash cannot change it. Of a replaced upload only
-            # the entry that holds is kept.
+
+    def _do(self, step):
+        """step(), and once more where this machine is out of open files, until they come back.
+
+        That is nobody's fault in this run, and each step can be repeated: a crash may interrupt it
+        as well.
+        """
+        while True:
+            try:
+                return step()
+            except OSError as error:
+                if error.errno not in OUT_OF_FILES:
+                    raise
+                self.say(f"round {self.answered + 1}: {error}; trying again until there are some")
+            with self.changed:
+                if self.changed.wait_for(lambda: self.over, RETRY_S):
+                    raise self.over
+
+    def _freeze(self):
+        """From here on the set is fixed, and a crash cannot change it."""
+        with self.changed:
             self._save(
                 frozen=sorted(self.uploads),
+                # Of a replaced upload only the entry that holds is kept.
                 uploads={client: [upload] for client, upload in self.uploads.items()},
             )
 
@@ -250,9 +289,10 @@ class Rounds:
         row["evaluate_seconds"] = now - started
         row["seconds"] = now - self.opened
         history = [*self.state.history, row]
+        best = self.publish_result(self.state, row)
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, history)
         with self.changed:
-            self._save(history=history)
+            self._save(history=history, best=best)
             self.say(self._round_line(row))
             self.changed.notify_all()
 
@@ -280,20 +320,18 @@ class Rounds:
 
         Waits while a round is being merged: nobody gets old weights under a new number. The file is
         opened under the same lock, so it belongs to the number even if the next merge replaces it.
+        The result is handed out once it is evaluated: before that it has no model card.
 
         client  a peer that names itself, or None
         alive   alive() says whether someone still waits for the weights
         """
         with self.changed:
-            while self.state.frozen and not self.over:
+            while (self.state.frozen or self.is_evaluating_last) and not self.over:
                 if not alive():
                     raise Refused("CANCELLED", f"{client or 'a peer'} went away before the weights")
                 self.changed.wait()
             if self.over:
                 raise self.over
-            if self.done:
-                self.finished.add(client)
-                self.changed.notify_all()
             return self.round, self.state.weights_sha256, open(self.weights_path, "rb")
 
     def admit(self, client, run, round_number, sha256):
@@ -329,10 +367,11 @@ class Rounds:
                 upload = new_upload(num_examples, sha256, file_sha256 or sha256)
                 self._accept(client, upload, written)
             self._wait_for_answer(client, round_number, alive)
-            if self.done and alive():
-                self.finished.add(client)
-                self.changed.notify_all()
-            return self.done
+            done = self.done
+            is_old_peer = run is None  # it ends with this answer; a new one fetches the result
+            if done and is_old_peer and alive():
+                self.leave(client)
+            return done
 
     def _wait_for_answer(self, client, round_number, alive):
         """Return once the round is evaluated. Raises Refused where this call is not answered."""
@@ -352,13 +391,28 @@ class Rounds:
                 raise self.over
             self.changed.wait()
 
-    def wait_until_all_left(self, timeout_s):
-        """After the last round: until every client knows that it is over, or the time is over."""
+    def leave(self, client):
+        """A client has all that it came for: the result, or of an old peer its last answer."""
         with self.changed:
-            self.say(
-                f"the run is over; staying up to {timeout_s:g} s, until all have their last answer"
-            )
-            self.changed.wait_for(lambda: self.finished >= set(self.clients), timeout_s)
+            self.finished.add(client)
+            self.changed.notify_all()
+
+    def note_progress(self):
+        """A client is still moving: the end of the run waits for it."""
+        self.moved = time.monotonic()
+
+    def wait_until_all_left(self, timeout_s):
+        """After the last round: until every client has left, or none moved for `timeout_s`."""
+        with self.changed:
+            self.say("the run is over; waiting until every client has fetched the result")
+            self.note_progress()
+            while not self.finished >= set(self.clients):
+                left_s = self.moved + timeout_s - time.monotonic()
+                if left_s <= 0:
+                    missing = ", ".join(sorted(set(self.clients) - self.finished))
+                    self.say(f"{missing} did not fetch the result within {timeout_s:g} s")
+                    return
+                self.changed.wait(left_s)
 
     def _round_of_silent_peer(self, client, sha256):
         """The round of an upload by a peer that names none, and was not seen to fetch.

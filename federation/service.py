@@ -212,8 +212,9 @@ class Upload:
 class Calls:
     """What all calls of one server share: its limits, who is here, and what is moving."""
 
-    def __init__(self, rounds, max_examples, serve_unnamed):
+    def __init__(self, rounds, max_examples, serve_unnamed, card_text):
         self.rounds = rounds
+        self.card_text = card_text
         self.max_examples = max_examples
         self.serve_unnamed = serve_unnamed
         self.say = rounds.say
@@ -335,7 +336,11 @@ class Calls:
                 messages = weights.base64_messages(file)
                 if caller.metadata.get("fedml-accept") == "blob":
                     messages = weights.blob_messages(file)
-                yield from stream.pass_on(messages, self.max_bytes)
+                for message in stream.pass_on(messages, self.max_bytes):
+                    yield message
+                    self.rounds.note_progress()
+            if caller.is_new and round_number > self.rounds.state.rounds:
+                self.rounds.leave(caller.client)
 
     def log_fetch(self, caller, round_number):
         who = caller.client or f"a peer without a name ({caller.connection})"
@@ -353,16 +358,21 @@ class Calls:
     def announce(self, round_number, sha256, context):
         """Tell a new peer, before the weights, what they are and what to train with them."""
         state = self.rounds.state
-        context.send_initial_metadata(
-            (
-                ("fedml-run", state.run),
-                ("fedml-round", str(round_number)),
-                ("fedml-rounds", str(state.rounds)),
-                ("fedml-sha256", sha256),
-                ("fedml-arch", state.arch),
-                ("fedml-image-size", str(state.image_size)),
-            )
-        )
+        initial_metadata = [
+            ("fedml-run", state.run),
+            ("fedml-round", str(round_number)),
+            ("fedml-rounds", str(state.rounds)),
+            ("fedml-sha256", sha256),
+            ("fedml-arch", state.arch),
+            ("fedml-image-size", str(state.image_size)),
+        ]
+        if state.freezes_base:
+            initial_metadata.append(("fedml-freeze-base", "1"))
+        if self.rounds.done:
+            card_text = self.card_text()
+            if card_text:
+                initial_metadata.append(("fedml-card", card_text))
+        context.send_initial_metadata(initial_metadata)
 
     def remember_fetch(self, caller, round_number):
         """A client of 2020 names no round: its upload is for what its connection last fetched."""

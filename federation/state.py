@@ -30,8 +30,10 @@ was killed after that publish and before the next one:
 |          |                                              | gives the same bits                    |
 | commit   | state.json: next `round`, `weights_sha256`,  | evaluates server_weight.h5             |
 |          | `counted`, `closing`; no uploads             |                                        |
-| evaluate | history.csv                                  | evaluates again, writes the row again  |
-|          | state.json: `history`                        | has nothing to repeat                  |
+| evaluate | server_weight.json, the model card           | evaluates again, publishes all of this |
+|          | if it is the best: best_weight.h5, its card  | again                                  |
+|          | history.csv                                  |                                        |
+|          | state.json: `history`, `best`                | has nothing to repeat                  |
 | answer   | nothing: each waiting call gets its 1        | finds in `counted` what a client sends |
 |          |                                              | again because it got no answer         |
 """
@@ -42,7 +44,7 @@ from common import files
 
 # Fields that a state file may lack: of a run without a merge, or one that an older version began.
 # Whoever adds a field adds its name here and gives it a default, so that older runs still resume.
-OPTIONAL_FIELDS = {"weights", "closing"}
+OPTIONAL_FIELDS = {"weights", "closing", "best"}
 
 
 def new_upload(num_examples, sha256, file_sha256):
@@ -110,10 +112,22 @@ class RunState:
     # written whole from it, so a crash neither doubles nor drops a row.
     history: list = field(default_factory=list)
 
+    # The best round so far: {"round": 7, "auc": 0.98, "sha256": of best_weight.h5}. None before the
+    # first, and in a run that an older version began.
+    best: dict | None = None
+
     @property
     def is_over(self):
         """Whether the last round is merged (its evaluation may still run)."""
         return self.round > self.rounds
+
+    @property
+    def freezes_base(self):
+        """Whether clients are to train only the layers after the base, which ImageNet trained.
+
+        Not of the thesis's vgg16: there each client chooses, with --freeze-base.
+        """
+        return self.weights == "imagenet" and self.arch == "lite0"
 
     @property
     def evaluated(self):

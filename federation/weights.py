@@ -32,6 +32,8 @@ BLOB_BYTES = 1 << 20  # of one message: the fastest here, 256 KiB and 4 MiB are 
 SEED_CHARACTERS = 100_000
 SEED_EXTRA_BYTES = 45
 SEED_FILE_NAME = "client_weights.h5"
+# The thesis's text has the name without its extension.
+SEED_FILE_NAMES = (SEED_FILE_NAME, "client_weights")
 
 SLAB_ELEMENTS = 1 << 16  # tensors are read in slabs: memory does not follow the model's size
 MOST_NAMES = 10_000  # of layers, of one layer's weights and of all tensors, that a file may list
@@ -85,11 +87,16 @@ def _opened(path_or_file):
 
 
 def client_of(clientname):
-    """'client001' from the wire's 'client001' or the demo's 'client001/client_weights.h5'.
+    """'client001' from the wire's 'client001', or from what peers of 2020 send.
 
+    They send a path on the server: 'client001/client_weights.h5' as the thesis's code has it,
+    'client001/client_weights' as its text, and either of them behind './'.
     Raises ValueError for anything else: the name is also the name of a folder.
     """
-    name = clientname.removesuffix("/" + SEED_FILE_NAME)
+    name = clientname
+    folder, slash, file_name = clientname.removeprefix("./").partition("/")
+    if slash and file_name in SEED_FILE_NAMES:
+        name = folder
     if not CLIENT_NAME.fullmatch(name):
         raise ValueError(
             f"client name {clientname[:80]!r} ({len(clientname)} characters) is refused: expected "

@@ -27,6 +27,8 @@ import h5py
 import numpy as np
 
 from common.files import replacing
+from common.log import say
+from common.script import end_script, start_script
 from federation import weights
 
 # --- weight files -------------------------------------------------------------------------------
@@ -98,7 +100,10 @@ def add_constant(path, target, constant=0.001):
 
 # --- in place of `model`: the same functions, without a network ----------------------------------
 
-ARCHS = {"drcnn": 128, "vgg16": 224}
+ARCHS = {
+    "drcnn": SimpleNamespace(image_size=128),
+    "vgg16": SimpleNamespace(image_size=224),
+}
 
 
 def configure(seed, threads=None):
@@ -128,7 +133,7 @@ def load(network, path):
 
 
 def train(network, batches, round_number, epochs, report):
-    print("training now", flush=True)
+    say("standin", "training now")
     time.sleep(float(os.environ.get("STANDIN_TRAINING_S", 0)))
     if os.environ.get("STANDIN_GATE") == "1":
         sys.stdin.readline()
@@ -174,13 +179,19 @@ def evaluate(network, images, labels):
     return metrics()
 
 
+def predict(network, images):
+    """P(healthy) of each image: as many numbers, which say nothing."""
+    return np.linspace(0.25, 0.75, len(images), dtype=np.float32)
+
+
 def main():
+    start_script()
     name = sys.argv[1]
     sys.modules["model"] = sys.modules[__name__]
     script = importlib.import_module(name)
     if os.environ.get("STANDIN_BASE64") == "1":
         weights.blob_messages = weights.base64_messages
-    sys.exit(script.main(sys.argv[2:]))
+    end_script(script.main(sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, start_server
@@ -105,18 +104,6 @@ def test_help_answers_soon(script):
 
 
 @pytest.mark.parametrize(
-    "given, kept",
-    [
-        ({}, "glibc.malloc.tcache_count=0"),
-        ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "GLIBC_TUNABLES=glibc.malloc.check=0\0"),
-    ],
-)
-def test_the_server_runs_with_a_small_heap_or_the_users_own_settings(start, begun, given, kept):
-    server, _ = start_server(start, begun(), env=given)
-    assert kept in Path(f"/proc/{server.pid}/environ").read_text() + "\0"
-
-
-@pytest.mark.parametrize(
     "module",
     [
         "todoServer",
@@ -141,8 +128,8 @@ def test_tensorflow_loads_only_when_it_is_needed(module):
 def test_a_missing_package_is_one_sentence_and_exit_1(script):
     shown = run(sys.executable, "-S", script)  # -S: without the environment's packages
     assert shown.returncode == 1 and len(shown.stderr.splitlines()) == 1, shown.stderr
-    assert re.match(
-        rf"{script}: error: .* has no package '\w+': start it with .venv/bin/python", shown.stderr
+    assert re.search(
+        rf" {script}: error: .* has no package '\w+': start it with .venv/bin/python", shown.stderr
     )
 
 

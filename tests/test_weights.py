@@ -125,12 +125,20 @@ def test_a_stream_is_of_one_client_and_one_form(tmp_path):
 
 
 def test_names():
-    assert (
-        weights.client_of("client001")
-        == weights.client_of("client001/client_weights.h5")
-        == "client001"
-    )
+    for good in (
+        "client001",
+        "client001/client_weights.h5",  # as the thesis's code has it, and its text:
+        "client001/client_weights",
+        "./client001/client_weights.h5",
+        "./client001/client_weights",
+    ):
+        assert weights.client_of(good) == "client001"
     for bad in (
+        "./client001",
+        "././client001/client_weights",
+        "../client_weights",
+        "./../client_weights",
+        "client001/client_weights/client_weights.h5",
         "",
         "../x",
         "/etc/passwd",
