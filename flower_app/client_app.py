@@ -20,10 +20,12 @@ app = ClientApp()
 def train(message, context):
     settings = context.run_config
     name = context.node_config["name"]
-    image_size = settings["image-size"] or model.ARCHS[settings["arch"]]
+    image_size = settings["image-size"] or model.ARCHS[settings["arch"]].image_size
     records = data.read_index(data.worker_index(name))
     model.configure(settings["seed"], settings["threads"])
     network = model.build(settings["arch"], image_size)
+    if settings["freeze-base"]:
+        model.freeze_base(network)
     set_tensors(network, message.content["arrays"])
     batches = data.TrainingBatches(
         data.load_images(records, image_size),

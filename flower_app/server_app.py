@@ -27,12 +27,13 @@ app = ServerApp()
 @app.main()
 def main(grid, context):
     settings = context.run_config
-    image_size = settings["image-size"] or model.ARCHS[settings["arch"]]
+    image_size = settings["image-size"] or model.ARCHS[settings["arch"]].image_size
     validation = data.read_index("index/val_set.pkl")
     images = data.load_images(validation, image_size)
     labels = data.healthy(validation)
     model.configure(settings["seed"], settings["threads"])
     network = model.build(settings["arch"], image_size, settings["seed"])
+    model.initialize(network, settings["weights"])
     FOLDER.mkdir(exist_ok=True)
     history = []
     opened = time.monotonic()

@@ -15,7 +15,7 @@ import standin
 
 from common import files
 
-ARCHS = {"drcnn": 128}
+ARCHS = {"drcnn": SimpleNamespace(image_size=128)}
 LOOK_EVERY_S = 0.005
 
 
@@ -33,6 +33,10 @@ class Variable:
 
 
 def configure(seed, threads):
+    pass
+
+
+def initialize(network, source):
     pass
 
 
