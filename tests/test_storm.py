@@ -107,7 +107,7 @@ class Site:
     def bits(self):
         """Wait for the end of all; the SHA-256 of the result."""
         for name, process in self.processes.items():
-            assert process.wait(120) == 0, f"{name}:\n{process.output}"
+            assert process.wait(380) == 0, f"{name}:\n{process.output}"
         return files.sha256_of(self.folder / "server" / "server_weight.h5")
 
 
