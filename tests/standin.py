@@ -132,7 +132,7 @@ def load(network, path):
     weights.check(path, shapes(network))
 
 
-def train(network, batches, round_number, epochs, report):
+def train(network, batches, round_number, epochs, report, progress=None):
     say("standin", "training now")
     time.sleep(float(os.environ.get("STANDIN_TRAINING_S", 0)))
     if os.environ.get("STANDIN_GATE") == "1":
@@ -160,6 +160,11 @@ def metrics():
 
 def evaluate(network, images, labels):
     return metrics()
+
+
+def predict(network, images):
+    """P(healthy) of each image: as many numbers, which say nothing."""
+    return np.linspace(0.25, 0.75, len(images), dtype=np.float32)
 
 
 def main():
