@@ -121,7 +121,7 @@ def prepare(args, choices):
     listed.tell_moved()
 
 
-# --- what was asked for --------------------------------------------------------------------------
+# --- the choices ---------------------------------------------------------------------------------
 
 
 def part(text):
@@ -413,7 +413,7 @@ def tell(found):
     count = f"{len(found.photos):,} images"
     if found.patients:
         count += f" of {num_patients:,} patients"
-    print(f"patients: {found.patients_told}; {count}", flush=True)
+    print(f"patients: {found.patients_sentence}; {count}", flush=True)
     for note in found.notes:
         print(note, flush=True)
 

@@ -30,10 +30,10 @@ class Patient(NamedTuple):
 
 def group_patients(photos):
     """A list of Patient, in the order of their first photos."""
-    photos_of = {}
+    groups = {}
     for photo in photos:
-        photos_of.setdefault(photo.patient, []).append(photo)
-    return [Patient(max(photo.grade for photo in own), own) for own in photos_of.values()]
+        groups.setdefault(photo.patient, []).append(photo)
+    return [Patient(max(photo.grade for photo in own), own) for own in groups.values()]
 
 
 def photos_of(patients):
