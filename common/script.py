@@ -5,6 +5,7 @@ import io
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -25,6 +26,7 @@ def start_script():
     # folders are held by one process already (files.alone_in).
     os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
     open_closed_outputs()
+    let_no_one_wait_for_stderr()
     sys.stdout = Output(1)
     sys.stderr = Output(2)
     log.start()
@@ -51,6 +53,24 @@ def open_closed_outputs():
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+
+
+def let_no_one_wait_for_stderr():
+    """Make stderr non-blocking where it is a terminal or a pipe.
+
+    gRPC and TensorFlow write there from threads of their own (each failed handshake is a line):
+    these lines are lost while nobody reads, instead of holding a thread that serves clients. It is
+    opened anew, because a setting of the open file would hold for all who share the terminal.
+    """
+    mode = os.fstat(2).st_mode
+    if not (stat.S_ISFIFO(mode) or os.isatty(2)):
+        return
+    try:
+        own_fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return  # another user's terminal (su), or no /proc: it stays as it is
+    os.dup2(own_fd, 2)
+    os.close(own_fd)
 
 
 class Output(io.TextIOWrapper):
@@ -130,12 +150,11 @@ def exit_on_signals(who, last_words):
     Nothing has to be finished first: every published file is whole at every instant.
     """
 
-    def end(number, frame):
+    def end(number):
         log.say(who, last_words)
         end_script(128 + number)
 
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
+    watch_signals((signal.SIGINT, signal.SIGTERM), end)
 
 
 def watch_signals(numbers, on_signal):
@@ -151,8 +170,17 @@ def watch_signals(numbers, on_signal):
     for number in numbers:
         signal.signal(number, lambda number, frame: None)
 
+    def forget():
+        # A forked process has no such thread, and would write its signals into our pipe.
+        signal.set_wakeup_fd(-1)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
     def watch():
         while True:
-            on_signal(os.read(reading, 1)[0])
+            number = os.read(reading, 1)[0]
+            if number in numbers:
+                on_signal(number)
 
+    os.register_at_fork(after_in_child=forget)
     threading.Thread(target=watch, daemon=True).start()

@@ -212,13 +212,13 @@ FILES = {  # row: (maker, sentence); all are INVALID_ARGUMENT
     "objects": (replaced(W, shape=(2, 1), dtype=h5py.string_dtype()), "dtype object"),
     "references": (replaced(W, shape=(2, 1), dtype=h5py.ref_dtype), "dtype object"),
     "records": (replaced(W, shape=(2, 1), dtype=[("a", "f4"), ("b", "f4")]), "dtype"),
-    "an external link": (linked(h5py.ExternalLink("/etc/passwd", "x")), "link to another place"),
+    "an external link": (linked(h5py.ExternalLink("/etc/passwd", "x")), "is a link"),
     "an external link to a good file": (
         linked(h5py.ExternalLink("../client001/client_weights.h5", W)),
-        "link to another",
+        "is a link",
     ),
-    "a soft link": (linked(h5py.SoftLink("/norm1/norm1/weight0")), "link to another place"),
-    "a dangling link": (linked(h5py.SoftLink("/nowhere")), "link to another place|not in the file"),
+    "a soft link": (linked(h5py.SoftLink("/norm1/norm1/weight0")), "is a link"),
+    "a dangling link": (linked(h5py.SoftLink("/nowhere")), "is a link|not in the file"),
     "external storage": (
         replaced(W, shape=(2, 1), dtype="f4", external=[("/etc/passwd", 0, 8)]),
         "outside the file",
