@@ -452,6 +452,7 @@ def card_text(weights_path):
 def listen(arguments, rounds):
     """A started gRPC server."""
     service.raise_descriptor_limit()
+    service.keep_one_heap()
     is_local = tls.is_this_machine(arguments.listen)
     servicer = FedMLServicer(
         rounds,

@@ -4,6 +4,8 @@ The two calls themselves, step by step, are `todoServer.FedMLServicer`; what cou
 `federation.rounds`.
 """
 
+import contextlib
+import ctypes
 import functools
 import itertools
 import resource
@@ -11,7 +13,6 @@ import socket
 import threading
 import time
 from concurrent import futures
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -33,11 +34,13 @@ IDLE_S = 60
 IDLE_WITH_SEED_PEERS_S = 3600
 # Connections leave so many descriptors for files, and for what the libraries open.
 SPARE_DESCRIPTORS = 64
+
 DESCRIPTORS_PER_CLIENT = 4  # a download, two uploads, and its upload in the merge
 MESSAGE_BYTES = 2 << 20  # of one message
 METADATA_BYTES = 8 << 10  # of one call
 CALLS_PER_CONNECTION = 16
 REMEMBERED_CONNECTIONS = 1000
+M_ARENA_MAX = -8  # of glibc's malloc.h: how many heaps
 SEED_ARCH = "vgg16"  # the thesis demo's network; its peers know no other
 SENTENCE_CHARACTERS = 2000  # of a refusal; gRPC drops a longer answer, its status code included
 
@@ -80,6 +83,17 @@ def raise_descriptor_limit():
     """Allow this process as many open files as the system lets it have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def keep_one_heap():
+    """Let glibc serve all threads from one heap.
+
+    By itself it makes a heap for every few threads, and messages of 1 MiB leave holes in all of
+    them: with 48 clients of 10 MB the server took 382 MB, with one heap 250 MB. Other C libraries
+    have no such setting.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def max_connections(calls, listen):
@@ -242,7 +256,7 @@ class Calls:
         """
         return 3 * len(self.rounds.clients) + self.max_unnamed + 4
 
-    @contextmanager
+    @contextlib.contextmanager
     def refusals(self, context):
         """Tell the caller and the log what the body raises."""
         try:
@@ -300,7 +314,7 @@ class Calls:
             )
         self.rounds.last_seen[client] = time.monotonic()
 
-    @contextmanager
+    @contextlib.contextmanager
     def thread_for(self, caller):
         """The body runs in one of the few threads for peers without a name, where it is one."""
         if caller.client is not None:
@@ -437,7 +451,7 @@ class Calls:
             raise Refused("INVALID_ARGUMENT", f"{who} sent an empty stream, expected weights")
         return first
 
-    @contextmanager
+    @contextlib.contextmanager
     def received(self, upload, context):
         """Receive an upload into a temporary file and check it: (path, SHA-256) for the body.
 
