@@ -155,6 +155,14 @@ REFERRAL_CLINIC = Hospital(
 HOSPITALS = (SCREENING_CENTRE, MACULA_CLINIC, REFERRAL_CLINIC)
 
 
+def hospital_of(name):
+    """The one of HOSPITALS with that name; EQUAL_HOSPITAL for any other, as for ""."""
+    for hospital in HOSPITALS:
+        if hospital.name == name:
+            return hospital
+    return EQUAL_HOSPITAL
+
+
 class Eye(NamedTuple):
     """What is where in an eye; lesions and vessels are drawn around it."""
 
