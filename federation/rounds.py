@@ -1,136 +1,138 @@
-"""The round: who has arrived, the barrier, the freeze, the resume. Standard library only.
+"""The rounds of a run: the barrier, the freeze, the merge, the answers. Standard library only.
 
-Merging and evaluating are handed in. The state is one JSON file; every step of a round is a publish of a file or of
-the state, so that a server killed between any two goes on where it was:
+Threads meet here. Each client's call stands in `deliver` until its round is over; one coordinator
+thread, in `run`, closes a round as soon as all uploads are there. Merging and evaluating are handed
+in, so nothing here knows about weights or images.
 
-    upload    state names it as a candidate, then its file is renamed into place   (repeated for each client)
-    freeze    state names the set: nothing is accepted for this round any more
-    merge     server_weight.h5                                                     (again, the same bits, after a crash)
-    commit    state opens the next round
-    evaluate  history.csv gets its row, then the state; then everyone is answered
+What is published in which order, and what a start does after a crash, stands in `federation.state`.
 """
 
 import threading
 import time
 
-from common.files import publish, publish_rows, save_state, sha256_of
+from common.files import publish, publish_rows, sha256_of
 
 HISTORY_COLUMNS = (
     "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds"
 ).split(",")
-REPORT_EVERY_S = 30
+REPORT_EVERY_S = 30  # how often the server says for whom it waits
 
 
 class Refused(Exception):
-    """What a caller is told instead of an answer: the name of a gRPC status code and a sentence."""
+    """A call that is not served: the name of a gRPC status code, and a sentence for its caller."""
 
     def __init__(self, code, sentence):
         super().__init__(sentence)
-        self.code, self.sentence = code, sentence
+        self.code = code
+        self.sentence = sentence
 
 
 class TooFewClients(Exception):
-    """The time limit is over and fewer than the minimum number of clients are there."""
-
-
-def new_state(run, clients, rounds, weights_sha256, **choices):
-    """The state of a run before its first round; `choices` (arch, seed ...) are kept to be compared at a restart."""
-    return {
-        "run": run,
-        "clients": sorted(clients),
-        **choices,
-        "rounds": rounds,
-        "round": 1,
-        "weights_sha256": weights_sha256,
-        "uploads": {},
-        "frozen": None,
-        "counted": {},
-        "history": [],
-    }
+    """--round-timeout is over, and fewer than --min-clients uploads are there."""
 
 
 class Rounds:
-    """All rounds of one run. Public methods may be called from any thread; `open`, then `run`, from one of their own.
+    """All rounds of one run. Any thread may call the public methods; `open`, then `run`, only one.
 
-    folder      where state.json, history.csv and a folder a client lie (pathlib.Path)
-    state       from `new_state`, or the state file's
-    merge       merge(paths, num_examples) -> SHA-256: publishes the merged weights
-    evaluate    evaluate() -> dict of the metrics of the merged weights
+    folder           where state.json, history.csv, server_weight.h5 and a folder for each client
+                     lie (pathlib.Path)
+    state            a RunState: a new run's, or the one that state.json holds
+    merge            merge(paths, num_examples) -> SHA-256: publishes server_weight.h5
+    evaluate         evaluate() -> dict: metrics of server_weight.h5
+    min_clients      how many uploads are enough once the time limit is over; None: all
+    round_timeout_s  the time limit of a round; 0: none
+    say              say(line): the server's log
     """
 
     def __init__(
         self, folder, state, merge, evaluate, min_clients=None, round_timeout_s=0, say=print
     ):
-        self.folder, self.state, self.merge, self.evaluate, self.say = (
-            folder,
-            state,
-            merge,
-            evaluate,
-            say,
-        )
-        self.clients = state["clients"]
+        self.folder = folder
+        self.state = state
+        self.merge = merge
+        self.evaluate = evaluate
+        self.clients = state.clients
         self.min_clients = min_clients or len(self.clients)
         self.round_timeout_s = round_timeout_s
-        self.changed = threading.Condition()
-        self.waiting = {}  # client -> the ticket of its newest waiting call
-        self.last_seen = {}  # client -> time.monotonic()
-        self.finished = set()  # clients that have their last answer
-        self.over = None  # a Refused for everyone who waits, once there is nothing left to wait for
-        self.opened = time.monotonic()
-        self.uploads = self._uploads_on_disk()
+        self.say = say
 
-    # --- what the state says ---
+        # One lock for all that follows. Whoever changes something notifies, and every waiting call
+        # then looks for itself whether its wait is over.
+        self.changed = threading.Condition()
+        self.uploads = self._uploads_on_disk()  # client -> its accepted upload for the open round
+        self.waiting = {}  # client -> a token of its newest waiting call: only that one is answered
+        self.last_seen = {}  # client -> time.monotonic()
+        self.finished = set()  # clients that know that the run is over
+        self.over = None  # a Refused for everyone, once no round can be closed any more
+        self.opened = time.monotonic()  # when the round opened, or the server started again
+
+    # --- what the state says ---------------------------------------------------------------------
 
     @property
     def round(self):
-        return self.state["round"]
+        return self.state.round
 
     @property
     def done(self):
         """Whether the last round is merged (its evaluation may still run)."""
-        return self.round > self.state["rounds"]
+        return self.state.is_over
 
     @property
     def answered(self):
-        """The last round that is merged, on disk, evaluated and in the history: the last that may be answered with 1."""
-        return len(self.state["history"])
+        """The last round whose uploads may be answered with 1."""
+        return self.state.evaluated
+
+    @property
+    def weights_path(self):
+        return self.folder / "server_weight.h5"
 
     def upload_path(self, client):
         return self.folder / client / "client_weights.h5"
 
     def _save(self, **changes):
-        """Publishes the state with these changes; what could not be written does not hold either."""
-        state = {**self.state, **changes}
-        save_state(self.folder / "state.json", state)
+        """Publish the state with these changes. If the write fails, self.state is unchanged."""
+        state = self.state.changed(**changes)
+        state.save(self.folder / "state.json")
         self.state = state
 
     def _uploads_on_disk(self):
-        """{client: upload} of the open round: of each client's candidates the one whose bytes are in its file."""
-        digests = {client: sha256_of(self.upload_path(client)) for client in self.state["uploads"]}
-        return {
-            client: upload
-            for client, candidates in self.state["uploads"].items()
-            for upload in candidates
-            if upload["sha256"] == digests[client]
-        }
+        """{client: upload} of the open round, as the files are.
 
-    # --- the coordinator ---
+        The state lists one upload for a client, or two where a crash interrupted a replacement.
+        The SHA-256 of the file says which of them holds, or that none does.
+        """
+        found = {}
+        for client, uploads in self.state.uploads.items():
+            sha256 = sha256_of(self.upload_path(client))
+            for upload in uploads:
+                if upload["sha256"] == sha256:
+                    found[client] = upload
+        return found
+
+    # --- the coordinator -------------------------------------------------------------------------
 
     def open(self):
-        """Finishes what a crash interrupted, before anyone is served: the same set gives the same bits."""
-        if lost := set(self.state["frozen"] or ()) - set(self.uploads):
+        """Finish what a crash interrupted, before anyone is served."""
+        lost = set(self.state.frozen or ()) - set(self.uploads)
+        if lost:
             raise ValueError(
-                f"round {self.round} was being merged, but the weights of {', '.join(sorted(lost))} in "
-                f"{self.folder} are not those that were delivered: put them back, or begin with --fresh"
+                f"round {self.round} was being merged, but the weights of {', '.join(sorted(lost))}"
+                f" in {self.folder} are not those that were delivered: put them back, or begin with"
+                " --fresh"
             )
-        if self.state["frozen"]:
+        if self.state.frozen:
             self._merge_and_commit()
         if self.answered < self.round - 1:
             self._evaluate()
-        publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, self.state["history"])
+        # The crash may have come between the last state and its history.csv.
+        publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, self.state.history)
 
     def run(self):
-        """Closes one round after the other until the last. Raises TooFewClients, or what merge and evaluate raise."""
+        """Close one round after the other until the last.
+
+        Raises TooFewClients, Refused where `stop` was called, or what merge and evaluate raise.
+        Every waiting call has then got its answer or a refusal.
+        """
         try:
             while not self.done:
                 self._wait_for_clients()
@@ -148,62 +150,76 @@ class Rounds:
             raise
 
     def stop(self, code, sentence):
-        """Ends every waiting call with this."""
+        """End every waiting call, and each that still comes; the first sentence stays."""
         with self.changed:
-            self.over = self.over or Refused(code, sentence)
+            if self.over is None:
+                self.over = Refused(code, sentence)
             self.changed.notify_all()
 
     def _wait_for_clients(self):
-        """Until all are there, or the limit is reached with enough; then freezes the set."""
-        self.opened = reported = time.monotonic()
-        limit = self.opened + (self.round_timeout_s or float("inf"))
+        """Wait for all clients, or for enough of them at the time limit; then freeze the round."""
+        self.opened = time.monotonic()
+        reported = self.opened
+        limit = float("inf")
+        if self.round_timeout_s:
+            limit = self.opened + self.round_timeout_s
         with self.changed:
             while len(self.uploads) < len(self.clients):
                 if self.over:
                     raise self.over
                 now = time.monotonic()
-                if now >= limit and len(self.uploads) >= self.min_clients:
-                    break
                 if now >= limit:
-                    raise TooFewClients(
-                        f"round {self.round}: {self.describe()}; {len(self.uploads)} of at least "
-                        f"{self.min_clients} clients after {self.round_timeout_s:g} s: the server stops, its "
-                        "state is kept"
-                    )
+                    self._check_enough_clients()
+                    break
                 if now - reported >= REPORT_EVERY_S:
-                    self.say(
-                        f"round {self.round}: {self.describe()}; waiting for {now - self.opened:.0f} s"
-                    )
+                    waited_s = now - self.opened
+                    self.say(f"round {self.round}: {self.describe()}; waiting for {waited_s:.0f} s")
                     reported = now
-                self.changed.wait(max(0.01, min(reported + REPORT_EVERY_S, limit) - now))
+                next_event = min(reported + REPORT_EVERY_S, limit)
+                self.changed.wait(max(0.01, next_event - now))
+            # From here on the set is fixed, and a crash cannot change it. Of a replaced upload only
+            # the entry that holds is kept.
             self._save(
                 frozen=sorted(self.uploads),
                 uploads={client: [upload] for client, upload in self.uploads.items()},
             )
 
-    def describe(self):
-        """'have client001, client003; waiting for client002, last seen 14 s ago', or 'have all'."""
-
-        def seen(client):
-            at = self.last_seen.get(client)
-            return f"{client}, " + (
-                "not seen yet" if at is None else f"last seen {time.monotonic() - at:.0f} s ago"
+    def _check_enough_clients(self):
+        """Raises TooFewClients where the time limit is over without --min-clients uploads."""
+        if len(self.uploads) < self.min_clients:
+            raise TooFewClients(
+                f"round {self.round}: {self.describe()}; {len(self.uploads)} of at least "
+                f"{self.min_clients} clients after {self.round_timeout_s:g} s: the server stops, "
+                "its state is kept"
             )
 
-        missing = "; ".join(seen(client) for client in self.clients if client not in self.uploads)
-        return (
-            f"have {', '.join(sorted(self.uploads)) or 'no one'}; waiting for {missing}"
-            if missing
-            else "have all"
-        )
+    def describe(self):
+        """'have client001, client003; waiting for client002, last seen 14 s ago', or 'have all'."""
+        missing = [client for client in self.clients if client not in self.uploads]
+        if not missing:
+            return "have all"
+        have = "no uploads yet"
+        if self.uploads:
+            have = f"have {', '.join(sorted(self.uploads))}"
+        return f"{have}; waiting for {'; '.join(map(self._when_seen, missing))}"
+
+    def _when_seen(self, client):
+        seen = self.last_seen.get(client)
+        if seen is None:
+            return f"{client}, not seen yet"
+        return f"{client}, last seen {time.monotonic() - seen:.0f} s ago"
 
     def _merge_and_commit(self):
+        """Merge the frozen uploads, then open the next round: from here on they are counted."""
         started = time.monotonic()
-        number, names = self.round, self.state["frozen"]
+        number = self.round
+        names = self.state.frozen
         num_examples = [self.uploads[name]["num_examples"] for name in names]
-        digest = self.merge([self.upload_path(name) for name in names], num_examples)
+        # Without the lock: a merge may take long, and repeats and disconnects go on meanwhile. The
+        # freeze keeps the uploads as they are.
+        weights_sha256 = self.merge([self.upload_path(name) for name in names], num_examples)
         with self.changed:
-            closing = {  # what the history row needs, should a crash come before the evaluation
+            closing = {
                 "round": number,
                 "clients": len(names),
                 "missing": " ".join(sorted(set(self.clients) - set(names))),
@@ -211,64 +227,82 @@ class Rounds:
                 "wait_seconds": started - self.opened,
                 "merge_seconds": time.monotonic() - started,
             }
-            counted = {name: {"round": number, **upload} for name, upload in self.uploads.items()}
+            counted = dict(self.state.counted)
+            for name, upload in self.uploads.items():
+                counted[name] = {"round": number, **upload}
             self._save(
                 round=number + 1,
-                weights_sha256=digest,
+                weights_sha256=weights_sha256,
                 closing=closing,
                 uploads={},
                 frozen=None,
-                counted={**self.state["counted"], **counted},
+                counted=counted,
             )
             self.uploads = {}
             self.changed.notify_all()
 
     def _evaluate(self):
+        """Evaluate the merged weights, write the row of the history; then answer everyone."""
         started = time.monotonic()
-        row = {**self.state["closing"], **self.evaluate()}
+        row = {**self.state.closing, **self.evaluate()}
         now = time.monotonic()
-        history = [
-            *self.state["history"],
-            {**row, "evaluate_seconds": now - started, "seconds": now - self.opened},
-        ]
+        row["evaluate_seconds"] = now - started
+        row["seconds"] = now - self.opened
+        history = [*self.state.history, row]
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, history)
         with self.changed:
             self._save(history=history)
-            missing = f", without {row['missing']}" if row["missing"] else ""
-            self.say(
-                f"round {row['round']}/{self.state['rounds']}: loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  "
-                f"AUC {row['auc']:.3f}  sensitivity {row['sensitivity']:.3f}  specificity {row['specificity']:.3f}  "
-                f"({row['clients']} clients{missing}, {row['num_examples']} examples, {now - self.opened:.1f} s)"
-            )
+            self.say(self._round_line(row))
             self.changed.notify_all()
 
-    # --- what the servicer calls ---
+    def _round_line(self, row):
+        without = ""
+        if row["missing"]:
+            without = f", without {row['missing']}"
+        return (
+            f"round {row['round']}/{self.state.rounds}: loss {row['loss']:.4f}  "
+            f"accuracy {row['accuracy']:.3f}  AUC {row['auc']:.3f}  "
+            f"sensitivity {row['sensitivity']:.3f}  specificity {row['specificity']:.3f}  "
+            f"({row['clients']} clients{without}, {row['num_examples']} examples, "
+            f"{row['seconds']:.1f} s)"
+        )
+
+    # --- what the calls of clients use -----------------------------------------------------------
 
     def wake(self):
+        """Let every waiting call look again: whether its caller is still there."""
         with self.changed:
             self.changed.notify_all()
 
-    def fetch(self, path, client):
-        """The weights of the open round: (round number, SHA-256, open file). Waits while a round is being merged.
-        client: a peer that names itself, or None."""
+    def fetch(self, client):
+        """The weights of the open round: (its number, their SHA-256, the open file).
+
+        Waits while a round is being merged: nobody gets old weights under a new number. The file is
+        opened under the same lock, so it belongs to the number even if the next merge replaces it.
+
+        client: a peer that names itself, or None.
+        """
         with self.changed:
-            while self.state["frozen"] and not self.over:
+            while self.state.frozen and not self.over:
                 self.changed.wait()
             if self.over:
                 raise self.over
             if self.done:
                 self.finished.add(client)
                 self.changed.notify_all()
-            return self.round, self.state["weights_sha256"], open(path, "rb")
+            return self.round, self.state.weights_sha256, open(self.weights_path, "rb")
 
     def admit(self, client, run, round_number, sha256):
-        """Refuses, before a byte is stored, an upload that cannot count; a peer that names no round is judged later."""
+        """Refuse an upload that cannot count, before a byte of it is received.
+
+        A peer that names no run, or announces no SHA-256, is judged in `deliver`.
+        """
         with self.changed:
             if run is not None and sha256 is not None:
-                self._judge(client, run, round_number, sha256)
+                self._is_repeat(client, run, round_number, sha256)
 
     def deliver(self, client, num_examples, sha256, written, run, round_number, alive):
-        """Counts a complete, checked upload lying in the file `written`, and waits for the end of its round.
+        """Accept a complete, checked upload that lies in the file `written`; wait for its round.
 
         run, round_number  as the peer names them; None where unknown
         alive              alive() says whether someone still waits for the answer
@@ -277,31 +311,38 @@ class Rounds:
         with self.changed:
             if round_number is None:
                 round_number = self._round_of_silent_peer(client, sha256)
-            if self._judge(client, run, round_number, sha256) == "new":
+            if not self._is_repeat(client, run, round_number, sha256):
                 if client in self.uploads and not alive():
+                    # A late upload of a lost connection. The one that it would replace is newer:
+                    # the client sent that one again and waits for its answer.
                     raise Refused("CANCELLED", f"{client} went away; its earlier upload stays")
                 self._accept(client, num_examples, sha256, written)
-            if self.answered < round_number and alive():
-                ticket = self.waiting[client] = object()
-            self.changed.notify_all()
-            while self.answered < round_number:
-                if not alive():
-                    raise Refused("CANCELLED", f"{client} went away; what it delivered counts")
-                if self.waiting[client] is not ticket:
-                    raise Refused(
-                        "ABORTED",
-                        f"{client} has delivered again on another connection, which gets the answer",
-                    )
-                if self.over:
-                    raise self.over
-                self.changed.wait()
+            self._wait_for_answer(client, round_number, alive)
             if self.done and alive():
                 self.finished.add(client)
                 self.changed.notify_all()
             return self.done
 
+    def _wait_for_answer(self, client, round_number, alive):
+        """Return once the round is evaluated. Raises Refused where this call is not answered."""
+        token = object()
+        if self.answered < round_number and alive():
+            self.waiting[client] = token  # an older call of this client sees that it is replaced
+        self.changed.notify_all()
+        while self.answered < round_number:
+            if not alive():
+                raise Refused("CANCELLED", f"{client} went away; what it delivered counts")
+            if self.waiting[client] is not token:
+                raise Refused(
+                    "ABORTED",
+                    f"{client} has delivered again on another connection, which gets the answer",
+                )
+            if self.over:
+                raise self.over
+            self.changed.wait()
+
     def wait_until_all_left(self, timeout_s):
-        """After the last round: until every client has its last answer, or the time is over."""
+        """After the last round: until every client knows that it is over, or the time is over."""
         with self.changed:
             self.say(
                 f"the run is over; staying up to {timeout_s:g} s, until all have their last answer"
@@ -309,12 +350,17 @@ class Rounds:
             self.changed.wait_for(lambda: self.finished >= set(self.clients), timeout_s)
 
     def _round_of_silent_peer(self, client, sha256):
-        """The round of an upload by a peer that names none and was not seen to fetch (a restart in between): equal bytes
-        are a repeat. The bytes alone must not decide otherwise: a client that changed nothing sends the same every round."""
-        counted = self.state["counted"].get(client)
+        """The round of an upload by a peer that names none, and was not seen to fetch.
+
+        That happens when the server was restarted in between. Equal bytes are then a repeat of what
+        was counted. Only here may the bytes alone decide: a client whose training changes nothing
+        sends the same bytes every round.
+        """
+        counted = self.state.counted.get(client)
         if counted and counted["sha256"] == sha256:
             return counted["round"]
         if self.min_clients < len(self.clients):
+            # A round may have been closed without this client: its upload may be for that one.
             raise Refused(
                 "FAILED_PRECONDITION",
                 f"{client} did not fetch on this connection, so its round is unknown: fetch, "
@@ -322,54 +368,63 @@ class Rounds:
             )
         return self.round
 
-    def _judge(self, client, run, round_number, sha256):
-        """'new' or 'repeat'. Raises Refused for what cannot count, or not any more."""
+    def _is_repeat(self, client, run, round_number, sha256):
+        """Whether the server has this very upload already, and only an answer is due.
 
-        def refused(what):
-            return Refused(
-                "FAILED_PRECONDITION",
-                f"{client} delivers for {what}; the server is in run {self.state['run']}, "
-                f"round {self.round}: fetch again",
-            )
-
+        False: it is new, and for the open round. Raises Refused for what cannot count.
+        """
         if self.over:
             raise self.over
-        if run not in (None, self.state["run"]):
-            raise refused(f"run {run[:40]!r}")
-        counted = self.state["counted"].get(client)
-        if counted and (counted["round"], counted["sha256"]) == (round_number, sha256):
-            return "repeat"
-        if round_number != self.round or self.done:
-            raise refused(
-                f"round {round_number}, which is {'over' if round_number < self.round else 'not open'}"
-            )
-        if not self.state["frozen"]:
-            return "new"
+        if run not in (None, self.state.run):
+            raise self._not_for_now(client, f"run {run[:40]!r}")
+        counted = self.state.counted.get(client)
+        if counted and counted["round"] == round_number and counted["sha256"] == sha256:
+            return True
+        if round_number < self.round:
+            raise self._not_for_now(client, f"round {round_number}, which is over")
+        if round_number > self.round or self.done:
+            raise self._not_for_now(client, f"round {round_number}, which is not open")
+        if not self.state.frozen:
+            return False
         if client in self.uploads and self.uploads[client]["sha256"] == sha256:
-            return "repeat"
-        raise refused(f"round {round_number}, which is over (being merged)")
+            return True
+        raise self._not_for_now(client, f"round {round_number}, which is over (being merged)")
+
+    def _not_for_now(self, client, what):
+        return Refused(
+            "FAILED_PRECONDITION",
+            f"{client} delivers for {what}; the server is in run {self.state.run}, "
+            f"round {self.round}: fetch again",
+        )
 
     def _accept(self, client, num_examples, sha256, written):
-        """State first, with the old upload still a candidate; then the file. Whichever a crash leaves, its entry is there."""
+        """Make the upload in the file `written` the client's upload for the open round.
+
+        Write the state first, listing old and new upload, then rename the file; after a crash the
+        file's SHA-256 says which entry holds. The other way round, a crash between the two would
+        leave a file that no entry names: an upload lost that was there before.
+        """
         upload = {"num_examples": num_examples, "sha256": sha256}
         old = self.uploads.get(client)
-        keep_file = old is not None and old["sha256"] == sha256
-        candidates = [old, upload] if old and not keep_file else [upload]
-        self._save(uploads={**self.state["uploads"], client: candidates})
-        if not keep_file:
+        same_bytes = old is not None and old["sha256"] == sha256
+        listed = [upload]
+        if old is not None and not same_bytes:
+            listed = [old, upload]
+        self._save(uploads={**self.state.uploads, client: listed})
+        if not same_bytes:
             try:
                 publish(written, self.upload_path(client))
             except BaseException:
-                self.uploads = self._uploads_on_disk()  # it may be in place all the same
+                # The rename may be done although a later step failed: look which upload is there.
+                self.uploads = self._uploads_on_disk()
                 raise
         self.uploads[client] = upload
-        again = (
-            ""
-            if not old
-            else " again, the same weights"
-            if keep_file
-            else " again, replacing its earlier upload"
-        )
+        again = ""
+        if same_bytes:
+            again = " again, the same weights"
+        elif old is not None:
+            again = " again, replacing its earlier upload"
         self.say(
-            f"round {self.round}: {client} delivered {num_examples} examples{again}; {self.describe()}"
+            f"round {self.round}: {client} delivered {num_examples} examples{again}; "
+            f"{self.describe()}"
         )

@@ -1,60 +1,57 @@
-"""The gRPC service: reads, checks and stores what comes over the wire, and leaves every decision to `Rounds`."""
+"""The gRPC side of the server: its port, who calls, what a call brings, and how it is answered.
 
+The two calls themselves, step by step, are `todoServer.FedMLServicer`; what counts is decided in
+`federation.rounds`.
+"""
+
+import functools
 import itertools
 import threading
 import time
 from concurrent import futures
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import grpc
 
 from common import files
-from federation import tls, weights
+from federation import streams, tls, weights
 from federation.rounds import Refused
+from federation.streams import Stream, Streams
 from generated import todo_pb2, todo_pb2_grpc
 
-STALL_S = 30  # an upload or download without progress for so long is ended
-FIRST_MESSAGE_S = (
-    1  # a peer that has not said who it is, and has fetched nothing, may hold a thread no longer
-)
-IDLE_S = 3600  # a connection without a call; the thesis demo's client keeps its own while it trains
-MESSAGE_BYTES, METADATA_BYTES, STREAMS = (
-    2 << 20,
-    8 << 10,
-    16,
-)  # of one message, of one call, of one connection
-TURNS, TURN_S = (
-    2,
-    0.5,
-)  # fast streams that move a piece at the same time; how long they wait for one that stands still
-FAST_S = 0.1  # a piece that takes longer, on a network below 10 MB/s, needs no turn
+# A peer that has not said who it is, and has fetched nothing, may hold a thread for so long.
+FIRST_MESSAGE_S = 1
+# A connection without a call is closed after this; the thesis demo's client keeps its own while it
+# trains.
+IDLE_S = 3600
+MESSAGE_BYTES = 2 << 20  # of one message
+METADATA_BYTES = 8 << 10  # of one call
+CALLS_PER_CONNECTION = 16
 REMEMBERED_CONNECTIONS = 1000
-SENTENCE = 2000  # characters of a refusal; gRPC drops a longer answer, its code included
+SENTENCE_CHARACTERS = 2000  # of a refusal; gRPC drops a longer answer, its status code included
 
 
-def create_server(rounds, listen, max_examples=10_000_000, credentials=None, serve_unnamed=True):
-    """A started gRPC server and the HOST:PORT it is bound to. Raises ValueError where it cannot bind.
+def create_server(servicer, listen, credentials=None):
+    """A started gRPC server with this FedMLServicer, and the HOST:PORT that it is bound to.
 
-    credentials    from tls.server_credentials; None is plaintext
-    serve_unnamed  whether peers are served that name nobody, neither in metadata nor by a certificate (the thesis demo's)
+    listen       HOST:PORT; port 0 takes a free one
+    credentials  from tls.server_credentials; None is plaintext
+    Raises ValueError where it cannot listen there.
     """
-    host, _, port = listen.rpartition(":")
-    servicer = FedMLServicer(rounds, max_examples, serve_unnamed)
-    workers = (
-        2 * len(rounds.clients) + 4 + servicer.places
-    )  # waiters, take-overs, downloads; and who names nobody
+    calls = servicer.calls
     server = grpc.server(
-        futures.ThreadPoolExecutor(workers),
+        futures.ThreadPoolExecutor(calls.max_threads),
+        interceptors=[CallInterceptor(calls)],
         options=[
-            ("grpc.so_reuseport", 0),  # or a second server would share the port in silence
+            # Without this a second server would share the port, and neither would say so.
+            ("grpc.so_reuseport", 0),
             ("grpc.http2.bdp_probe", 0),
-            ("grpc.http2.lookahead_bytes", 1024),  # or streams that wait for their turn, and
-            (
-                "grpc.experimental.tcp_max_read_buffer_size",
-                8192,
-            ),  # connections that once were fast, would keep 1 MB each
+            # Otherwise each connection that once was fast, or waits for its turn, keeps 1 MB.
+            ("grpc.http2.lookahead_bytes", 1024),
+            ("grpc.experimental.tcp_max_read_buffer_size", 8192),
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
-            ("grpc.max_concurrent_streams", STREAMS),
+            ("grpc.max_concurrent_streams", CALLS_PER_CONNECTION),
             ("grpc.max_metadata_size", METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", METADATA_BYTES),
             ("grpc.max_connection_idle_ms", IDLE_S * 1000),
@@ -63,193 +60,189 @@ def create_server(rounds, listen, max_examples=10_000_000, credentials=None, ser
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
         ],
     )
-    server.add_generic_rpc_handlers(
-        [
-            grpc.method_handlers_generic_handler(
-                "todoPackage.FedML",
-                {
-                    "sendWeight": grpc.stream_unary_rpc_method_handler(
-                        servicer.sendWeight,
-                        todo_pb2.modelWeight.FromString,
-                        todo_pb2.myResponse.SerializeToString,
-                    ),
-                    # as a stream, or gRPC itself would hold a thread until the one message comes, which says nothing
-                    "getWeight": grpc.stream_stream_rpc_method_handler(
-                        servicer.getWeight,
-                        todo_pb2.void.FromString,
-                        todo_pb2.modelWeight.SerializeToString,
-                    ),
-                },
-            )
-        ]
-    )
-    try:
-        if bound := not tls.is_taken(host, port):
-            bound = (
-                server.add_secure_port(listen, credentials)
-                if credentials
-                else server.add_insecure_port(listen)
-            )
-    except RuntimeError:
-        bound = 0
+    todo_pb2_grpc.add_FedMLServicer_to_server(servicer, server)
+    address = bind(server, listen, credentials)
+    server.start()
+    threading.Thread(target=calls.streams.run_watchdog, daemon=True).start()
+    return server, address
+
+
+def bind(server, listen, credentials):
+    """Bind the server; returns HOST:PORT with the number of its port. Raises ValueError."""
+    host, _, port = listen.rpartition(":")
+    bound = 0
+    # gRPC is content when one of the host's addresses is free: look at all of them first.
+    if not tls.is_taken(host, port):
+        try:
+            if credentials:
+                bound = server.add_secure_port(listen, credentials)
+            else:
+                bound = server.add_insecure_port(listen)
+        except RuntimeError:
+            pass  # what gRPC raises where it cannot bind, and only "0" in older versions
     if not bound:
         raise ValueError(
-            f"cannot listen on {listen}: is another server running there? Choose another --listen HOST:PORT"
+            f"cannot listen on {listen}: is another server running there? "
+            "Choose another --listen HOST:PORT"
         )
-    server.start()
-    threading.Thread(target=watch_streams, args=[servicer], daemon=True).start()
-    return server, f"{host}:{bound}"
+    return f"{host}:{bound}"
 
 
-class FedMLServicer(todo_pb2_grpc.FedMLServicer):
+class CallInterceptor(grpc.ServerInterceptor):
+    """What gRPC does differently for every call of the servicer, whatever rpcs todo.proto has.
+
+    - A `Refused` that a method raises is the caller's gRPC status.
+    - A call with one request and a streamed answer (getWeight) is served as a stream, and its
+      method gets an empty request at once. By itself gRPC holds a thread until the request has
+      arrived: who opens such calls and says nothing would hold all threads. The request is never
+      read, so it must be one that says nothing, as `void` is.
+    """
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def intercept_service(self, continuation, handler_call_details):
+        handler = continuation(handler_call_details)
+        if handler is None:  # no such method: gRPC answers UNIMPLEMENTED
+            return None
+        parser = handler.request_deserializer
+        serializer = handler.response_serializer
+        if handler.unary_stream:
+            request = parser(b"")
+            method = self.streaming(handler.unary_stream, request)
+            return grpc.stream_stream_rpc_method_handler(method, parser, serializer)
+        if handler.stream_stream:
+            method = self.streaming(handler.stream_stream)
+            return grpc.stream_stream_rpc_method_handler(method, parser, serializer)
+        if handler.stream_unary:
+            method = self.answering(handler.stream_unary)
+            return grpc.stream_unary_rpc_method_handler(method, parser, serializer)
+        method = self.answering(handler.unary_unary)
+        return grpc.unary_unary_rpc_method_handler(method, parser, serializer)
+
+    def streaming(self, method, empty_request=None):
+        """The method, of a streamed answer; with `empty_request` in place of what is sent."""
+
+        @functools.wraps(method)
+        def serve(requests, context):
+            if empty_request is not None:
+                requests = empty_request
+            with self.calls.refusals(context):
+                yield from method(requests, context)
+
+        return serve
+
+    def answering(self, method):
+        """The method, of one answer."""
+
+        @functools.wraps(method)
+        def serve(request_or_requests, context):
+            with self.calls.refusals(context):
+                return method(request_or_requests, context)
+
+        return serve
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, as far as its metadata and its certificate say it."""
+
+    client: str | None  # one of this run's clients; None: a peer that names nobody
+    metadata: dict
+    connection: str
+
+    @property
+    def is_new(self):
+        """Whether it knows our metadata: a client of this project, not one of 2020."""
+        return "fedml-client" in self.metadata
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An upload whose first message has arrived."""
+
+    client: str
+    num_examples: int
+    messages: object  # an iterator over all of them, the first included
+    run: str | None  # as a new peer names it
+    round_number: int | None  # named, or last fetched on the same connection; None: unknown
+    announced_sha256: str | None
+
+
+class Calls:
+    """What all calls of one server share: its limits, who is here, and what is moving."""
+
     def __init__(self, rounds, max_examples, serve_unnamed):
-        self.rounds, self.max_examples, self.serve_unnamed, self.say = (
-            rounds,
-            max_examples,
-            serve_unnamed,
-            rounds.say,
-        )
-        self.path = rounds.folder / "server_weight.h5"
-        self.check = weights.Checker(weights.shapes_of(self.path))
-        self.max_bytes = int(1.1 * self.path.stat().st_size)
-        self.fetched = {}  # connection of an old peer -> round that it last fetched; the oldest first
-        self.streams = set()  # that are moving bytes now
-        self.uploading = {}  # client -> its newest half-sent Stream
-        self.turns, self.moved = threading.Semaphore(TURNS), time.monotonic()
-        self.places = len(rounds.clients) + 1
-        self.unnamed = threading.Semaphore(self.places)
+        self.rounds = rounds
+        self.max_examples = max_examples
+        self.serve_unnamed = serve_unnamed
+        self.say = rounds.say
+        self.streams = Streams(rounds.say)
+        self.check = weights.Checker(weights.shapes_of(rounds.weights_path))
+        self.max_bytes = int(1.1 * rounds.weights_path.stat().st_size)
         self.lock = threading.Lock()
+        # What the thesis demo's clients last fetched: connection -> round, the oldest first.
+        self.fetched = {}
+        # Peers that name nobody get few threads, and of their own: who takes all of them delays no
+        # one who is enrolled.
+        self.max_unnamed = len(rounds.clients) + 1
+        self.unnamed = threading.Semaphore(self.max_unnamed)
 
-    def getWeight(self, requests, context):
-        asked = dict(context.invocation_metadata())
-        with (
-            self.refusals(context),
-            self.place(client := self.identify(context, asked.get("fedml-client"))),
-        ):
-            yield from self.download(client, asked, context)
-
-    def download(self, client, asked, context):
-        number, digest, file = self.rounds.fetch(self.path, client)
-        with file, Stream(self, context, STALL_S) as stream:
-            if "fedml-client" in asked:
-                state = self.rounds.state
-                self.say(
-                    f"{client} fetches the {'result' if self.rounds.done else f'weights of round {number}'}"
-                )
-                context.send_initial_metadata(
-                    (
-                        ("fedml-run", state["run"]),
-                        ("fedml-round", str(number)),
-                        ("fedml-rounds", str(state["rounds"])),
-                        ("fedml-sha256", digest),
-                        ("fedml-arch", state["arch"]),
-                        ("fedml-image-size", str(state["image_size"])),
-                    )
-                )
-            else:
-                self.remember(context.peer(), number)
-            cut = (
-                weights.blob_messages
-                if asked.get("fedml-accept") == "blob"
-                else weights.base64_messages
-            )
-            yield from stream.watch(cut(file), polite=client is not None)
-
-    def remember(self, connection, number):
-        """The thesis demo's client names no round: its upload belongs to what the same connection last fetched."""
-        with self.lock:
-            self.fetched.pop(connection, None)
-            self.fetched[connection] = number
-            if len(self.fetched) > REMEMBERED_CONNECTIONS:
-                del self.fetched[next(iter(self.fetched))]
-
-    def sendWeight(self, request_iterator, context):
-        asked = dict(context.invocation_metadata())
-        with self.refusals(context):
-            named = self.identify(context, asked.get("fedml-client"))
-            run, number = named_round(asked)
-            number = self.fetched.get(context.peer()) if run is None else number
-            with self.place(named):
-                client, num_examples, messages = self.first_message(
-                    request_iterator, context, named
-                )
-            announced = asked.get("fedml-sha256")
-            self.rounds.admit(client, run, number, announced)
-            written, digest = self.store(client, messages, context, announced)
-            try:
-                context.add_callback(
-                    self.rounds.wake
-                )  # a client that goes away wakes the call that waits for it
-                done = self.rounds.deliver(
-                    client, num_examples, digest, written, run, number, context.is_active
-                )
-            finally:
-                written.unlink(missing_ok=True)
-        context.set_trailing_metadata(
-            (("fedml-round", str(self.rounds.round)), *[("fedml-done", "1")] * done)
-        )
-        return todo_pb2.myResponse(value=1)
+    @property
+    def max_threads(self):
+        """For each client a call that waits and one that takes over, for downloads, for unnamed."""
+        return 2 * len(self.rounds.clients) + 4 + self.max_unnamed
 
     @contextmanager
     def refusals(self, context):
+        """Tell the caller and the log what the body raises."""
         try:
             yield
-        except (Refused, OSError) as error:
-            code, sentence = (
-                "INTERNAL",
-                f"the server could not read or store a file: {error}; try again",
-            )
-            if isinstance(error, Refused):
-                code, sentence = error.code, error.sentence
-            if len(sentence) > SENTENCE:
-                sentence = sentence[:SENTENCE] + " ..."
-            if not self.rounds.over:  # once the server stops, everyone is told the same
-                self.say(f"refused: {sentence} ({code})")
-            context.abort(grpc.StatusCode[code], sentence)
+        except Refused as error:
+            self.refuse(context, error.code, error.sentence)
+        except OSError as error:
+            sentence = f"the server could not read or store a file: {error}; try again"
+            self.refuse(context, "INTERNAL", sentence)
 
-    def identify(self, context, named):
-        """Who calls: the enrolled client that its metadata or its certificate names, and both the same; None of a peer that
-        names nobody."""
-        shown = context.auth_context()
-        if "x509_pem_cert" in shown:  # and gRPC found it good: the names in its SAN, else its CN
-            certified = [
-                name.decode("utf-8", "replace")
-                for name in shown.get("peer_dns") or shown.get("x509_common_name", [])
-            ]
-            named = named or next(
-                (name for name in certified if name in self.rounds.clients), "".join(certified[:1])
-            )
-            if named not in certified:
+    def refuse(self, context, code, sentence):
+        if len(sentence) > SENTENCE_CHARACTERS:
+            sentence = sentence[:SENTENCE_CHARACTERS] + " ..."
+        if not self.rounds.over:  # a server that stops says the same to everyone
+            self.say(f"refused: {sentence} ({code})")
+        context.abort(grpc.StatusCode[code], sentence)
+
+    # --- who calls -------------------------------------------------------------------------------
+
+    def identify(self, context):
+        """The Caller: one of this run's clients, or where they are served a peer without a name.
+
+        A client is named by its metadata or its certificate, by both only if they say the same.
+        Raises Refused.
+        """
+        metadata = dict(context.invocation_metadata())
+        name = metadata.get("fedml-client")
+        certified = certified_names(context)
+        if certified is not None:
+            if name is None:
+                own = [each for each in certified if each in self.rounds.clients]
+                name = [*own, *certified, ""][0]
+            if name not in certified:
                 raise Refused(
                     "PERMISSION_DENIED",
-                    f"{named[:80]!r} came with the certificate of {', '.join(certified)[:200]}, "
+                    f"{name[:80]!r} came with the certificate of {', '.join(certified)[:200]}, "
                     "expected one in its own name",
                 )
-        if named is not None:
-            self.enrolled(named)
+        if name is not None:
+            self.check_enrolled(name)
         elif not self.serve_unnamed:
             raise Refused(
                 "UNAUTHENTICATED",
                 "a peer that names nobody is served only on the server's own machine, with "
                 "--insecure, or by its certificate (--tls-ca)",
             )
-        return named
+        return Caller(name, metadata, context.peer())
 
-    @contextmanager
-    def place(self, client):
-        """Peers that name nobody have places of their own, and few: who takes them all delays no one who is enrolled."""
-        if client is None and not self.unnamed.acquire(blocking=False):
-            raise Refused(
-                "RESOURCE_EXHAUSTED",
-                f"{self.places} peers that name nobody are here already: try again later",
-            )
-        try:
-            yield
-        finally:
-            if client is None:
-                self.unnamed.release()
-
-    def enrolled(self, client):
+    def check_enrolled(self, client):
         if client not in self.rounds.clients:
             raise Refused(
                 "PERMISSION_DENIED",
@@ -258,149 +251,188 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
             )
         self.rounds.last_seen[client] = time.monotonic()
 
-    def first_message(self, request_iterator, context, named):
-        """(client, num_examples, all messages) of an upload by an enrolled client, before anything is stored."""
-        limit_s = (
-            FIRST_MESSAGE_S if named is None and context.peer() not in self.fetched else STALL_S
-        )
-        with Stream(self, context, limit_s, named):
-            try:
-                first = next(request_iterator, None)
-            except grpc.RpcError:
-                raise Refused(
-                    "CANCELLED", f"{named or context.peer()} went away before it sent anything"
-                ) from None
-        if first is None:
+    @contextmanager
+    def thread_for(self, caller):
+        """The body runs in one of the few threads for peers without a name, where it is one."""
+        if caller.client is not None:
+            yield
+            return
+        if not self.unnamed.acquire(blocking=False):
             raise Refused(
-                "INVALID_ARGUMENT",
-                f"{named or context.peer()} sent an empty stream, expected weights",
+                "RESOURCE_EXHAUSTED",
+                f"{self.max_unnamed} peers that name nobody are here already: try again later",
             )
+        try:
+            yield
+        finally:
+            self.unnamed.release()
+
+    # --- getWeight -------------------------------------------------------------------------------
+
+    def send_weights(self, caller, context):
+        """The messages of a download: the weights of the open round, once one is open."""
+        with self.thread_for(caller):
+            round_number, sha256, file = self.rounds.fetch(caller.client)
+            with file, Stream(self.streams, context, streams.STALL_S) as stream:
+                if caller.is_new:
+                    self.announce(caller, round_number, sha256, context)
+                else:
+                    self.remember_fetch(caller, round_number)
+                messages = weights.base64_messages(file)
+                if caller.metadata.get("fedml-accept") == "blob":
+                    messages = weights.blob_messages(file)
+                yield from stream.pass_on(messages, in_turns=caller.client is not None)
+
+    def announce(self, caller, round_number, sha256, context):
+        """Tell a new peer, before the weights, what they are and what to train with them."""
+        what = f"weights of round {round_number}"
+        if self.rounds.done:
+            what = "result"
+        self.say(f"{caller.client} fetches the {what}")
+        state = self.rounds.state
+        context.send_initial_metadata(
+            (
+                ("fedml-run", state.run),
+                ("fedml-round", str(round_number)),
+                ("fedml-rounds", str(state.rounds)),
+                ("fedml-sha256", sha256),
+                ("fedml-arch", state.arch),
+                ("fedml-image-size", str(state.image_size)),
+            )
+        )
+
+    def remember_fetch(self, caller, round_number):
+        """A client of 2020 names no round: its upload is for what its connection last fetched."""
+        with self.lock:
+            self.fetched.pop(caller.connection, None)  # so that it is the newest again
+            self.fetched[caller.connection] = round_number
+            if len(self.fetched) > REMEMBERED_CONNECTIONS:
+                oldest = next(iter(self.fetched))
+                del self.fetched[oldest]
+
+    # --- sendWeight ------------------------------------------------------------------------------
+
+    def begin_upload(self, caller, request_iterator, context):
+        """The Upload, of which only the first message was read; nothing is stored yet.
+
+        Raises Refused, also for one that cannot count any more.
+        """
+        run, round_number = named_round(caller.metadata)
+        if run is None:
+            round_number = self.fetched.get(caller.connection)
+        with self.thread_for(caller):
+            first = self.first_message(caller, request_iterator, context)
         try:
             client = weights.client_of(first.clientname)
         except ValueError as error:
             raise Refused("INVALID_ARGUMENT", str(error)) from None
-        self.enrolled(client)
-        if named not in (None, client):
-            raise Refused("PERMISSION_DENIED", f"{named} sent weights in the name of {client}")
+        self.check_enrolled(client)
+        if caller.client not in (None, client):
+            raise Refused(
+                "PERMISSION_DENIED", f"{caller.client} sent weights in the name of {client}"
+            )
         if not 1 <= first.clientsize <= self.max_examples:
             raise Refused(
                 "INVALID_ARGUMENT",
                 f"{client} says it has {first.clientsize} examples, expected 1 to "
                 f"{self.max_examples} (--max-examples)",
             )
-        return client, first.clientsize, itertools.chain([first], request_iterator)
+        announced_sha256 = caller.metadata.get("fedml-sha256")
+        self.rounds.admit(client, run, round_number, announced_sha256)
+        return Upload(
+            client,
+            first.clientsize,
+            itertools.chain([first], request_iterator),
+            run,
+            round_number,
+            announced_sha256,
+        )
 
-    def store(self, client, messages, context, announced):
-        """Spools an upload beside its place and checks it: (path, SHA-256). Raises Refused; then nothing is left."""
-        written = files.temporary(self.rounds.upload_path(client))
+    def first_message(self, caller, request_iterator, context):
+        """Wait for the first message, which names the client. Raises Refused."""
+        limit_s = streams.STALL_S
+        if caller.client is None and caller.connection not in self.fetched:
+            limit_s = FIRST_MESSAGE_S
+        who = caller.client or caller.connection
+        with Stream(self.streams, context, limit_s, caller.client):
+            try:
+                first = next(request_iterator, None)
+            except grpc.RpcError:
+                raise Refused("CANCELLED", f"{who} went away before it sent anything") from None
+        if first is None:
+            raise Refused("INVALID_ARGUMENT", f"{who} sent an empty stream, expected weights")
+        return first
+
+    @contextmanager
+    def received(self, upload, context):
+        """Receive an upload into a temporary file and check it: (path, SHA-256) for the body.
+
+        The file is gone after the body, unless that has put it somewhere. Raises Refused.
+        """
+        path = files.temporary(self.rounds.upload_path(upload.client))
         try:
-            with Stream(self, context, STALL_S, client) as stream:
-                digest = weights.spool(stream.watch(messages), written, self.max_bytes)
-            if announced not in (None, digest):
+            sha256 = self.receive(upload, path, context)
+            # A client that goes away wakes the call that waits for its round.
+            context.add_callback(self.rounds.wake)
+            yield path, sha256
+        finally:
+            path.unlink(missing_ok=True)
+
+    def receive(self, upload, path, context):
+        """Write the upload to `path` as it arrives, and check it; returns its SHA-256."""
+        client = upload.client
+        try:
+            with Stream(self.streams, context, streams.STALL_S, client) as stream:
+                sha256 = weights.spool(stream.pass_on(upload.messages), path, self.max_bytes)
+            announced = upload.announced_sha256
+            if announced not in (None, sha256):
                 raise ValueError(
-                    f"what arrived has SHA-256 {digest[:16]}..., announced was {announced[:16]}..."
+                    f"what arrived has SHA-256 {sha256[:16]}..., announced was {announced[:16]}..."
                 )
-            self.check(written)
-            return written, digest
-        except BaseException as error:
-            written.unlink(missing_ok=True)
+            self.check(path)
+            return sha256
+        except Exception as error:
+            # Whatever a broken connection led to, it is not a fault of the file.
             if isinstance(error, grpc.RpcError) or not context.is_active():
-                raise Refused(
-                    "CANCELLED", f"{client} went away in the middle of its upload"
-                ) from None
+                sentence = f"{client} went away in the middle of its upload"
+                raise Refused("CANCELLED", sentence) from None
             if isinstance(error, ValueError):
                 raise Refused("INVALID_ARGUMENT", f"{client}: {error}") from None
             if isinstance(error, OSError):
-                raise Refused(
-                    "INTERNAL",
-                    f"{client}: the server could not store the upload: {error}; send again",
-                ) from None
+                sentence = f"{client}: the server could not store the upload: {error}; send again"
+                raise Refused("INTERNAL", sentence) from None
             raise
 
+    def answer(self, context, is_last):
+        """The answer to a counted upload whose round is merged, evaluated and on disk."""
+        trailing_metadata = [("fedml-round", str(self.rounds.round))]
+        if is_last:
+            trailing_metadata.append(("fedml-done", "1"))
+        context.set_trailing_metadata(trailing_metadata)
+        return todo_pb2.myResponse(value=1)
 
-def named_round(asked):
+
+def certified_names(context):
+    """The names in the caller's certificate: its SAN's DNS names, else its CN; None without one.
+
+    gRPC has verified it against --tls-ca before the call comes here.
+    """
+    properties = context.auth_context()
+    if "x509_pem_cert" not in properties:
+        return None
+    names = properties.get("peer_dns") or properties.get("x509_common_name", [])
+    return [name.decode("utf-8", "replace") for name in names]
+
+
+def named_round(metadata):
     """(run, round number) that a new peer names in its metadata; (None, None) of an old one."""
-    run, text = asked.get("fedml-run"), asked.get("fedml-round", "")
+    run = metadata.get("fedml-run")
     if run is None:
         return None, None
+    text = metadata.get("fedml-round", "")
     if not text.isdecimal() or len(text) > 9:
         raise Refused(
             "INVALID_ARGUMENT",
             f"metadata fedml-round is {text[:20]!r}, expected a number beside fedml-run",
         )
     return run, int(text)
-
-
-class Stream:
-    """One upload or download while it moves bytes. The watchdog ends it when it stands still, and a newer upload of the
-    same client ends an older, half-sent one."""
-
-    def __init__(self, servicer, context, limit_s, client=None):
-        self.servicer, self.context, self.limit_s, self.client = servicer, context, limit_s, client
-        self.last = time.monotonic()
-
-    def __enter__(self):
-        older = None
-        with self.servicer.lock:
-            self.servicer.streams.add(self)
-            if self.client is not None:
-                older = self.servicer.uploading.get(self.client)
-                self.servicer.uploading[self.client] = self
-        if older is not None:
-            self.servicer.say(f"{self.client} began a new upload: its half-sent one is ended")
-            older.context.cancel()
-        return self
-
-    def __exit__(self, *_):
-        with self.servicer.lock:
-            self.servicer.streams.discard(self)
-            if self.servicer.uploading.get(self.client) is self:
-                del self.servicer.uploading[self.client]
-
-    @contextmanager
-    def turn(self):
-        """Few fast streams move a piece at the same time: 48 would fill the memory and win nothing. A turn is a courtesy:
-        once who has one stands still, no one waits."""
-        servicer = self.servicer
-        had_turn = servicer.turns.acquire(blocking=False)
-        while not had_turn and (left_s := servicer.moved + TURN_S - time.monotonic()) > 0:
-            had_turn, self.last = servicer.turns.acquire(timeout=left_s), time.monotonic()
-        if not had_turn:
-            yield
-            return
-        servicer.moved = time.monotonic()
-        try:
-            yield
-        finally:
-            servicer.moved = time.monotonic()
-            servicer.turns.release()
-
-    def watch(self, messages, polite=True):
-        """The same messages, each within a turn."""
-        messages, fast = iter(messages), True
-        while True:
-            with self.turn() if polite and fast else nullcontext():
-                self.last = started = time.monotonic()
-                if (message := next(messages, None)) is None:
-                    return
-                self.last = time.monotonic()
-                yield message
-                message = None  # or each stream that waits for its turn would keep one
-            fast = time.monotonic() - started < FAST_S
-
-
-def watch_streams(servicer):
-    """Ends streams that stand still; a thread of its own, for ever."""
-    while True:
-        time.sleep(0.25)
-        with servicer.lock:
-            stalled = [
-                stream
-                for stream in servicer.streams
-                if time.monotonic() - stream.last > stream.limit_s
-            ]
-        for stream in stalled:
-            servicer.say(
-                f"{stream.client or stream.context.peer()} made no progress for {stream.limit_s} s: ended"
-            )
-            stream.context.cancel()

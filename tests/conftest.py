@@ -1,4 +1,4 @@
-"""What several tests need: tiny weight files, tiny data sets, real processes that never outlive their test, deadlines.
+"""What several tests need: tiny data sets, real processes that never outlive their test, deadlines.
 
 python3 -m pytest                    # the fast tests
 python3 -m pytest --slow             # all of them
@@ -23,7 +23,8 @@ import data
 import model
 from common import files
 from federation import weights
-from federation.rounds import Rounds, new_state
+from federation.rounds import Rounds
+from federation.state import RunState
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 60  # for what takes a second on an idle machine
@@ -47,25 +48,32 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
-# --- conditions with a deadline -----------------------------------------------------------------------------------
+# --- conditions with a deadline ------------------------------------------------------------------
 
 
 def until(condition, what, timeout_s=DEADLINE_S):
-    """Waits until condition() is true and returns its value; at the deadline it fails and names `what`, a text or a function
-    that gives one."""
+    """Wait until condition() is true, and return its value.
+
+    At the deadline it fails and names `what`: a text, or a function that gives one.
+    """
     deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
+    value = condition()
+    while not value:
         if time.monotonic() > deadline:
             raise AssertionError(f"{what() if callable(what) else what}: not within {timeout_s} s")
         time.sleep(0.001)
+        value = condition()
     return value
 
 
-# --- weight files -------------------------------------------------------------------------------------------------
+# --- weight files --------------------------------------------------------------------------------
 
 
 def averaged(uploads):
-    """FedAvg as DESIGN promise 4 says it: uploads [(client, num_examples, tensors)] -> float32 tensors."""
+    """FedAvg, written here once more: uploads [(client, num_examples, tensors)] -> float32 tensors.
+
+    The sum in float64, in the order of the clients' names, cast once.
+    """
     uploads = sorted(uploads, key=lambda upload: upload[0])
     total = sum(n for _, n, _ in uploads)
     return [
@@ -87,7 +95,7 @@ def same_bits(one, other):
     )
 
 
-# --- a run without a network --------------------------------------------------------------------------------------
+# --- a run without a network ---------------------------------------------------------------------
 
 
 class Call:
@@ -118,8 +126,24 @@ class Call:
         return self.value
 
 
+def new_run(clients, rounds, weights_path):
+    """The state of a run that begins with these weights; its name is run0."""
+    return RunState(
+        run="run0",
+        clients=list(clients),
+        rounds=rounds,
+        weights_sha256=files.sha256_of(weights_path),
+        arch="drcnn",
+        image_size=32,
+        seed=0,
+    )
+
+
 class Run:
-    """A run with real files, the real FedAvg on tiny weights and a coordinator thread; `say` goes to `said`."""
+    """A run with real files, the real FedAvg on tiny weights and a coordinator thread.
+
+    `said` has what it logs.
+    """
 
     def __init__(
         self, folder, clients=("client001", "client002", "client003"), rounds=2, **options
@@ -129,18 +153,7 @@ class Run:
         for client in clients:
             (folder / client).mkdir(parents=True, exist_ok=True)
         write_weights(self.weights, 1000)
-        files.save_state(
-            folder / "state.json",
-            new_state(
-                "run0",
-                clients,
-                rounds,
-                files.sha256_of(self.weights),
-                arch="drcnn",
-                image_size=32,
-                seed=0,
-            ),
-        )
+        new_run(clients, rounds, self.weights).save(folder / "state.json")
         self.merge = self.average
         self.evaluate = metrics
         self.start()
@@ -150,8 +163,8 @@ class Run:
 
     def start(self, rounds=None):
         """Opens what is on disk, as a server does that is started."""
-        state = files.load_state(self.folder / "state.json")
-        state["rounds"] = rounds or state["rounds"]
+        state = RunState.load(self.folder / "state.json")
+        state = state.changed(rounds=rounds or state.rounds)
         self.rounds = Rounds(
             self.folder,
             state,
@@ -162,7 +175,7 @@ class Run:
         )
         self.rounds.open()
         assert (
-            files.load_state(self.folder / "state.json")["frozen"] is None
+            RunState.load(self.folder / "state.json").frozen is None
         )  # from here the coordinator may freeze again
         self.rounds.opened = None
         self.coordinator = Call(self.rounds.run)
@@ -209,7 +222,7 @@ class Run:
         return call
 
     def holds(self, *uploads):
-        """Whether server_weight.h5 has the bits of FedAvg over uploads (client, num_examples, seed)."""
+        """Whether server_weight.h5 is FedAvg over these uploads (client, num_examples, seed)."""
         return same_bits(
             read_weights(self.weights),
             averaged([(c, n, random_tensors(seed)) for c, n, seed in uploads]),
@@ -218,7 +231,10 @@ class Run:
 
 @pytest.fixture
 def make_run(tmp_path):
-    """make_run(clients=..., rounds=..., min_clients=..., round_timeout_s=...) -> Run, stopped after the test."""
+    """make_run(clients=..., rounds=..., min_clients=..., round_timeout_s=...) -> Run.
+
+    It is stopped after the test.
+    """
     made = []
 
     def make(**options):
@@ -230,12 +246,13 @@ def make_run(tmp_path):
         run.stop()
 
 
-# --- data ---------------------------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
 
 
 def make_data(folder, clients=3, images=8, image_size=32, validation=8):
-    """preprocessed/ and index/ in `folder`: PNGs that follow from their number, grades 0 and 2 in turn. Returns folder.
+    """preprocessed/ and index/ in `folder`, which is returned.
 
+    PNGs that follow from their number, grades 0 and 2 in turn.
     images: of the first client; every later one has 2 more, so that no two weigh the same.
     """
     from PIL import Image
@@ -277,7 +294,7 @@ def site(tmp_path):
     return make_data(tmp_path / "site")
 
 
-# --- processes ----------------------------------------------------------------------------------------------------
+# --- processes -----------------------------------------------------------------------------------
 
 
 def free_port():
@@ -333,12 +350,14 @@ class Started:
         with self.changed:
             while True:
                 for line in self.lines[start:]:
-                    if found := re.search(pattern, line):
+                    found = re.search(pattern, line)
+                    if found:
                         return found
                 if self.ended or not self.changed.wait(max(0, deadline - time.monotonic())):
+                    end = " before its end" if self.ended else ""
                     pytest.fail(
-                        f"{self.command}: no line with {pattern!r} {'before its end' if self.ended else ''} within "
-                        f"{timeout_s} s; it said:\n{self.output}"
+                        f"{self.command}: no line with {pattern!r}{end} within {timeout_s} s; "
+                        f"it said:\n{self.output}"
                     )
 
     def wait(self, timeout_s=DEADLINE_S):
@@ -367,7 +386,10 @@ class Started:
 
 @pytest.fixture
 def start():
-    """start(script, *arguments, cwd=folder) -> Started. `script` is a file of the project root. None outlives the test."""
+    """start(script, *arguments, cwd=folder) -> Started; it does not outlive the test.
+
+    `script` is a file of the project root.
+    """
     started = []
 
     def begin(script, *arguments, cwd, env=None):
@@ -410,7 +432,7 @@ def processes_in(folder):
     return found
 
 
-# --- the real scripts without TensorFlow --------------------------------------------------------------------------
+# --- the real scripts without TensorFlow ---------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -420,16 +442,17 @@ def shared_site(tmp_path_factory):
 
 @pytest.fixture
 def begun(shared_site, tmp_path):
-    """A function: the folder of a run that is begun but not served; todoServer.py goes on with it, without TensorFlow until
-    it evaluates."""
+    """A function: the folder of a run that is begun but not served.
+
+    todoServer.py resumes it, without TensorFlow until it evaluates.
+    """
 
     def begin(clients=("client001", "client002"), rounds=2):
         for name in ("preprocessed", "index"):
             (tmp_path / name).symlink_to(shared_site / name)
         (tmp_path / "server").mkdir()
-        digest = files.sha256_of(write_weights(tmp_path / "server" / "server_weight.h5", 1))
-        state = new_state("run0", clients, rounds, digest, arch="drcnn", image_size=32, seed=0)
-        files.save_state(tmp_path / "server" / "state.json", state)
+        weights_path = write_weights(tmp_path / "server" / "server_weight.h5", 1)
+        new_run(clients, rounds, weights_path).save(tmp_path / "server" / "state.json")
         return tmp_path
 
     return begin

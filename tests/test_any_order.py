@@ -1,5 +1,8 @@
-"""rounds: arrivals, repeats, changed bytes, late and early rounds, other runs, old peers, disconnects, held merges, time
-limits, restarts and crashes at any publish, in any order over several rounds: what the oracle says, and its bits."""
+"""rounds, in any order: what the oracle says, and its bits.
+
+Arrivals, repeats, changed bytes, late and early rounds, other runs, old peers, disconnects, held
+merges, time limits, restarts, and crashes at any publish, over several rounds.
+"""
 
 import os
 import shutil
@@ -161,7 +164,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.opened()
 
     def opened(self):
-        """A new incarnation of the server: its merge and its evaluation are held while the gate is closed."""
+        """A new life of the server: its merge and evaluation are held while the gate is closed."""
         dead = self.dead = []
 
         def gated(name, inner):
@@ -224,15 +227,20 @@ class AnyOrder(RuleBasedStateMachine):
         clients=st.permutations(CLIENTS), seeds=st.lists(st.integers(0, 2), min_size=3, max_size=3)
     )
     def all_deliver_at_once(self, clients, seeds):
-        """Without waiting for one another. Who had delivered repeats: a change would or would not be before the freeze."""
+        """Without waiting for one another.
+
+        Who had delivered repeats: a change would or would not be before the freeze.
+        """
         if self.oracle.waits:
             for other in self.deliveries:
                 other.replaced = True
-            number, uploads = self.oracle.round, dict(self.oracle.uploads)
+            number = self.oracle.round
+            uploads = dict(self.oracle.uploads)
             for client, seed in zip(clients, seeds, strict=True):
                 upload = uploads.get(client, (seed + 1, seed))
                 self.oracle.deliver(client, upload, "run0", number)
-                self.deliveries.append(delivery := Delivery(client, number))
+                delivery = Delivery(client, number)
+                self.deliveries.append(delivery)
                 delivery.call = self.run.deliver(
                     client, upload[1], upload[0], "run0", number, delivery.alive
                 )
@@ -240,15 +248,13 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(known=st.booleans())
     def fetch(self, known):
-        self.fetches.append(
-            Call(self.run.rounds.fetch, self.run.weights, "client001" if known else None)
-        )
+        self.fetches.append(Call(self.run.rounds.fetch, "client001" if known else None))
         self.settle()
 
     @precondition(lambda self: self.deliveries)
-    @rule(place=st.integers(0, 9))
-    def somebody_goes_away(self, place):
-        gone = self.deliveries.pop(place % len(self.deliveries))
+    @rule(number=st.integers(0, 9))
+    def somebody_goes_away(self, number):
+        gone = self.deliveries.pop(number % len(self.deliveries))
         gone.present = False
         self.run.rounds.wake()
         self.refused(gone.call, "CANCELLED")
@@ -260,7 +266,7 @@ class AnyOrder(RuleBasedStateMachine):
         complete=st.sampled_from([True, True, False]),
     )
     def hold(self, name, seeds, complete):
-        """The merge or the evaluation takes long: of this round, or of the next that is complete."""
+        """The merge or the evaluation takes long: of this round, or of the next complete one."""
         self.gates[name] = False
         if complete:
             self.all_deliver_at_once(CLIENTS, seeds)
@@ -313,7 +319,7 @@ class AnyOrder(RuleBasedStateMachine):
         replace=st.booleans(),
     )
     def crash_while_delivering(self, client, num_examples, seed, publishes, when, replace):
-        """The server dies at a publish that this delivery, or the round that it closes, leads to."""
+        """The server dies at a publish of this delivery, or of the round that it closes."""
         if replace and self.oracle.uploads:
             client = min(self.oracle.uploads)
         self.gates = {"merge": True, "evaluate": True}
@@ -356,7 +362,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert caught.value.code == code, caught.value
 
     def settle(self, at_once=False):
-        """The server gets where the oracle is; every call has ended as it says, and no other has."""
+        """The server gets where the oracle is; the calls that it says have ended, and no other."""
         oracle, run = self.oracle, self.run
         oracle.advance(self.gates["merge"], self.gates["evaluate"])
 
@@ -366,13 +372,14 @@ class AnyOrder(RuleBasedStateMachine):
                 client: (upload["num_examples"], upload["sha256"])
                 for client, upload in there.uploads.items()
             }
-            return there.round, there.answered, bool(there.state["frozen"]), uploads
+            return there.round, there.answered, bool(there.state.frozen), uploads
 
         expected = {client: (n, digest(seed)) for client, (n, seed) in oracle.uploads.items()}
         until(
             lambda: where() == (oracle.round, oracle.answered, oracle.frozen, expected),
             lambda: (
-                f"the server is at {where()}, the oracle at {oracle}; {run.said}, {run.coordinator.error}"
+                f"the server is at {where()}, the oracle at {oracle}; "
+                f"{run.said}, {run.coordinator.error}"
             ),
             20,
         )
@@ -397,9 +404,9 @@ class AnyOrder(RuleBasedStateMachine):
             assert not any(call.ended for call in self.fetches)
         else:
             for call in self.fetches:
-                number, told, file = call.result()
+                number, sha256, file = call.result()
                 with file:
-                    assert (number, told) == (oracle.round, files.sha256_of(run.weights))
+                    assert (number, sha256) == (oracle.round, files.sha256_of(run.weights))
             self.fetches = []
             assert same_bits(read_weights(run.weights), oracle.weights)
         state = files.load_state(self.folder / "state.json")
@@ -414,7 +421,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert files.sha256_of(run.rounds.upload_path(client)) == digest(seed)
 
     def teardown(self):
-        """The run goes on to its end, and everyone is told."""
+        """The run goes on to its end, and everyone gets an answer."""
         try:
             if hasattr(self, "run"):
                 self.finish()
@@ -434,7 +441,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.run.coordinator.result()
         left = Call(self.run.rounds.wait_until_all_left, 60)
         for client in CLIENTS:
-            self.run.rounds.fetch(self.run.weights, client)[2].close()
+            self.run.rounds.fetch(client)[2].close()
         left.result(20)
 
 

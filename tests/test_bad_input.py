@@ -8,17 +8,17 @@ import re
 import threading
 import time
 from contextlib import ExitStack
-from types import SimpleNamespace
 
 import grpc
 import h5py
 import numpy as np
 import pytest
 from conftest import ROOT, Run, random_tensors, until, write_weights
+from serving import serve
 from standin import SHAPES
 
 from common import files
-from federation import service, weights
+from federation import service, streams, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 MAX_EXAMPLES = 1000
@@ -33,9 +33,7 @@ class Served:
         self.run = Run(folder / "server", ["client001", "client002"], rounds=10_000)
         with open(self.run.weights, "ab") as file:  # room for bad files, which HDF5 lets grow
             file.truncate(self.run.weights.stat().st_size * 3)
-        self.server, self.address = service.create_server(
-            self.run.rounds, "localhost:0", MAX_EXAMPLES
-        )
+        self.server, self.address = serve(self.run.rounds, max_examples=MAX_EXAMPLES)
         self.channel = grpc.insecure_channel(self.address, [("grpc.max_send_message_length", -1)])
         self.stub = todo_pb2_grpc.FedMLStub(self.channel)
 
@@ -654,7 +652,7 @@ class Halves:
 
 
 def test_a_stalled_upload_is_ended_and_stops_no_one_else(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(service, "STALL_S", 2)
+    monkeypatch.setattr(streams, "STALL_S", 2)
     good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (5, 6)]
     stream, started = Halves(good[1], "client002"), time.monotonic()
     stalled = served.stub.sendWeight.future(
@@ -675,16 +673,17 @@ def test_a_stalled_upload_is_ended_and_stops_no_one_else(served, tmp_path, monke
 
 
 def test_streams_that_stand_still_in_their_turns_delay_no_one():
-    servicer = SimpleNamespace(turns=threading.Semaphore(service.TURNS), moved=time.monotonic())
+    all_streams = streams.Streams(print)
     with ExitStack() as stack:
-        for _ in range(service.TURNS):
-            stack.enter_context(service.Stream(servicer, None, service.STALL_S).turn())
-        stream, started = service.Stream(servicer, None, service.STALL_S), time.monotonic()
-        assert list(stream.watch(range(1, 21))) == list(range(1, 21))
+        for _ in range(streams.TURNS):
+            stack.enter_context(streams.Stream(all_streams, None, streams.STALL_S).turn())
+        stream = streams.Stream(all_streams, None, streams.STALL_S)
+        started = time.monotonic()
+        assert list(stream.pass_on(range(1, 21))) == list(range(1, 21))
         took_s = time.monotonic() - started
-    assert service.TURN_S * 0.9 <= took_s < 4 * service.TURN_S  # it waited once, not for each piece
-    assert stream.last >= started + service.TURN_S * 0.9  # and to wait for a turn is not to stall
-    assert all(servicer.turns.acquire(blocking=False) for _ in range(service.TURNS))
+    assert streams.TURN_S * 0.9 <= took_s < 4 * streams.TURN_S  # it waited once, not for each piece
+    assert stream.last >= started + streams.TURN_S * 0.9  # and to wait for a turn is not to stall
+    assert all(all_streams.turns.acquire(blocking=False) for _ in range(streams.TURNS))
 
 
 def test_a_new_upload_ends_the_clients_own_half_sent_one(served, tmp_path):
@@ -750,7 +749,7 @@ def test_a_client_that_goes_away_after_a_complete_upload_counts(served, tmp_path
 
 def test_a_second_server_on_the_port_is_refused(served):
     with pytest.raises(ValueError, match="cannot listen on .*: is another server running there"):
-        service.create_server(served.run.rounds, served.address)
+        serve(served.run.rounds, served.address)
 
 
 def test_the_answers_metadata(served, tmp_path):

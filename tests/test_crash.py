@@ -1,7 +1,10 @@
-"""Crash at every publish: server and client are killed (SIGKILL to themselves) before and after each file that they publish
-in a run of three rounds, and with a cut-short temporary file left behind; restarted; and the weights are the same bits.
+"""Crash at every publish: the restarted run ends in the same bits.
 
-The processes are real and run the real todoServer.main and todoClient.main, forked from one that has imported them. Only
+Server and client are killed (SIGKILL to themselves) before and after each file that they publish in
+a run of three rounds, and with a cut-short temporary file left behind.
+
+The processes are real and run the real todoServer.main and todoClient.main, forked from one that
+has imported them. Only
 the network is a stand-in: training adds numbers that follow from (seed, client, round).
 """
 
@@ -50,7 +53,7 @@ FORKS.set_forkserver_preload(
 )
 
 
-# --- what runs in the processes -----------------------------------------------------------------------------------
+# --- what runs in the processes ------------------------------------------------------------------
 
 
 class Network:
@@ -99,8 +102,11 @@ STAND_INS = {
 
 
 def life(script, arguments, folder, code_file, number, how):
-    """One life of a process: main(), until the number-th publish; everything it says goes into a file, and into another the
-    code with which it ends by itself (multiprocessing, asked, says 255 of any once in 1000 times)."""
+    """One life of a process: main(), until the number-th publish.
+
+    Everything it says goes into a file, and into another the code with which it ends by itself
+    (multiprocessing reports 255 for any code, once in 1000 times).
+    """
     os.chdir(folder)
     log = os.open(
         f"{script}-{arguments[1].rpartition(':')[2]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -154,11 +160,14 @@ def life(script, arguments, folder, code_file, number, how):
         os._exit(code)
 
 
-# --- the supervisor -----------------------------------------------------------------------------------------------
+# --- the supervisor ------------------------------------------------------------------------------
 
 
 class Supervised:
-    """A run in `folder`, whose killed processes are started again. victim: the script or client that is killed once."""
+    """A run in `folder`, whose killed processes are started again.
+
+    victim: the script or client that is killed once.
+    """
 
     def __init__(self, folder, data, victim=None, number=0, how=None):
         self.folder = folder

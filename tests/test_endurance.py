@@ -1,4 +1,7 @@
-"""A run that lasts: behind something that drops idle connections, loses answers or goes silent; and memory that is flat."""
+"""A run that lasts: behind a proxy that drops connections, loses answers or goes silent.
+
+And its memory is flat.
+"""
 
 import contextlib
 import select
@@ -8,14 +11,15 @@ import threading
 import grpc
 import pytest
 from conftest import client_script, make_data, server_script, start_server, until, write_weights
+from serving import serve
 
 from common import files
-from federation import service, weights
+from federation import streams, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 
 class Proxy:
-    """A TCP proxy to localhost:port, which drops connections idle for idle_s; as an address: `address`."""
+    """A TCP proxy at `address` to localhost:port, which drops connections idle for idle_s."""
 
     def __init__(self, port, idle_s=None):
         self.port, self.idle_s, self.dropped, self.pairs = port, idle_s, 0, []
@@ -39,7 +43,8 @@ class Proxy:
                     self.dropped += 1
                     break
                 for one in readable:
-                    if not (data := one.recv(1 << 16)):
+                    data = one.recv(1 << 16)
+                    if not data:
                         return self.close(pair)
                     if pair[0] not in self.silent:
                         pair[one is pair[0]].sendall(data)
@@ -108,7 +113,7 @@ def test_a_lost_answer_is_fetched_by_delivering_again(start, behind_a_proxy):
 
 @pytest.mark.slow
 def test_a_proxy_that_drops_idle_connections_is_not_noticed(start, behind_a_proxy):
-    """One client trains longer than 20 s, the other waits at the barrier longer than that, for two rounds."""
+    """One client trains longer than 20 s, the other waits longer than that, for two rounds."""
     site, server, proxy = behind_a_proxy(idle_s=20)
     clients = [
         take_part(start, site, proxy, "client001"),
@@ -156,7 +161,7 @@ def test_a_connection_that_goes_silent_is_left_for_a_new_one(start, behind_a_pro
 
 @pytest.mark.slow
 def test_a_stalled_upload_is_ended_after_30_s_and_meanwhile_the_others_go_on(start, begun):
-    assert service.STALL_S == 30
+    assert streams.STALL_S == 30
     site, go_on = (
         begun(clients=["client001", "client002", "client003"], rounds=1),
         threading.Event(),
@@ -185,7 +190,10 @@ def test_a_stalled_upload_is_ended_after_30_s_and_meanwhile_the_others_go_on(sta
 
 @pytest.mark.slow
 def test_memory_is_flat_over_100_rounds(start, tmp_path):
-    """Real training of the real network on tiny images; resident memory in round 100 within 5 % of that in round 10."""
+    """Real training of the real network on tiny images.
+
+    Resident memory in round 100 is within 5 % of that in round 10.
+    """
     site = make_data(tmp_path / "site", clients=2, images=4, validation=4)
     server, address = start_server(
         start, site, "--clients", "client001,client002", "--rounds", "101", "--image-size", "32"
@@ -213,7 +221,7 @@ def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(mak
     """All but one client wait, and deliver once more: the last one still fetches and delivers."""
     names = [f"client{number:03}" for number in range(1, 9)]
     run = make_run(clients=names, rounds=1)
-    server, address = service.create_server(run.rounds, "localhost:0")
+    server, address = serve(run.rounds)
     with grpc.insecure_channel(address) as channel:
         stub = todo_pb2_grpc.FedMLStub(channel)
         path = write_weights(run.folder / "upload.h5", 1)

@@ -24,12 +24,12 @@ from conftest import (
     until,
     write_weights,
 )
+from serving import serve
 
 import todoClient
 import todoServer
 from common import files
 from federation import weights
-from federation.service import create_server
 from generated import todo_pb2, todo_pb2_grpc
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
@@ -172,7 +172,7 @@ def test_with_all_gone_and_a_limit_the_server_is_gone_too(start, begun):
     server, address = start_server(start, site, "--round-timeout", "1")
     assert (
         server.wait(30) == 3
-        and "have no one; waiting for client001, not seen yet; client002, not seen yet"
+        and "no uploads yet; waiting for client001, not seen yet; client002, not seen yet"
         in server.output
     )
     assert port_is_free(int(address.rpartition(":")[2]))
@@ -464,8 +464,8 @@ def test_a_client_that_is_refused_or_has_no_images_is_exit_1(start, begun, argum
 )
 def test_a_server_whose_words_make_no_sense_is_exit_1(make_run, start, site, name, value, reason):
     run = make_run()
-    run.rounds.state[name] = value
-    server, address = create_server(run.rounds, "localhost:0")
+    run.rounds.state = run.rounds.state.changed(**{name: value})
+    server, address = serve(run.rounds)
     client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
     assert client.wait(30) == 1 and len(client.lines) == 1
     assert (

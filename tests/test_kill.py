@@ -1,5 +1,8 @@
-"""kill -9 for real: server and clients as processes with real (tiny) training, killed at named points and at random instants,
-started again as a supervisor would, and the undisturbed run's bits."""
+"""kill -9 for real: server and clients end in the undisturbed run's bits.
+
+They are processes with real (tiny) training, killed at named points and at random instants, and
+started again as a supervisor would.
+"""
 
 import random
 import sys
@@ -12,8 +15,8 @@ from common import files
 
 CLIENTS = ["client001", "client002"]
 HOLDING = f"""
-# The script as it is, but that it stands still at a named point for which the test has put a file hold-POINT, and is
-# killed there. It stands still once: the file is renamed to held-POINT.
+# The script as it is, but that it stands still at a named point for which the test has made a file
+# hold-POINT, and is killed there. It stands still once: the file is renamed to held-POINT.
 import pathlib, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import data
@@ -23,9 +26,9 @@ from federation import rounds
 from federation import weights
 
 def hold(point):
-    asked = pathlib.Path("hold-" + point)
-    if asked.exists():
-        asked.rename("held-" + point)
+    request = pathlib.Path("hold-" + point)
+    if request.exists():
+        request.rename("held-" + point)
         while True:
             signal.pause()
 
@@ -176,7 +179,7 @@ def supervise(tmp_path_factory):
 
 @pytest.fixture
 def undisturbed(supervise):
-    """undisturbed(rounds, clients) begins such a run beside the other; its finish() gives the bits."""
+    """undisturbed(rounds, clients) begins a run beside the other; its finish() gives the bits."""
 
     def begin(*arguments):
         run = supervise("undisturbed", *arguments)
@@ -215,7 +218,8 @@ def test_killed_at_every_named_point(supervise, undisturbed):
     run.processes["server"].wait_for("client001 delivered")
     run.kill("client001")
     print("killed client001: at the barrier")
-    # the server: at the barrier, in the middle of an upload, while it merges, evaluates, and before the answer
+    # the server: at the barrier, in the middle of an upload, while it merges, while it evaluates,
+    # and before the answer
     run.again("client001")
     run.processes["server"].wait_for("waiting for client002", 60)
     run.kill("server")

@@ -5,13 +5,14 @@ import threading
 import pytest
 from conftest import averaged, random_tensors, read_weights, same_bits, start_server, write_weights
 from seed_peer import SeedServer, seed_client
+from serving import serve
 
 import data
 import model
 import todoClient
 from federation import weights
-from federation.rounds import Rounds, new_state
-from federation.service import create_server
+from federation.rounds import Rounds
+from federation.state import RunState
 
 LARGE = [
     ("conv", (3, 3, 64, 64)),
@@ -41,13 +42,13 @@ def test_three_old_clients_complete_three_rounds_one_changing_nothing(tmp_path):
 
     rounds = Rounds(
         tmp_path,
-        new_state("run", clients, 3, "", arch="drcnn", image_size=32, seed=0),
+        RunState("run", clients, 3, "", arch="drcnn", image_size=32, seed=0),
         merge,
         evaluate,
     )
     coordinator = threading.Thread(target=rounds.run, daemon=True)
     coordinator.start()
-    server, address = create_server(rounds, "localhost:0")
+    server, address = serve(rounds)
     fetched = {}
 
     def train(name, content):

@@ -18,7 +18,7 @@ import data
 import model
 import report
 from common import files
-from federation import rounds
+from federation.state import RunState
 from reporting import metrics
 
 SECTIONS = ["summary", "curves", "errors", "missed", "clients", "time"]
@@ -69,11 +69,18 @@ def finished_run(folder):
         "evaluate_seconds": 2.0,
         "seconds": 8.0,
     }
-    state = rounds.new_state(
-        "run0", ["client001", "client002", "client003"], 2, "", arch="drcnn", image_size=32, seed=0
+    state = RunState(
+        run="run0",
+        clients=["client001", "client002", "client003"],
+        rounds=2,
+        weights_sha256="",
+        arch="drcnn",
+        image_size=32,
+        seed=0,
+        round=3,
+        history=[{"round": number, **row} for number in (1, 2)],
     )
-    state.update(round=3, history=[{"round": number, **row} for number in (1, 2)])
-    files.save_state(folder / "server" / "state.json", state)
+    state.save(folder / "server" / "state.json")
     for name, seconds in (("client001", 3.0), ("client002", 4.25)):
         epochs = [
             {

@@ -1,4 +1,7 @@
-"""rounds: a client counts once per round, nothing accepted is lost, the same set gives the same bits, no one waits for ever."""
+"""rounds: a client counts once a round, and nothing accepted is lost.
+
+The same set gives the same bits, and no one waits for ever.
+"""
 
 import itertools
 import json
@@ -42,7 +45,7 @@ def gate(run, name):
     return entered, opened
 
 
-# --- the barrier --------------------------------------------------------------------------------------------------
+# --- the barrier ---------------------------------------------------------------------------------
 
 
 def test_nobody_is_answered_before_all_have_delivered_in_any_round(make_run):
@@ -77,15 +80,15 @@ def test_the_order_of_arrival_does_not_matter(make_run):
     run = make_run(clients=names, rounds=6)
     for order in itertools.permutations(range(3)):
         calls = [run.deliver(names[order[0]], order[0], order[0] + 7)]
-        for place in order[1:]:
-            counted = order.index(place)
+        for number in order[1:]:
+            counted = order.index(number)
             until(lambda n=counted: len(run.rounds.uploads) == n, "the one before is counted")
-            calls.append(run.deliver(names[place], place, place + 7))
+            calls.append(run.deliver(names[number], number, number + 7))
         for call in calls:
             call.result()
         found.add(files.sha256_of(run.weights))
     assert len(found) == 1 and run.holds(
-        *((name, place + 7, place) for place, name in enumerate(names))
+        *((name, number + 7, number) for number, name in enumerate(names))
     )
 
 
@@ -97,7 +100,7 @@ def test_even_where_a_sum_depends_on_its_order(make_run):
     uploads = [[1e20 * tensor for tensor in large], large, [-1e20 * tensor for tensor in large]]
     run = make_run(clients=names, rounds=6)
     for order in itertools.permutations(range(3)):
-        calls = [run.delivered(names[place], uploads[place]) for place in order[:2]]
+        calls = [run.delivered(names[number], uploads[number]) for number in order[:2]]
         calls.append(run.deliver(names[order[2]], uploads[order[2]]))
         for call in calls:
             call.result()
@@ -120,7 +123,7 @@ def test_answers_come_only_after_evaluation_and_history(make_run):
     )
 
 
-# --- repeats and replacements -------------------------------------------------------------------------------------
+# --- repeats and replacements --------------------------------------------------------------------
 
 
 def test_a_repeat_counts_once_and_the_older_call_is_aborted(make_run):
@@ -177,7 +180,7 @@ def test_while_merging_the_same_bytes_wait_and_others_are_over(make_run):
     refused(run.deliver("client001", 3), "FAILED_PRECONDITION", "being merged")
     same = run.delivered("client001", 1)
     refused(calls[0], "ABORTED")
-    fetch = Call(run.rounds.fetch, run.weights, "client002")
+    fetch = Call(run.rounds.fetch, "client002")
     opened.set()
     for call in [same, calls[1]]:
         call.result()
@@ -190,12 +193,12 @@ def test_while_merging_the_same_bytes_wait_and_others_are_over(make_run):
 def test_nobody_fetches_old_weights_under_a_new_number(make_run):
     run = make_run(clients=["client001"])
     old = files.sha256_of(run.weights)
-    number, digest, file = run.rounds.fetch(run.weights, "client001")
+    number, digest, file = run.rounds.fetch("client001")
     assert (number, digest) == (1, old)
     entered, opened = gate(run, "merge")
     call = run.deliver("client001", 1)
     assert entered.wait(60)
-    waiting = Call(run.rounds.fetch, run.weights, None)
+    waiting = Call(run.rounds.fetch, None)
     with pytest.raises(AssertionError, match="still waits"):
         waiting.result(0.2)
     opened.set()
@@ -306,11 +309,11 @@ def test_an_upload_that_is_in_place_though_publishing_failed_counts_as_what_it_i
     assert run.holds(("client001", 50, 9), ("client002", 1, 2))
 
 
-# --- limits -------------------------------------------------------------------------------------------------------
+# --- limits --------------------------------------------------------------------------------------
 
 
 class Clock:
-    """Stands in for `time` in rounds.py: moves only when told."""
+    """Stands in for `time` in rounds.py: moves only when the test moves it."""
 
     def __init__(self):
         self.now = 1000.0
@@ -413,12 +416,15 @@ def test_without_a_limit_the_waiting_is_said_and_for_whom(make_run, monkeypatch)
     run.delivered("client001", 1)
     run.delivered("client003", 1)
     run.rounds.last_seen["client002"] = time.monotonic() - 14
-    wanted = "round 1: have client001, client003; waiting for client002, last seen 14 s ago; waiting for "
+    wanted = (
+        "round 1: have client001, client003; waiting for client002, last seen 14 s ago; "
+        "waiting for "
+    )
     until(lambda: any(line.startswith(wanted) for line in run.said), "the line that says for whom")
     assert not run.coordinator.ended
 
 
-# --- restarts -----------------------------------------------------------------------------------------------------
+# --- restarts ------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -426,8 +432,10 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, number, when):
-    """The number-th publish from now on (of a file or of the state) raises, before or after it is done, and all later ones
-    do: an event that says so."""
+    """The number-th publish from now on raises, before or after it is done; so do all later ones.
+
+    A publish of a file or of the state. Returns an event that says that it happened.
+    """
     inner, count, lock, killed = (
         files.publish,
         itertools.count(1),
@@ -504,7 +512,10 @@ def test_an_interrupted_replacement_by_a_third_upload(make_run, monkeypatch):
 @pytest.mark.parametrize("number", range(1, 10))
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_at_any_step_of_closing_a_round(make_run, monkeypatch, number, when):
-    """Publishes from here: state and file of client002, freeze, merge, commit, history.csv, state; then two of round 2."""
+    """Publishes from here: state and file of client002, freeze, merge, commit, history.csv, state.
+
+    Then two of round 2.
+    """
     run = make_run(clients=["client001", "client002"])
     run.delivered("client001", 1, num_examples=3)
     with monkeypatch.context() as patch:
@@ -558,7 +569,7 @@ def test_a_crash_between_merge_and_commit_merges_the_same_set_again(make_run):
     merged = files.sha256_of(run.weights)
     run.merge = run.average
     run.start()
-    assert files.sha256_of(run.weights) == merged == run.rounds.state["weights_sha256"]
+    assert files.sha256_of(run.weights) == merged == run.rounds.state.weights_sha256
     assert run.holds(("client001", 5, 1), ("client002", 1, 2)) and run.rounds.round == 2
     for call in [
         run.deliver("client001", 1, 5, round_number=1),
@@ -579,7 +590,7 @@ def test_a_round_that_cannot_be_closed_ends_everyones_wait(make_run, step):
         refused(call, "INTERNAL", "round 1 could not be closed", "No space left", "kept")
     with pytest.raises(OSError, match="No space"):
         run.coordinator.result()
-    refused(Call(run.rounds.fetch, run.weights, "client001"), "INTERNAL")
+    refused(Call(run.rounds.fetch, "client001"), "INTERNAL")
     run.merge, run.evaluate = run.average, metrics
     run.start()
     run.deliver("client001", 1, round_number=1).result()
@@ -656,7 +667,7 @@ def test_the_state_is_readable_and_versioned(make_run):
     )
 
 
-# --- peers that name no round -------------------------------------------------------------------------------------
+# --- peers that name no round --------------------------------------------------------------------
 
 
 def test_a_silent_peer_that_was_seen_to_fetch_delivers_for_that_round(make_run):
@@ -696,7 +707,7 @@ def test_a_silent_peer_of_unknown_round_is_refused_where_not_all_are_required(ma
     )
 
 
-# --- the end ------------------------------------------------------------------------------------------------------
+# --- the end -------------------------------------------------------------------------------------
 
 
 def test_the_end_waits_for_every_client_or_the_time(make_run):
@@ -727,7 +738,7 @@ def test_a_finished_run_answers_repeats_again_and_can_be_extended(make_run, roun
     last = run.deliver("client001", 2, round_number=2).result()
     assert last is (rounds_now is None)
     left = Call(run.rounds.wait_until_all_left, 60)
-    number, _, file = run.rounds.fetch(run.weights, "client002")
+    number, _, file = run.rounds.fetch("client002")
     file.close()
     assert number == 3
     if rounds_now is None:

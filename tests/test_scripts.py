@@ -1,5 +1,6 @@
-"""What a newcomer meets first: --help, the README, the mistakes, and that the house stays small."""
+"""What a newcomer meets first: --help, the documents, and the mistakes."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -23,28 +24,81 @@ def run(*command, cwd=ROOT, **options):
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_readme_names_every_flag(script):
-    shown = run(sys.executable, script, "--help")
+DOCUMENTS = ["README.md", "HOSPITALS.md", "SECURITY.md", "benchmarks/README.md"]
+
+
+def commands_in(document):
+    """[(script, [flag, ...])] of every command in the document: python3 X.py ..., ./X.sh ..."""
+    text = (ROOT / document).read_text().replace("\\\n", " ")
+    found = []
+    for line in re.split(r"[\n`|]", text):
+        line = line.partition(" #")[0]
+        command = re.search(r"(?:python3? |\./)((?:\w+/)*\w+\.(?:py|sh))\b(.*)", line)
+        if command:
+            found.append((command[1], re.findall(r"(?<!\S)--[a-z][a-z-]*", command[2])))
+    return found
+
+
+@functools.cache
+def flags_of(script):
+    """Every flag that its --help names."""
+    if script.endswith(".sh"):
+        shown = run("bash", script, "--help")
+    else:
+        shown = run(sys.executable, script, "--help")
     assert shown.returncode == 0, shown.stderr
-    readme = (ROOT / "README.md").read_text()
-    flags = set(re.findall(r"--[a-z][a-z-]+", shown.stdout)) - {"--help"}
-    assert flags and not [flag for flag in flags if not re.search(rf"{flag}(?![a-z-])", readme)]
+    return set(re.findall(r"--[a-z][a-z-]+", shown.stdout))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_flag_in_a_documents_commands_exists(document):
+    commands = commands_in(document)
+    wrong = [
+        f"{script} {flag}"
+        for script, flags in commands
+        for flag in flags
+        if flag not in flags_of(script)
+    ]
+    assert wrong == []
+    if document != "SECURITY.md":
+        assert len(commands) >= 2
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "run_local.sh", "compare.sh"])
+def test_every_flag_has_its_help(script):
+    """All flags are what --help says: each with words of its own."""
+    shown = run(
+        *(["bash", script] if script.endswith(".sh") else [sys.executable, script]), "--help"
+    )
+    options = shown.stdout[shown.stdout.index("\noptions:") :]
+    flags = re.split(r"\n  (?=-)", options)[1:]
+    assert len(flags) > 1
+    assert [flag for flag in flags if not re.search(r"( {2,}|\n {6,})\S", flag)] == []
 
 
 def test_the_readme_names_every_file():
+    """Every entry of the root explains itself by its line in the README."""
     readme = (ROOT / "README.md").read_text()
-    files = [*ROOT.glob("*.py"), *ROOT.glob("*.sh")]
-    assert len(files) > 20 and not [path.name for path in files if path.name not in readme]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.md")]
+    names = [path.name for path in files if path.name != "README.md"]
+    listed = run("git", "ls-files", cwd=ROOT).stdout.splitlines()
+    rooms = {name.partition("/")[0] + "/" for name in listed if "/" in name}
+    names += [room for room in rooms if not room.startswith((".", "client00"))]
+    assert len(names) > 20 and [name for name in names if name not in readme] == []
 
 
-def test_help_answers_within_half_a_second():
-    def seconds():
-        started = time.monotonic()
-        run(sys.executable, "todoServer.py", "--help")
-        return time.monotonic() - started
+def test_help_answers_soon():
+    """Before TensorFlow, gRPC or NumPy could be imported: seconds as a ratio to an empty Python."""
 
-    assert min(seconds() for _ in range(5)) < 0.5
+    def fastest_s(*command):
+        seconds = []
+        for _ in range(7):
+            started = time.monotonic()
+            run(sys.executable, *command)
+            seconds.append(time.monotonic() - started)
+        return min(seconds)
+
+    assert fastest_s("todoServer.py", "--help") / fastest_s("-c", "pass") < 15
 
 
 @pytest.mark.parametrize(
@@ -94,7 +148,7 @@ def test_a_missing_package_is_one_sentence_and_exit_1(script):
     [
         (["todoServer.py", "--rounds", "0"], "'0' is not a whole number of at least 1"),
         (["todoServer.py", "--min-clients", "2"], "--min-clients needs --round-timeout"),
-        (["todoServer.py", "--clients", "a,../b"], "refused: expected letters"),
+        (["todoServer.py", "--clients", "a,../b"], "expected letters"),
         (["todoServer.py", "--clients", "a,a"], "expected different names"),
         (["todoServer.py", "--round-timeout", "-1"], "not a number of seconds"),
         (["todoClient.py"], "--name"),
@@ -127,19 +181,3 @@ def test_a_missing_file_is_one_sentence_and_exit_1(arguments, sentence, tmp_path
     shown = run(sys.executable, ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
     assert shown.returncode == 1 and sentence in shown.stderr and "Traceback" not in shown.stderr
     assert len(shown.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    "arguments, sentence",
-    [
-        (["--roundz", "3"], "--roundz is unknown"),
-        (["--rounds"], "--rounds is unknown or has no value"),
-        (["--num-clients", "0"], "--num-clients 0 is not a number above 0"),
-    ],
-)
-def test_run_local_names_a_wrong_flag_before_it_installs(arguments, sentence, tmp_path):
-    for name in ("run_local.sh", "setup.sh"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    shown = run("bash", "run_local.sh", *arguments, cwd=tmp_path)
-    assert shown.returncode == 2 and sentence in shown.stderr
-    assert not (tmp_path / ".venv").exists()

@@ -13,13 +13,14 @@ import time
 
 import grpc
 import pytest
+import serving
 from conftest import ROOT, Run, make_data, until, write_weights
 from seed_peer import LIMITS, cut
 
 import todoClient
 import todoServer
 from common import files
-from federation import service, tls, weights
+from federation import tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 
@@ -79,8 +80,8 @@ class Served:
     def __init__(self, folder, *flags, rounds=1, **options):
         self.run = Run(folder / "server", ["client001", "client002"], rounds=rounds)
         credentials = tls.server_credentials(todoServer.parse(list(flags)))
-        self.server, self.address = service.create_server(
-            self.run.rounds, "localhost:0", credentials=credentials, **options
+        self.server, self.address = serving.serve(
+            self.run.rounds, credentials=credentials, **options
         )
 
     def stub(self, *flags):
@@ -434,7 +435,7 @@ def test_a_flood_of_unknown_peers_does_not_delay_a_round(serve, tmp_path):
         {**state, "weights_sha256": files.sha256_of(served.run.weights)},
     )
     served.run.start()
-    served.server, served.address = service.create_server(served.run.rounds, "localhost:0")
+    served.server, served.address = serving.serve(served.run.rounds)
     good = [write_weights(tmp_path / f"{seed}.h5", seed, large) for seed in (1, 2)]
 
     def one_round():
@@ -470,7 +471,7 @@ def test_a_flood_of_unknown_peers_does_not_delay_a_round(serve, tmp_path):
 
 def test_make_certs(tmp_path):
     made = make_certs(tmp_path / "certs", "192.0.2.7", "client001", DAYS="90")
-    assert made.returncode == 0 and made.stdout.count("holds until") == 3
+    assert made.returncode == 0 and made.stdout.count("is valid until") == 3
     assert {
         path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "certs").glob("*.key")
     } == dict.fromkeys(["ca.key", "server.key", "client001.key"], "0o600")
@@ -500,7 +501,7 @@ def test_make_certs(tmp_path):
     ):  # renewed, by the same CA
         (tmp_path / "certs" / name).rename(tmp_path / name)
     renewed = make_certs(tmp_path / "certs", "192.0.2.7", "client001")
-    assert renewed.returncode == 0 and renewed.stdout.count("holds until") == 3
+    assert renewed.returncode == 0 and renewed.stdout.count("is valid until") == 3
     openssl("verify -CAfile certs/ca.pem certs/server.pem certs/client001.pem server.pem", tmp_path)
     assert (tmp_path / "certs" / "server.pem").read_bytes() != (
         tmp_path / "server.pem"

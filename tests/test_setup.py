@@ -1,0 +1,79 @@
+"""setup.sh: makes .venv once, and again where it no longer works. With no package, so without a network."""
+
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+AGAIN = "setup: .venv was moved, or its Python is gone: making it again"
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    shutil.copy(ROOT / "setup.sh", folder)
+    (folder / "none.txt").touch()
+    return folder
+
+
+def set_up(folder):
+    shown = subprocess.run(
+        ["bash", "setup.sh", "none.txt"], cwd=folder, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout.splitlines()
+
+
+def pip_works(folder):
+    """By the program's own first line, which names the folder that it was installed into."""
+    shown = subprocess.run(
+        [folder / ".venv" / "bin" / "pip", "--version"], capture_output=True, text=True
+    )
+    return str(folder) in shown.stdout
+
+
+def test_it_installs_once_and_again_after_a_move_or_without_its_python(project):
+    installing = "setup: installing none.txt into .venv (a minute or two)"
+    assert set_up(project) == [installing] and pip_works(project)
+    assert set_up(project) == []
+
+    moved = project.with_name("moved")
+    project.rename(moved)
+    assert set_up(moved) == [AGAIN, installing] and pip_works(moved)
+
+    copied = project.with_name("copied")
+    shutil.copytree(moved, copied, symlinks=True)
+    assert set_up(copied) == [AGAIN, installing] and pip_works(copied)
+    assert set_up(moved) == []
+
+    (moved / ".venv" / "bin" / "python").unlink()
+    (moved / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
+    assert set_up(moved) == [AGAIN, installing] and pip_works(moved)
+
+
+def test_another_version_of_python_has_none_of_the_packages(project):
+    set_up(project)
+    (stamp,) = (project / ".venv").glob(".installed-*")
+    stamp.write_text(stamp.read_text().replace("Python 3.", "Python 2."))
+    assert set_up(project) == ["setup: installing none.txt into .venv (a minute or two)"]
+    assert set_up(project) == []
+
+
+def test_a_requirement_that_changed_is_installed(project):
+    set_up(project)
+    (project / "none.txt").write_text("# nothing yet\n")
+    assert len(set_up(project)) == 1 and set_up(project) == []
+
+
+def test_what_pip_refuses_is_a_sentence_and_tried_again(project):
+    (project / "none.txt").write_text("no such requirement !\n")
+    for _ in range(2):
+        shown = subprocess.run(
+            ["bash", "setup.sh", "none.txt"], cwd=project, capture_output=True, text=True
+        )
+        assert shown.returncode == 1
+        assert "setup: error: pip could not install none.txt" in shown.stderr
