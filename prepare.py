@@ -154,8 +154,8 @@ def check_usage(parser, args):
         parser.error(f"--balanced is the thesis's draw from ddr, not from {args.dataset}")
     if args.split == "hospitals" and args.dataset != "synthetic":
         parser.error(
-            f"--split hospitals is of the drawn hospitals, not of {args.dataset}: use iid, noniid or "
-            "dirichlet"
+            f"--split hospitals is of the drawn hospitals, not of {args.dataset}: use iid, noniid "
+            "or dirichlet"
         )
     if args.split == "noniid" and args.num_clients != 3:
         parser.error(
@@ -340,11 +340,14 @@ def write_indexes(records, prepared):
     publish_text(PREPARED, json.dumps(prepared, indent=1) + "\n")
 
 
-def show(records, folder, worker_hospitals):
-    """A table, and two pictures that show what was prepared."""
+def show(records, folder, hospitals):
+    """A table, and two pictures that show what was prepared.
+
+    hospitals: what worker_hospitals gives.
+    """
     print(overview.format_table(records))
-    for worker, hospitals in worker_hospitals.items():
-        print(f"{worker}: {hospitals}")
+    for worker, names in hospitals.items():
+        print(f"{worker}: {names}")
     sheet = folder / "contact_sheet.png"
     overview.save_contact_sheet(sheet, records["train_set"] + records["val_set"])
     workers = [records[name] for name in workers_of(records)]

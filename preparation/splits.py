@@ -139,10 +139,12 @@ def deal(photos, how, num_clients, rng, alpha):
 def deal_hospitals(photos, num_clients):
     """Deal whole hospitals among clients: a list for each.
 
-    With as many clients as hospitals, each client is one. Of more clients, every third, say, is a
-    hospital of the same kind, and they share its patients. Of fewer clients, one has several.
+    Clients take the hospitals in turn. Where there are more clients than hospitals, those of the
+    same hospital share its patients; where there are fewer, a client has several hospitals.
     """
-    names = list(dict.fromkeys(photo.hospital for photo in sorted(photos, key=lambda p: p.name)))
+    # `photos` come ordered by grade, which would make the order of the hospitals depend on chance.
+    by_name = sorted(photos, key=lambda photo: photo.name)
+    names = list(dict.fromkeys(photo.hospital for photo in by_name))
     clients = [[] for _ in range(num_clients)]
     for number, name in enumerate(names):
         own = [photo for photo in photos if photo.hospital == name]
