@@ -7,11 +7,11 @@ python3 central.py --index index/worker3.pkl --out alone     # one hospital that
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-from common.script import at_least, exit_on_signals, fail, pixels, say, start_script
+from common.log import fail, say
+from common.script import at_least, end_script, exit_on_signals, pixels, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -67,7 +67,7 @@ def main(argv=None):
     )
     add("--threads", type=at_least(0), default=0, metavar="N", help="of TensorFlow (0: all cores)")
     args = parser.parse_args(argv)
-    image_size = args.image_size or model.ARCHS[args.arch]
+    image_size = args.image_size or model.ARCHS[args.arch].image_size
     try:
         with files.alone_in(args.out):
             train_and_evaluate(args, image_size)
@@ -120,5 +120,5 @@ def train_and_evaluate(args, image_size):
 
 
 if __name__ == "__main__":
-    exit_on_signals("central: stopped; its last whole round is kept")
-    sys.exit(main())
+    exit_on_signals("central", "stopped; its last whole round is kept")
+    end_script(main())

@@ -9,20 +9,21 @@ Killed at any instant and started again with the same command, it takes part aga
 """
 
 import argparse
+import math
 import random
-import sys
+import re
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.log import fail, say
 from common.script import (
     at_least,
     client_name,
+    end_script,
     exit_on_signals,
-    fail,
     pixels,
-    say,
     seconds,
     start_script,
 )
@@ -35,8 +36,9 @@ import grpc
 import data
 import model
 from common import files
-from federation import tls, weights
+from federation import probe, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
+from reporting import card as cards
 
 HISTORY_COLUMNS = ["round", "epoch", "loss", "accuracy", "num_examples", "seconds"]
 
@@ -56,12 +58,13 @@ FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10
 CONNECT_S = 10  # what gRPC may take to connect
 SERVED_S = 2 * CONNECT_S  # a call that lasted longer had a server at its other end
+MAX_REJECTIONS = 3  # of one round's uploads, for whatever reasons
 
 MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
 
 # What a server trains that names nothing: the thesis demo's. A run without an id is one of that.
-SEED_TASK = {"run": "", "arch": "vgg16", "image_size": 224}
+SEED_TASK = {"run": "", "arch": "vgg16", "image_size": 224, "freeze_base": False}
 
 # Status codes that trying again does not change.
 REFUSALS = {
@@ -88,7 +91,7 @@ class GaveUp(Exception):
 
 def main(argv=None):
     arguments = parse(argv)
-    exit_on_signals(f"{arguments.name}: stopped; start it again to take part again")
+    exit_on_signals(arguments.name, "stopped; start it again to take part again")
     try:
         with files.alone_in(arguments.client_dir):
             federate(Site(arguments))
@@ -159,7 +162,12 @@ def parse(argv):
         metavar="N",
         help="of TensorFlow (default: 0, all cores)",
     )
-    add("--freeze-base", action="store_true", help="train only the dense layers of a vgg16")
+    add(
+        "--freeze-base",
+        action=argparse.BooleanOptionalAction,
+        help="train only the layers after the base of a vgg16 or lite0; --no-freeze-base: train "
+        "all (default: as the server says)",
+    )
     add(
         "--no-augmentation",
         action="store_true",
@@ -192,27 +200,38 @@ def parse(argv):
 class Site:
     """What one hospital has: its images, its network and its state file.
 
+    weights   client_weights.h5: fetched, then trained
+    result    server_weight.h5: the merged model of the last round, once the run is over
+
     state["trained"] says for which settings client_weights.h5 was trained, and its SHA-256, as long
     as it is not delivered; None otherwise. A client that finds it when it starts delivers that file
-    instead of training again.
+    instead of training again. state["rejections"] are the server's sentences about uploads of this
+    round whose content it refused.
     """
 
     def __init__(self, arguments):
         self.arguments = arguments
         self.name = arguments.name
         self.weights = arguments.client_dir / "client_weights.h5"
+        self.result = arguments.client_dir / "server_weight.h5"
         self.state_path = arguments.client_dir / "state.json"
         files.clean(arguments.client_dir)
         self.records = data.read_index(arguments.index)
         new_state = {"run": None, "round": 0, "rounds": 0, "trained": None, "history": []}
         remedy = "move it away; this client then begins with the open round"
-        self.state = files.load_state(self.state_path, new_state, remedy) or new_state
+        saved = files.load_state(self.state_path, new_state, remedy) or new_state
+        self.state = {"rejections": [], **saved}  # an older client's state has none
         arguments.threads = arguments.threads or model.default_threads()
         self.settings = {flag: getattr(arguments, flag) for flag in TRAINING_FLAGS}
+        if arguments.freeze_base is None:
+            self.settings["freeze_base"] = False  # so that the state of an older version resumes
+        elif not arguments.freeze_base:
+            self.settings["freeze_base"] = "never"
         self.settings["index"] = files.sha256_of(arguments.index)[:12]
         self.settings["num_examples"] = len(self.records)
         self.network = None
         self.batches = None
+        self.prepared_for = None  # (arch, image_size, freeze_base) of `network` and `batches`
         self.sent = False  # whether the open round's weights went out whole at least once
 
     def say(self, line):
@@ -241,13 +260,19 @@ class Site:
 
     def prepare(self, task):
         """Make the network and load the images; once, unless the server changes the network."""
-        wanted = (task["arch"], task["image_size"])
-        if self.network and (self.network.name, self.network.input_shape[1]) == wanted:
+        wanted = (task["arch"], task["image_size"], task["freeze_base"])
+        if self.prepared_for == wanted:
             return
         model.configure(self.arguments.seed, self.arguments.threads)
         self.network = model.build(task["arch"], task["image_size"])
-        if self.arguments.freeze_base:
+        if self.freezes_base(task):
             model.freeze_base(self.network)
+        if self.follows_frozen_base(task):
+            self.say(
+                "the base keeps its ImageNet weights and only the layers after it are trained: "
+                f"the features of {len(self.records)} images are computed once, without rotation "
+                "and flips (--no-freeze-base trains all layers)"
+            )
         images = data.load_images(
             self.records,
             task["image_size"],
@@ -259,8 +284,20 @@ class Site:
             self.arguments.batch_size,
             self.arguments.seed,
             self.name,
-            not self.arguments.no_augmentation,
+            augment=not (self.arguments.no_augmentation or self.follows_frozen_base(task)),
         )
+        self.prepared_for = wanted
+
+    def follows_frozen_base(self, task):
+        """Whether the server announced a frozen base, and no flag says otherwise.
+
+        Then the images are trained on as they are: their features are computed once, and a round
+        takes seconds. With --freeze-base, as the thesis did it, they are rotated and flipped.
+        """
+        return self.arguments.freeze_base is None and task["freeze_base"]
+
+    def freezes_base(self, task):
+        return self.arguments.freeze_base or self.follows_frozen_base(task)
 
 
 # --- the steps -----------------------------------------------------------------------------------
@@ -269,28 +306,56 @@ class Site:
 def ClientgetWeight(stub, site):
     """get weight from server, save locally: client_weights.h5 is then the server's.
 
-    Returns the task, a dict of run, round, rounds, arch and image_size. Raises Finished where the
-    run is over, ValueError where the answer makes no sense, grpc.RpcError.
+    Returns the task, a dict of run, round, rounds, arch, image_size and freeze_base. Raises
+    Finished where the run is over, and what was fetched is its result; ValueError where the answer
+    makes no sense, grpc.RpcError.
     """
     request_metadata = (("fedml-client", site.name), ("fedml-accept", "blob"))
-    with reporting(site, "waiting for the weights"), files.replacing(site.weights) as written:
+    with reporting(site, "waiting for the weights"):
         call = stub.getWeight(todo_pb2.void(), metadata=request_metadata)
         initial_metadata = dict(call.initial_metadata())
-        sha256 = weights.spool(call, written, MAX_WEIGHTS_BYTES)
-        announced = initial_metadata.get("fedml-sha256", sha256)
-        if announced != sha256:
-            raise ValueError(
-                f"the weights arrived with SHA-256 {sha256}, the server announced {announced}"
-            )
-    if "fedml-run" in initial_metadata:
-        task = task_from(initial_metadata)
-    else:
-        task = next_seed_task(site)
-    if task["round"] > task["rounds"]:
-        raise Finished(
-            f"the run is over after {task['rounds']} rounds; its result is in {site.weights}"
-        )
+        if "fedml-run" in initial_metadata:
+            task = task_from(initial_metadata)
+        else:
+            task = next_seed_task(site)
+        is_result = task["round"] > task["rounds"]
+        path = site.result if is_result else site.weights
+        with files.replacing(path) as written:
+            sha256 = weights.spool(call, written, MAX_WEIGHTS_BYTES)
+            announced = initial_metadata.get("fedml-sha256", sha256)
+            if announced != sha256:
+                raise ValueError(
+                    f"the weights arrived with SHA-256 {sha256}, the server announced {announced}"
+                )
+    if is_result:
+        save_card(site, initial_metadata.get("fedml-card"), sha256)
+        raise Finished(f"the run is over after {task['rounds']} rounds; {result_text(site)}")
     return task
+
+
+def save_card(site, text, sha256):
+    """Publish the model card of the result beside it, where the server sent one that is good."""
+    cards.path_of(site.result).unlink(missing_ok=True)  # of an earlier run
+    if text is None:
+        return
+    try:
+        card = cards.parse(text)
+        if card["weights_sha256"] != sha256:
+            raise ValueError("it describes other weights")
+    except ValueError as error:
+        site.say(f"the server's model card is left out: {error}")
+        return
+    cards.publish(site.result, card)
+
+
+def result_text(site):
+    card_path = cards.path_of(site.result)
+    if card_path.exists():
+        return (
+            f"its result is {site.result}, with its model card {card_path}: "
+            f"predict.py --weights {site.result} scores photographs with it"
+        )
+    return f"its result is {site.result}, without a model card"
 
 
 def task_from(initial_metadata):
@@ -302,6 +367,7 @@ def task_from(initial_metadata):
             "image_size": pixels(initial_metadata["fedml-image-size"]),
             "round": at_least(1)(initial_metadata["fedml-round"]),
             "rounds": at_least(1)(initial_metadata["fedml-rounds"]),
+            "freeze_base": initial_metadata.get("fedml-freeze-base") == "1",
         }
         if task["arch"] not in model.ARCHS:
             raise ValueError(f"unknown network {task['arch']!r}")
@@ -335,13 +401,20 @@ def train(site, task):
     site.say(f"{title}: training on {len(site.records)} images")
 
     def report(row):
+        if not math.isfinite(row["loss"]):
+            raise not_finite(site, f"{title}, epoch {row['epoch']}: the loss is {row['loss']}")
         site.say(
             f"{title}: epoch {row['epoch']}/{site.arguments.epochs}  loss {row['loss']:.4f}  "
             f"accuracy {row['accuracy']:.3f}  ({row['seconds']:.1f} s)"
         )
 
     rows = model.train(site.network, site.batches, task["round"], site.arguments.epochs, report)
-    model.save(site.network, site.weights)
+    try:
+        # The numbers go into the file that was fetched: outside its tensors an upload is then the
+        # server's own file, which the server can check without opening HDF5 from outside.
+        digest = weights.write_tensors(site.weights, model.tensors(site.network))
+    except ValueError as error:
+        raise not_finite(site, f"{title}, epoch {site.arguments.epochs}: {error}") from None
     history = rows
     if site.state["run"] == task["run"]:
         earlier = [row for row in site.state["history"] if row["round"] < task["round"]]
@@ -352,42 +425,73 @@ def train(site, task):
         round=task["round"],
         rounds=task["rounds"],
         history=history,
-        trained={**site.settings, "sha256": files.sha256_of(site.weights)},
+        trained={**site.settings, "sha256": digest},
+        settings=site.settings,
     )
     site.sent = False
+
+
+def not_finite(site, what):
+    """The ValueError of a training that ended in numbers that are not finite."""
+    return ValueError(
+        f"{what}. Training ended in numbers that are not finite, and nothing of it is kept: try a "
+        f"smaller learning rate (learning_rate in model.py), or look for damaged images in "
+        f"{site.arguments.index}, then start this client again"
+    )
 
 
 def ClientsendWeight(stub, site):
     """send weight to server, and wait for its answer. Afterwards nothing is left to deliver.
 
-    Raises Finished after the last round, grpc.RpcError.
+    After the last round a server of ours hands out the result, so the next step fetches it.
+
+    Raises Finished after the last round of a server that names none, ValueError where the server
+    rejects what is trained, again and for the same reason, grpc.RpcError.
     """
     round_number = site.state["round"]
     title = f"round {round_number}/{site.state['rounds']}"
     messages, request_metadata = upload_of(site)
     try:
         with reporting(site, f"{title}: waiting for the server's answer"):
-            answer, call = stub.sendWeight.with_call(messages, metadata=request_metadata)
+            answer = stub.sendWeight(messages, metadata=request_metadata)
     except grpc.RpcError as error:
-        if error.code() != grpc.StatusCode.FAILED_PRECONDITION:
-            raise
-        # Another run or another round is open by now.
-        site.say(f"{title}: upload rejected: {error.details()}; these weights are dropped")
-        site.save(trained=None)
-        return
+        if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+            # Another run or another round is open by now, or the run is over.
+            site.say(f"{title}: upload rejected: {error.details()}; these weights are dropped")
+            site.save(trained=None, rejections=[])
+            return
+        if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
+            train_again_or_end(site, title, error.details())
+            return
+        raise
     if answer.value != 1:  # the thesis demo's server says 0 when the others did not come in time
         site.save(trained=None, round=round_number - 1)
         site.say(f"{title}: the server did not merge (answer {answer.value}): fetching again")
         return
-    site.save(trained=None)
-    trailing_metadata = dict(call.trailing_metadata())
+    site.save(trained=None, rejections=[])
     counted_by_client = not site.state["run"]
-    last_by_count = counted_by_client and round_number >= site.state["rounds"]
-    if "fedml-done" in trailing_metadata or last_by_count:
+    if counted_by_client and round_number >= site.state["rounds"]:
         raise Finished(
             f"the run is over after {site.state['rounds']} rounds; {site.weights} is this site's "
-            "last; the merged model is the server's server_weight.h5"
+            "last; the merged model is the server's"
         )
+
+
+def train_again_or_end(site, title, reason):
+    """Drop an upload whose content the server rejected: what is trained next may be better.
+
+    Raises ValueError where it was not.
+    """
+    earlier = site.state["rejections"]
+    if reason in earlier or len(earlier) + 1 == MAX_REJECTIONS:
+        site.save(trained=None, rejections=[])  # a new start may try again
+        raise ValueError(
+            f"the server rejected {len(earlier) + 1} uploads of this round, each trained anew: "
+            f"{reason}. Look at the images in {site.arguments.index}, at this client's flags, and "
+            "whether this client and the server are of the same commit"
+        )
+    site.save(trained=None, rejections=[*earlier, reason])
+    site.say(f"{title}: upload rejected: {reason}; these weights are dropped, training again")
 
 
 def upload_of(site):
@@ -455,13 +559,13 @@ def keep_trying(attempt, site):
 
 def report_failure(site, failure, left_s):
     """Say why no call succeeds. Raises ValueError where trying again does not help."""
-    if failure.code() == grpc.StatusCode.UNAVAILABLE:
-        reason = tls.explain(site.arguments)  # gRPC says UNAVAILABLE for a failed handshake too
-        if reason:
-            raise ValueError(reason)
     reason = failure.details() or failure.code().name
-    if "connect" in reason.lower():  # gRPC names addresses and errors of all attempts
-        reason = "no server answers there yet"
+    if failure.code() == grpc.StatusCode.UNAVAILABLE:
+        found = probe.explain(site.arguments)
+        # Of a connection that failed gRPC names addresses and errors of all attempts; anything else
+        # is the server's own sentence.
+        if found and re.search("connect|socket", reason, re.I):
+            reason = found
     site.say(
         f"waiting for the server at {site.arguments.server} ({reason}); giving up in {left_s:.0f} s"
     )
@@ -474,15 +578,25 @@ def gave_up(site):
         f"the server at {site.arguments.server} did not answer for "
         f"{site.arguments.give_up_after:g} s"
     )
-    is_last = state["round"] == state["rounds"]
+    is_last = state["run"] and state["round"] == state["rounds"]
+    if is_last and not state["trained"]:
+        return GaveUp(
+            f"{away}; the run is over, but its result could not be fetched: it is the server's "
+            "server_weight.h5; started again, this client asks again",
+            exit_code=4,
+        )
     if state["trained"] and site.sent and is_last:
         return GaveUp(
             f"{away}; the last round's weights were delivered and never answered: the run is "
             "probably over, look at the server; started again, this client asks again",
             exit_code=5,
         )
+    may_be_over = ""
+    if is_last and state["round"] > 0:
+        may_be_over = f"round {state['round']} was the last, so the run may be over; "
     return GaveUp(
-        f"{away}; what was trained is kept: start this client again when the server is back",
+        f"{away}; {may_be_over}what was trained is kept: start this client again when the server "
+        "is back",
         exit_code=4,
     )
 
@@ -525,4 +639,4 @@ def reporting(site, what):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_script(main())
