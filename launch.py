@@ -22,12 +22,11 @@ from pathlib import Path
 
 from common import files
 from common.log import fail, say, warn
-from common.script import at_least, end_script, pixels, start_script
+from common.script import at_least, end_script, pixels, start_script, watch_signals
 
 PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
 LISTENING = re.compile(r"server: listening on (\S+)$")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SERVER_LOG = "run_local.log"
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
 
@@ -40,7 +39,10 @@ NEED_NO_SOURCE = ["synthetic", "retinamnist"]
 def main(argv=None):
     command, flags = parse(argv)
     processes = Processes(command)
-    processes.stop_on_signals()
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+        signals.append(signal.SIGHUP)
+    watch_signals(signals, lambda number: processes.events.put(("signal", number)))
     try:
         set_up(processes)
         os.chdir(PROJECT)
@@ -320,25 +322,6 @@ class Processes:
         # server, ("ended", name).
         self.events = queue.SimpleQueue()
         self.printing = threading.Lock()  # one line at a time
-
-    def stop_on_signals(self):
-        """Puts SIGINT, SIGTERM and SIGHUP into `events`.
-
-        By a pipe and a thread, because a handler's put() can be lost: it may interrupt the main
-        thread in the middle of get(), and a second signal the handler.
-        """
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing)
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # under nohup SIGHUP is ignored
-                signal.signal(number, lambda number, frame: None)
-
-        def pass_on_signals():
-            while True:
-                self.events.put(("signal", os.read(reading, 1)[0]))
-
-        threading.Thread(target=pass_on_signals, daemon=True).start()
 
     def run(self, *command, cwd=PROJECT):
         """One process by itself: it has the terminal. Raises Stop when it fails."""

@@ -7,6 +7,7 @@ in, so nothing here knows about weights or images.
 What is published in which order, and what a start does after a crash, stands in `federation.state`.
 """
 
+import errno
 import threading
 import time
 
@@ -17,6 +18,8 @@ HISTORY_COLUMNS = (
     "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds"
 ).split(",")
 REPORT_EVERY_S = 30  # how often the server says for whom it waits
+RETRY_S = 1  # how soon a step is tried again for which no file could be opened
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # of this process, of this machine
 
 
 class Refused(Exception):
@@ -153,8 +156,8 @@ class Rounds:
         try:
             while not self.done:
                 self._wait_for_clients()
-                self._merge_and_commit()
-                self._evaluate()
+                for step in (self._freeze, self._merge_and_commit, self._evaluate):
+                    self._do(step)
         except TooFewClients as error:
             self.stop("UNAVAILABLE", str(error))
             raise
@@ -174,7 +177,7 @@ class Rounds:
             self.changed.notify_all()
 
     def _wait_for_clients(self):
-        """Wait for all clients, or for enough of them at the time limit; then freeze the round."""
+        """Wait for all clients, or for enough of them at the time limit."""
         self.opened = time.monotonic()
         reported = self.opened
         limit = float("inf")
@@ -194,10 +197,30 @@ class Rounds:
                     reported = now
                 next_event = min(reported + REPORT_EVERY_S, limit)
                 self.changed.wait(max(0.01, next_event - now))
-            # From here on the set is fixed, and a crash cannot change it. Of a replaced upload only
-            # the entry that holds is kept.
+
+    def _do(self, step):
+        """step(), and once more where this machine is out of open files, until they come back.
+
+        That is nobody's fault in this run, and each step can be repeated: a crash may interrupt it
+        as well.
+        """
+        while True:
+            try:
+                return step()
+            except OSError as error:
+                if error.errno not in OUT_OF_FILES:
+                    raise
+                self.say(f"round {self.answered + 1}: {error}; trying again until there are some")
+            with self.changed:
+                if self.changed.wait_for(lambda: self.over, RETRY_S):
+                    raise self.over
+
+    def _freeze(self):
+        """From here on the set is fixed, and a crash cannot change it."""
+        with self.changed:
             self._save(
                 frozen=sorted(self.uploads),
+                # Of a replaced upload only the entry that holds is kept.
                 uploads={client: [upload] for client, upload in self.uploads.items()},
             )
 

@@ -130,7 +130,7 @@ def test_a_straggler_that_finds_the_server_learns_that_the_run_is_over(
     assert late.wait() == 0, late.output
     assert "round 1, which is over" in late.output
     assert (
-        "the run is over after 1 rounds; its result is in client002/client_weights.h5"
+        "the run is over after 1 rounds; its result is client002/server_weight.h5"
         in (late.lines[-1])
     )
     assert server.wait() == 0

@@ -198,7 +198,7 @@ def test_sigterm_ends_all_with_143(project):
     (drawn(project) / "todoClient.py").write_text(WAITING_CLIENT)
     process = Started(command(), project, WITH_PACKAGES)
     for name in ("client001", "client002"):
-        process.wait_for(f"{name}: I am here")
+        process.wait_for(f"{name}: I am here", 200)
     assert len(processes_in(project)) == 4
     process.signal(signal.SIGTERM)
     assert process.wait(20) == 143
