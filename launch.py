@@ -177,8 +177,8 @@ RUN_FLAGS = [
         "--split",
         ["prepare"],
         {
-            "choices": ["iid", "noniid", "dirichlet"],
-            "help": "who gets which images (default: iid)",
+            "choices": ["hospitals", "iid", "noniid", "dirichlet"],
+            "help": "who gets which images (default: the drawn hospitals, or iid of photographs)",
         },
     ),
     (
@@ -283,6 +283,8 @@ def check_combinations(parser, flags):
     pretrained = flags.get("--weights") == "imagenet" or "--freeze-base" in flags
     if pretrained and flags.get("--arch") != "vgg16":
         parser.error("--freeze-base and --weights imagenet are for --arch vgg16")
+    if flags.get("--split") == "hospitals" and dataset != "synthetic":
+        parser.error("--split hospitals is of the drawn hospitals: use iid, noniid or dirichlet")
     if flags.get("--split") == "noniid" and flags.get("--num-clients", 3) != 3:
         parser.error("--split noniid is for 3 clients: use --split dirichlet for another number")
 
