@@ -21,7 +21,8 @@ import threading
 from pathlib import Path
 
 from common import files
-from common.script import at_least, fail, pixels, say, start_script, watch_signals
+from common.log import fail, pass_on, say
+from common.script import at_least, end_script, pixels, start_script, watch_signals
 
 PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
@@ -631,4 +632,4 @@ def write_comparison(path, series):
 
 if __name__ == "__main__":
     start_script()
-    sys.exit(main())
+    end_script(main())

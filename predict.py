@@ -5,10 +5,10 @@ python3 predict.py eye1.jpg eye2.png
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from common.script import exit_on_signals, fail, start_script
+from common.log import fail
+from common.script import end_script, exit_on_signals, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -85,5 +85,5 @@ def print_score(network, prepared, path):
 
 
 if __name__ == "__main__":
-    exit_on_signals("predict: stopped")
-    sys.exit(main())
+    exit_on_signals("predict", "stopped")
+    end_script(main())

@@ -9,20 +9,20 @@ Killed at any instant, run the same command again to resume. Exit codes: 0 finis
 
 import argparse
 import functools
-import os
 import queue
 import secrets
 import signal
-import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+from common import log
+from common.log import fail
 from common.script import (
     at_least,
     client_name,
+    end_script,
     exit_on_signals,
-    fail,
     keep_heap_small,
     pixels,
     seconds,
@@ -30,7 +30,6 @@ from common.script import (
     trim_heap,
     watch_signals,
 )
-from common.script import say as say_as
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -61,7 +60,7 @@ FIXED_FLAGS = ("clients", "arch", "image_size", "seed", "weights")
 
 def main(argv=None):
     arguments = parse(argv)
-    exit_on_signals("server: stopped before it began to listen; start it again")
+    exit_on_signals("server", "stopped before it began to listen; start it again")
     try:
         with ExitStack() as locks:
             locks.enter_context(files.alone_in(arguments.server_dir))
@@ -74,9 +73,8 @@ def main(argv=None):
                 locks.enter_context(files.alone_in(arguments.server_dir / client))
             rounds = open_rounds(arguments, state, validation)
             code = serve(arguments, rounds)
-            # Exit without joining threads: all files are already on disk, and a thread may be in
-            # the middle of an evaluation.
-            os._exit(code)
+            # Without joining threads: one may be in the middle of an evaluation.
+            end_script(code)
     except (ValueError, OSError) as error:
         return fail("server", error)
 
@@ -213,7 +211,7 @@ def client_names(text):
 
 
 def say(line):
-    say_as("server", line)
+    log.say("server", line)
 
 
 # --- the run: resumed, or begun ------------------------------------------------------------------
@@ -413,4 +411,4 @@ def coordinate(rounds):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_script(main())

@@ -57,7 +57,7 @@ def create_server(servicer, listen, credentials=None):
             ("grpc.max_connection_idle_ms", IDLE_S * 1000),
             ("grpc.server_handshake_timeout_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 4000),
         ],
     )
     todo_pb2_grpc.add_FedMLServicer_to_server(servicer, server)

@@ -466,9 +466,11 @@ def holding(site, script, *patches):
             [
                 "import sys, time",
                 f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]",
+                "from common.script import end_script, start_script",
+                "start_script()",
                 *patches,
                 f"import {script}",
-                f"sys.exit({script}.main())",
+                f"end_script({script}.main())",
             ]
         )
     )

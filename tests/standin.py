@@ -27,7 +27,8 @@ import h5py
 import numpy as np
 
 from common.files import replacing
-from common.script import keep_heap_small
+from common.log import say
+from common.script import end_script, keep_heap_small, start_script
 from federation import weights
 
 # --- weight files -------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def load(network, path):
 
 
 def train(network, batches, round_number, epochs, report):
-    print("training now", flush=True)
+    say("standin", "training now")
     time.sleep(float(os.environ.get("STANDIN_TRAINING_S", 0)))
     if os.environ.get("STANDIN_GATE") == "1":
         sys.stdin.readline()
@@ -157,6 +158,7 @@ def evaluate(network, images, labels):
 
 
 def main():
+    start_script()
     name = sys.argv[1]
     if name == "todoServer":
         keep_heap_small()  # as the real one does
@@ -164,7 +166,7 @@ def main():
     script = importlib.import_module(name)
     if os.environ.get("STANDIN_BASE64") == "1":
         weights.blob_messages = weights.base64_messages
-    sys.exit(script.main(sys.argv[2:]))
+    end_script(script.main(sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def old_server(site, monkeypatch):
     """
     monkeypatch.chdir(site)
     monkeypatch.setattr(todoClient, "SEED_TASK", {"run": "", "arch": "drcnn", "image_size": 32})
-    monkeypatch.setattr(todoClient, "exit_on_signals", lambda words: None)
+    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
     model.configure(0, 1)
     model.save(model.build("drcnn", 32), site / "first.h5")
 
