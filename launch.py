@@ -9,6 +9,7 @@ It makes .venv (setup.sh) and starts the other scripts with the Python in there.
 
 import argparse
 import csv
+import json
 import math
 import os
 import queue
@@ -18,16 +19,20 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
-from common import files
-from common.log import fail, pass_on, say
+from common import files, log, progress
+from common.log import fail, say
+from common.screen import Screen, describe
 from common.script import at_least, end_script, pixels, start_script, watch_signals
 
 PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
 LISTENING = re.compile(r"server: listening on (\S+)$")
 SERVER_LOG = "run_local.log"
+# Lines of a client that its line on the terminal says, too; in a log they stay.
+ROUTINE = re.compile(r" client\S*: round \d+/\d+: (training on|epoch )")
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
 
 # These two repeat what scripts know that need packages; tests/test_launch.py compares them.
@@ -319,10 +324,11 @@ class Processes:
         # All that the main thread waits for: ("signal", number), ("listening", HOST:PORT) of the
         # server, ("ended", name).
         self.events = queue.SimpleQueue()
-        self.printing = threading.Lock()  # one line at a time
+        self.screen = Screen()
 
     def run(self, *command, cwd=PROJECT):
         """One process by itself: it has the terminal. Raises Stop when it fails."""
+        log.flush()  # what was said before stands above
         process = subprocess.Popen([str(word) for word in command], cwd=cwd)
         self.follow(str(command[0]), process, [])
         self.wait_for_all()
@@ -330,12 +336,14 @@ class Processes:
     def run_script(self, script, *flags, cwd=PROJECT):
         self.run(self.python, PROJECT / script, *flags, cwd=cwd)
 
-    def start(self, name, script, *flags, cwd, log=None, shown=True):
-        """One of several processes: its lines go to the terminal and into the file `log`.
+    def start(self, name, script, *flags, cwd, log_file=None, shown=True):
+        """One of several processes: its lines go to the terminal and into the file `log_file`.
 
-        shown: whether all of its lines go to the terminal, or only its errors.
+        shown: whether all of its lines go to the terminal, or only its errors and its progress.
         """
-        kept = open(log or os.devnull, "w", encoding="utf-8", buffering=1)
+        kept = open(log_file or os.devnull, "w", encoding="utf-8", buffering=1)
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)  # a launcher that is slow to read delays no training
         process = subprocess.Popen(
             [str(word) for word in (self.python, PROJECT / script, *flags)],
             cwd=cwd,
@@ -344,21 +352,25 @@ class Processes:
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="backslashreplace",
+            pass_fds=[writing],
+            env={**os.environ, progress.VARIABLE: str(writing)},
         )
-        outputs = [kept, sys.stdout] if shown else [kept]
-        streams = [(process.stdout, outputs), (process.stderr, [kept, sys.stderr])]
-        self.follow(name, process, streams)
+        os.close(writing)
+        readers = [
+            threading.Thread(target=self.pass_on, args=(process.stdout, kept, shown)),
+            threading.Thread(target=self.pass_on, args=(process.stderr, kept, True, True)),
+            threading.Thread(target=self.draw, args=(name, open(reading, encoding="utf-8"))),
+        ]
+        self.follow(name, process, readers)
 
-    def follow(self, name, process, streams):
-        """Starts the thread that passes the lines on, and then tells that the process has ended."""
+    def follow(self, name, process, readers):
+        """Starts the thread that lets the readers end, and then tells that the process has ended."""
         self.running[name] = process
+        for reader in readers:
+            reader.daemon = True
+            reader.start()
 
         def until_it_ends():
-            readers = []
-            for stream, outputs in streams:
-                reader = threading.Thread(target=self.pass_on, args=(stream, outputs), daemon=True)
-                reader.start()
-                readers.append(reader)
             for reader in readers:
                 reader.join()
             process.wait()
@@ -367,14 +379,24 @@ class Processes:
         self.followers.append(threading.Thread(target=until_it_ends, daemon=True))
         self.followers[-1].start()
 
-    def pass_on(self, stream, outputs):
-        """Writes every line of `stream` to all outputs."""
+    def pass_on(self, stream, kept, shown, is_stderr=False):
+        """Every line of `stream` goes into the file `kept`, and where it is `shown` to the terminal."""
         for line in stream:
-            with self.printing:
-                for output in outputs:
-                    write(output, line)
+            with suppress(OSError):  # a full disk ends no run
+                kept.write(line)
+            is_drawn = self.screen.redraws and ROUTINE.search(line)
+            if shown and not is_drawn:
+                self.screen.print(line.rstrip("\n"), is_stderr)
             if listening := LISTENING.search(line):
                 self.events.put(("listening", listening[1]))
+
+    def draw(self, name, reports):
+        """Draws what a client reports of its progress, until it ends."""
+        with reports:
+            for line in reports:
+                with suppress(ValueError, KeyError, TypeError):
+                    self.screen.update(name, describe(name, json.loads(line)))
+        self.screen.update(name, None)
 
     def next_event(self):
         """(kind, value) of what happened next. Raises Stop on a signal, or when a process failed."""
@@ -384,8 +406,9 @@ class Processes:
         if kind == "ended":
             code = exit_code(self.running.pop(value))
             if code and self.running:
+                self.screen.close()
                 sentence = f"{value} ended with {code} (its words are above): stopping the others"
-                say(self.command, sentence, sys.stderr)
+                fail(self.command, sentence)
             if code:
                 raise Stop(code)
         return kind, value
@@ -413,21 +436,13 @@ class Processes:
                 process.kill()
         for follower in self.followers:
             follower.join(STOP_S)
+        self.screen.close()
 
 
 def exit_code(process):
     """As a shell gives it: 128 + the signal's number for a process that a signal ended."""
     code = process.returncode
     return code if code >= 0 else 128 - code
-
-
-def write(output, line):
-    """Writes and flushes a line. A terminal that went away, or a full disk, ends no run."""
-    try:
-        output.write(line)
-        output.flush()
-    except OSError:
-        pass
 
 
 # --- what both commands do ------------------------------------------------------------------------
@@ -452,7 +467,7 @@ def federate(processes, clients, server_flags, client_flags, folder, server_log,
     """
     listen = ["--listen", "localhost:0", "--clients", ",".join(clients)]
     processes.start(
-        "server", "todoServer.py", *listen, *server_flags, cwd=folder, log=folder / server_log
+        "server", "todoServer.py", *listen, *server_flags, cwd=folder, log_file=folder / server_log
     )
     address = processes.wait_for_address()
     cores = len(os.sched_getaffinity(0))
@@ -464,7 +479,7 @@ def federate(processes, clients, server_flags, client_flags, folder, server_log,
             *["--name", name, "--server", address, "--threads", threads],
             *client_flags,
             cwd=folder,
-            log=folder / f"{name}.log" if client_logs else None,
+            log_file=folder / f"{name}.log" if client_logs else None,
             shown=not client_logs,
         )
     processes.wait_for_all()
@@ -553,8 +568,8 @@ def print_history():
             value = f"{float(row[name]):.3f}" if "." in row[name] else row[name]
             cells.append(f"{value:>{width}}")
         lines.append(" ".join(cells))
-    files = f"model: server/server_weight.h5  history: server/history.csv  log: {SERVER_LOG}"
-    write(sys.stdout, "\n" + "\n".join(lines) + f"\n\n{files}\n")
+    written = f"model: server/server_weight.h5  history: server/history.csv  log: {SERVER_LOG}"
+    print("", *lines, "", written, sep="\n")
 
 
 # --- compare: central, federated and alone --------------------------------------------------------
@@ -626,7 +641,7 @@ def write_comparison(path, series):
     for name, folder in series.items():
         with open(folder / "history.csv", newline="", encoding="utf-8") as file:
             rows += [{"series": name, **row} for row in csv.DictReader(file)]
-        write(sys.stdout, ",".join(rows[-1][column] for column in columns) + "\n")
+        print(",".join(rows[-1][column] for column in columns))
     files.publish_rows(path, columns, rows)
 
 
