@@ -31,8 +31,9 @@ PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
 LISTENING = re.compile(r"server: listening on (\S+)$")
 SERVER_LOG = "run_local.log"
+ALONE = Path("alone")  # each client trained alone, and alone/compare.csv
 # Lines of a client that its line on the terminal says, too; in a log they stay.
-ROUTINE = re.compile(r" client\S*: round \d+/\d+: (training on|epoch )")
+ROUTINE = re.compile(r" (client\S*: round \d+/\d+: (training on|epoch )|alone/\S+: round )")
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
 
 # These two repeat what scripts know that need packages; tests/test_launch.py compares them.
@@ -239,6 +240,11 @@ def parse(argv):
             "--fresh",
             action="store_true",
             help="begin a new run; the old one's files are moved aside",
+        )
+        parser.add_argument(
+            "--no-alone",
+            action="store_true",
+            help="do not train each client alone after the run, for comparison",
         )
     elif words[:1] == ["compare"]:
         parser = flag_parser("./compare.sh", COMPARE_HELP)
@@ -470,8 +476,7 @@ def federate(processes, clients, server_flags, client_flags, folder, server_log,
         "server", "todoServer.py", *listen, *server_flags, cwd=folder, log_file=folder / server_log
     )
     address = processes.wait_for_address()
-    cores = len(os.sched_getaffinity(0))
-    threads = math.ceil(cores / len(clients))  # the clients share this machine
+    threads = threads_each(len(clients))
     for name in clients:
         processes.start(
             name,
@@ -485,6 +490,42 @@ def federate(processes, clients, server_flags, client_flags, folder, server_log,
     processes.wait_for_all()
 
 
+def threads_each(num_processes):
+    """Threads of TensorFlow for each of several processes that share this machine."""
+    return math.ceil(len(os.sched_getaffinity(0)) / num_processes)
+
+
+def print_table(rows, columns):
+    """Rows (dicts of text) as a table with columns {name: width}; it should fit 80 columns."""
+    print(" ".join(f"{name:>{width}}" for name, width in columns.items()))
+    for row in rows:
+        cells = []
+        for name, width in columns.items():
+            value = f"{float(row[name]):.3f}" if "." in row[name][:-1] else row[name]
+            cells.append(f"{value:>{width}}")
+        print(" ".join(cells))
+
+
+def read_rows(path):
+    """[{column: text}] of a CSV file."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_comparison(path, series):
+    """Writes compare.csv, the history of each series {name: folder}, and prints the last rounds."""
+    columns = ["series", "round", "loss", "accuracy", "auc", "sensitivity", "specificity"]
+    rows = []
+    last_rows = []
+    for name, folder in series.items():
+        rows += [{"series": name, **row} for row in read_rows(folder / "history.csv")]
+        last_rows.append(rows[-1])
+    files.publish_rows(path, columns, rows)
+    widths = {"series": 20, "round": 5, "auc": 6, "accuracy": 8, "sensitivity": 11}
+    print()
+    print_table(last_rows, {**widths, "specificity": 11})
+
+
 def client_names(number):
     return [f"client{k:03}" for k in range(1, number + 1)]
 
@@ -494,46 +535,94 @@ def client_names(number):
 
 def run(processes, flags):
     """What ./run_local.sh does."""
-    state = state_of_run(flags.get("--fresh", False))
-    prepare_flags = flags_for("prepare", flags)
-    server_flags = flags_for("server", flags)
+    clients = client_names(flags.get("--num-clients", 3))
+    state = state_of_run(flags)
     if state == "unfinished":
-        check_data(processes, prepare_flags)
+        check_data(processes, flags_for("prepare", flags))
         say(processes.command, "resuming the unfinished run in server/")
+    elif state == "alone":
+        check_data(processes, flags_for("prepare", flags))
+        say(processes.command, "the run in server/ is finished; each client alone is still to come")
     else:
         # Started again, prepare.py keeps the pictures that are there.
-        processes.run_script("prepare.py", *prepare_flags)
+        processes.run_script("prepare.py", *flags_for("prepare", flags))
+    if state != "alone":
+        server_flags = flags_for("server", flags)
         if state == "finished":
             say(processes.command, "a new run; the old one's files are moved aside")
+        if state == "finished" or "--fresh" in flags:
             server_flags.append("--fresh")
-        elif "--fresh" in flags:
-            server_flags.append("--fresh")
-    federate(
-        processes,
-        client_names(flags.get("--num-clients", 3)),
-        server_flags,
-        flags_for("client", flags),
-        folder=PROJECT,
-        server_log=SERVER_LOG,  # not in server/: --fresh moves away what is there
-    )
+        federate(
+            processes,
+            clients,
+            server_flags,
+            flags_for("client", flags),
+            folder=PROJECT,
+            server_log=SERVER_LOG,  # not in server/: --fresh moves away what is there
+        )
     print_history()
-    processes.run_script("report.py")
+    report_flags = []
+    if "--no-alone" not in flags:
+        train_alone(processes, clients, flags)
+        report_flags = ["--compare", ALONE / "compare.csv"]
+    processes.run_script("report.py", *report_flags)
 
 
-def state_of_run(fresh):
-    """Of the run in server/: "none", "unfinished" or "finished".
+def state_of_run(flags):
+    """Of the run in server/: "none", "unfinished", "finished", or "alone" where only that is due.
 
-    Raises ValueError where a server runs there, and where the state is damaged and not `fresh`.
+    Raises ValueError where a server runs there, and where the state is damaged and not `--fresh`.
     """
     with files.alone_in("server"):
-        if fresh:
+        if "--fresh" in flags:
             return "none"
         state = files.load_state(
-            "server/state.json", ("rounds", "history"), "move it away, or begin with --fresh"
+            "server/state.json",
+            ("run", "rounds", "history"),
+            "move it away, or begin with --fresh",
         )
     if state is None:
         return "none"
-    return "finished" if len(state["history"]) >= state["rounds"] else "unfinished"
+    if len(state["history"]) < state["rounds"]:
+        return "unfinished"
+    begun = ALONE / "run.txt"
+    was_interrupted = (
+        begun.exists()
+        and begun.read_text(encoding="utf-8") == state["run"]
+        and not (ALONE / "compare.csv").exists()
+    )
+    return "alone" if was_interrupted and "--no-alone" not in flags else "finished"
+
+
+def train_alone(processes, clients, flags):
+    """Each client alone, as many passes over its own images as in the run: alone/client001/ ...
+
+    Writes alone/compare.csv, with the federated series first.
+    """
+    state = files.load_state("server/state.json", ("run", "rounds", "arch", "image_size", "seed"))
+    say(processes.command, "each client alone, for comparison (--no-alone skips this)")
+    ALONE.mkdir(exist_ok=True)
+    (ALONE / "compare.csv").unlink(missing_ok=True)
+    files.publish_text(ALONE / "run.txt", state["run"])
+    of_the_run = {
+        "--rounds": state["rounds"],
+        "--arch": state["arch"],
+        "--image-size": state["image_size"],
+        "--seed": state["seed"],
+    }
+    series = {"federated": PROJECT / "server"}
+    for number, name in enumerate(clients, start=1):
+        processes.start(
+            f"{name} alone",
+            "central.py",
+            *["--index", f"index/worker{number}.pkl", "--out", ALONE / name],
+            *["--threads", threads_each(len(clients))],
+            *flags_for("central", {**flags, **of_the_run}),
+            cwd=PROJECT,
+        )
+        series[f"{name} alone"] = ALONE / name
+    processes.wait_for_all()
+    write_comparison(ALONE / "compare.csv", series)
 
 
 def check_data(processes, prepare_flags):
@@ -548,7 +637,7 @@ def check_data(processes, prepare_flags):
 
 
 def print_history():
-    """The server's history as a table, at most 80 columns wide."""
+    """The server's history as a table."""
     columns = {
         "round": 5,
         "loss": 7,
@@ -559,17 +648,10 @@ def print_history():
         "num_examples": 12,
         "seconds": 8,
     }
-    with open("server/history.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    lines = [" ".join(f"{name:>{width}}" for name, width in columns.items())]
-    for row in rows:
-        cells = []
-        for name, width in columns.items():
-            value = f"{float(row[name]):.3f}" if "." in row[name] else row[name]
-            cells.append(f"{value:>{width}}")
-        lines.append(" ".join(cells))
-    written = f"model: server/server_weight.h5  history: server/history.csv  log: {SERVER_LOG}"
-    print("", *lines, "", written, sep="\n")
+    print()
+    print_table(read_rows("server/history.csv"), columns)
+    print()
+    print(f"model: server/server_weight.h5  history: server/history.csv  log: {SERVER_LOG}")
 
 
 # --- compare: central, federated and alone --------------------------------------------------------
@@ -628,21 +710,9 @@ def index_of_largest_client(folder):
     """Path of the index with the most images, as the clients' own histories count them."""
     num_examples = {}
     for number, name in enumerate(client_names(3), start=1):
-        with open(folder / name / "history.csv", newline="", encoding="utf-8") as file:
-            first_row = next(csv.DictReader(file))
+        first_row = read_rows(folder / name / "history.csv")[0]
         num_examples[f"index/worker{number}.pkl"] = int(first_row["num_examples"])
     return max(num_examples, key=num_examples.get)
-
-
-def write_comparison(path, series):
-    """compare.csv: the history of each series {name: folder}; says each one's last round."""
-    columns = ["series", "round", "loss", "accuracy", "auc", "sensitivity", "specificity"]
-    rows = []
-    for name, folder in series.items():
-        with open(folder / "history.csv", newline="", encoding="utf-8") as file:
-            rows += [{"series": name, **row} for row in csv.DictReader(file)]
-        print(",".join(rows[-1][column] for column in columns))
-    files.publish_rows(path, columns, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import threading
 
 from common import log
 
-BAR_CELLS = 20
+BAR_CELLS = 14
 
 
 class Screen:
@@ -65,7 +65,7 @@ class Screen:
 
 
 def bar(done, total):
-    """[#####---------------]  25 %"""
+    """[####----------]  29%"""
     share = min(1, done / max(1, total))
     filled = round(share * BAR_CELLS)
     return f"[{'#' * filled}{'-' * (BAR_CELLS - filled)}] {share:4.0%}"
@@ -82,7 +82,7 @@ def describe(name, report):
     if report["phase"] == "training" and "step" in report:
         words.append(f"epoch {report['epoch']:d}/{report['epochs']:d}")
         words.append(bar(report["step"], report["steps"]))
-        words.append(f"loss {report['loss']:.4f}")
+        words.append(f"loss {report['loss']:.3f}")
     else:
         words.append(PHASES[report["phase"]])
     return "  ".join(words)
