@@ -7,6 +7,7 @@ A terminal can stand still for hours (Ctrl-S, `| less`, a pipe that nobody reads
 newest MAX_LINES lines; at the end of the process it is waited for FLUSH_S at most.
 """
 
+import atexit
 import logging
 import os
 import queue
@@ -142,6 +143,7 @@ def start():
     out.addFilter(lambda record: record.levelno < logging.WARNING)
     err.setLevel(logging.WARNING)
     _use(out, err)
+    atexit.register(flush)  # for a script that ends by sys.exit, as argparse does
 
 
 def flush():

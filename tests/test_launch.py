@@ -12,6 +12,7 @@ import launch
 import model
 from preparation import datasets
 
+DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 SCRIPTS = {
     "prepare": "prepare.py",
     "server": "todoServer.py",
@@ -120,7 +121,8 @@ def test_wrong_usage_is_one_line_before_anything_is_installed(command, flags, se
     )
     assert shown.returncode == 2 and shown.stdout == ""
     who = command.removesuffix(".sh")
-    assert re.fullmatch(rf"{who}: error: .*; \./{command} --help names the flags\n", shown.stderr)
+    ending = rf"{who}: error: .*; \./{command} --help names the flags\n"
+    assert re.fullmatch(DATE + ending, shown.stderr)
     assert sentence in shown.stderr
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -68,7 +68,7 @@ def interrupted_run(first_run, tmp_path_factory):
         beside = run(project, *flags)
         assert beside.returncode == 1 and beside.stdout == ""
         assert re.fullmatch(
-            "run_local: error: another process works in server: wait until it ends.*\n",
+            r"\S+ \S+ run_local: error: another process works in server: wait until it ends.*\n",
             beside.stderr,
         )
     assert (project / "run_local.log").read_text().startswith(log)
