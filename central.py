@@ -67,7 +67,7 @@ def main(argv=None):
     )
     add("--threads", type=at_least(0), default=0, metavar="N", help="of TensorFlow (0: all cores)")
     args = parser.parse_args(argv)
-    image_size = args.image_size or model.ARCHS[args.arch]
+    image_size = args.image_size or model.ARCHS[args.arch].image_size
     try:
         with files.alone_in(args.out):
             train_and_evaluate(args, image_size)

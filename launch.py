@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common import files, log, progress
-from common.log import fail, say
+from common.log import fail, say, warn
 from common.screen import Screen, describe
 from common.script import at_least, end_script, pixels, start_script, watch_signals
 
@@ -414,7 +414,7 @@ class Processes:
             if code and self.running:
                 self.screen.close()
                 sentence = f"{value} ended with {code} (its words are above): stopping the others"
-                fail(self.command, sentence)
+                warn(self.command, sentence)
             if code:
                 raise Stop(code)
         return kind, value

@@ -11,18 +11,18 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import h5py
 import numpy as np
 
 import data
+import pretrained
 from common.files import replacing
 from federation import weights
 from reporting import metrics
-
-ARCHS = {"drcnn": 128, "vgg16": 224}  # architecture: default image size, pixels a side
-
 
 # --- TensorFlow -----------------------------------------------------------------------------------
 
@@ -86,11 +86,10 @@ def build(arch, image_size, seed=0):
     """
     import keras
 
-    builders = {"drcnn": drcnn, "vgg16": vgg16}
-    if arch not in builders:
-        raise ValueError(f"architecture {arch!r} is unknown, expected one of {', '.join(builders)}")
+    if arch not in ARCHS:
+        raise ValueError(f"architecture {arch!r} is unknown, expected one of {', '.join(ARCHS)}")
     keras.utils.set_random_seed(seed)
-    return compiled(builders[arch](image_size))
+    return compiled(ARCHS[arch].build(image_size))
 
 
 def compiled(network):
@@ -143,106 +142,216 @@ def vgg16(image_size):
     return Model(base.input, healthy, name="vgg16")
 
 
+def lite0(image_size):
+    """EfficientNet-Lite0 (Tan and Le 2019) and one dense layer, without squeeze-and-excitation.
+
+    All layers lie flat in one model: a model within a model orders its tensors anew when it is
+    frozen, and weights are matched by order.
+    """
+    from keras import Input, Model, layers
+
+    image = Input((image_size, image_size, 3), name="image")
+    # 0..1 -> about -1..1, as (pixel - 127) / 128: what the ImageNet weights were trained with
+    x = layers.Rescaling(255 / 128, offset=-127 / 128, name="scale")(image)
+    x = layers.Conv2D(32, 3, 2, padding="same", use_bias=False, name="stem_conv")(x)
+    x = norm_relu6(x, "stem")
+    channels = 32
+    number = 0
+    for repeats, kernel_size, first_stride, expansion, filters in LITE0_BLOCKS:
+        for repeat in range(repeats):
+            number += 1
+            stride = first_stride if repeat == 0 else 1
+            y = inverted_residual(
+                x, f"block{number}", channels * expansion, kernel_size, stride, filters
+            )
+            # the same shape: only what the block changes has to be learned (He et al. 2015)
+            if stride == 1 and channels == filters:
+                y = layers.Add(name=f"block{number}_add")([x, y])
+            x = y
+            channels = filters
+    x = layers.Conv2D(1280, 1, use_bias=False, name="top_conv")(x)
+    x = norm_relu6(x, "top")
+    x = layers.GlobalAveragePooling2D(name="average")(x)  # (b, 1280)
+    healthy = layers.Dense(1, activation="sigmoid", name="healthy")(x)  # (b, 1)
+    return Model(image, healthy, name="lite0")
+
+
+# EfficientNet-Lite0's groups of blocks (Tan and Le 2019, table 1):
+# blocks, kernel size, stride of the first block, expansion of its channels inside, filters
+LITE0_BLOCKS = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+def inverted_residual(x, name, inner_channels, kernel_size, stride, filters):
+    """A block of MobileNetV2 (Sandler et al. 2018): expand, convolve each channel, project."""
+    from keras import layers
+
+    if inner_channels != x.shape[-1]:
+        x = layers.Conv2D(inner_channels, 1, use_bias=False, name=f"{name}_expand")(x)
+        x = norm_relu6(x, f"{name}_expand")
+    x = layers.DepthwiseConv2D(
+        kernel_size, stride, padding="same", use_bias=False, name=f"{name}_depthwise"
+    )(x)
+    x = norm_relu6(x, f"{name}_depthwise")
+    x = layers.Conv2D(filters, 1, use_bias=False, name=f"{name}_project")(x)
+    return layers.BatchNormalization(momentum=0.9, epsilon=1e-3, name=f"{name}_project_norm")(x)
+
+
+def norm_relu6(x, name):
+    from keras import layers
+
+    x = layers.BatchNormalization(momentum=0.9, epsilon=1e-3, name=f"{name}_norm")(x)
+    return layers.ReLU(max_value=6, name=f"{name}_relu")(x)
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A network that --arch names.
+
+    Adam's learning rate in round r, counted from 1, is first_rate / (1 + rate_decay * (r - 1)).
+    """
+
+    build: Callable  # build(image_size) -> keras.Model, whose name is the key in ARCHS
+    image_size: int  # the default, pixels a side
+    first_rate: float
+    rate_decay: float
+    features: str | None = None  # the last layer of the base, where the base can be pretrained
+
+
+# To add a network of your own: a function like the three above, and an entry here.
+ARCHS = {
+    # The rate starts higher and falls faster than the thesis's: else the accuracy jumps from round
+    # to round when the AUC no longer does.
+    "drcnn": Arch(drcnn, 128, first_rate=2e-3, rate_decay=0.3),
+    "vgg16": Arch(vgg16, 224, first_rate=1e-4, rate_decay=0.05, features="block5_pool"),
+    "lite0": Arch(lite0, 224, first_rate=1e-3, rate_decay=0.05, features="average"),
+}
+
+
+# --- a pretrained base ----------------------------------------------------------------------------
+
+
 def base_of(network):
-    """The convolutions of a vgg16, up to its features, as a model that shares their weights."""
+    """The layers up to the features of a network that can be pretrained, sharing their weights."""
     from keras import Model
 
-    if network.name != "vgg16":
+    features = ARCHS[network.name].features
+    if features is None:
+        able = " and ".join(name for name, arch in ARCHS.items() if arch.features)
         raise ValueError(
-            "--freeze-base and ImageNet weights are for --arch vgg16, "
+            f"--freeze-base and ImageNet weights are for --arch {able}, "
             f"this network is {network.name}"
         )
-    return Model(network.input, network.get_layer("block5_pool").output)
+    return Model(network.input, network.get_layer(features).output, name=network.name)
 
 
 def initialize(network, source):
     """Sets the initial weights.
 
     source: "none" (random, as they are), "imagenet", or the path of a weight file of the whole
-    network or of the base of a vgg16. Raises ValueError where they cannot be had.
+    network or of its base. Raises ValueError where they cannot be had.
     """
     if source == "none":
         return
     if source == "imagenet":
-        base_of(network).set_weights(imagenet_weights(network.input_shape[1:]))
+        set_imagenet_weights(base_of(network))
         return
-    # A file with fewer tensors than the vgg16 has is taken for one of its base.
-    of_base = network.name == "vgg16" and len(weights.shapes_of(source)) < len(shapes(network))
-    load(base_of(network) if of_base else network, source)
+    # A file with fewer tensors than the network has is taken for one of its base.
+    can_be_base = ARCHS[network.name].features is not None
+    if can_be_base and len(weights.shapes_of(source)) < len(shapes(network)):
+        load(base_of(network), source)
+    else:
+        load(network, source)
 
 
-def imagenet_weights(input_shape):
-    """The weights of VGG16's convolutions as trained on ImageNet, which Keras downloads once."""
-    from keras import applications
-
-    try:
-        base = applications.VGG16(include_top=False, weights="imagenet", input_shape=input_shape)
-    except Exception as error:  # Keras's download raises many kinds
-        raise ValueError(
-            f"ImageNet weights could not be fetched ({error}): "
-            "put vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5 into ~/.keras/models, "
-            "or give that file as --weights FILE"
-        ) from None
-    return base.get_weights()
+def set_imagenet_weights(base):
+    """Weights trained on ImageNet into the base of a vgg16 or a lite0. Raises ValueError."""
+    if base.name == "vgg16":
+        arrays = pretrained.vgg16_weights(base.input_shape[1:])
+    else:
+        arrays = pretrained.lite0_weights()
+    arrays = iter(arrays)
+    for layer in base.layers:
+        layer.set_weights([next(arrays) for _ in layer.weights])
 
 
 def freeze_base(network):
-    """Leaves only the two dense layers of a vgg16 to be trained.
+    """Leaves only the layers after the base to be trained.
 
-    The thesis: "most layers are set as non-trainable".
+    The thesis: "most layers are set as non-trainable". BatchNormalization in a frozen base keeps
+    its statistics, and works with them while training too.
     """
     base_of(network).trainable = False
     compiled(network)
 
 
 def has_frozen_base(network):
-    return network.name == "vgg16" and not network.layers[1].trainable
+    last_of_base = ARCHS[network.name].features
+    if last_of_base is None:
+        return False
+    return not network.get_layer(last_of_base).trainable
 
 
 def on_features(network, batches):
     """For a frozen base without augmentation: (head, batches of the base's features).
 
     The features of an image never change then, so they are computed once and kept in `batches`.
-    The head is the dense layers as a model of their own; it shares its weights with `network`.
+    The head is the layers after the base as a model of their own; it shares its weights with
+    `network`.
     """
     base = base_of(network)
     digest = hashlib.sha256()
     for weight in base.weights:
         digest.update(np.asarray(weight).tobytes())
     if batches.features_of != digest.digest():  # the first round, or the server changed the base
-        batches.head = head_of(network, base.output.shape[1:])
+        batches.head = head_of(network, base)
         batches.features = batches.with_features(features(base, batches.images))
         batches.features_of = digest.digest()
     return batches.head, batches.features
 
 
-def head_of(network, features_shape):
+def head_of(network, base):
     """The layers after the base, as a compiled model: features (n, ...) -> (n, 1), P(healthy)."""
     from keras import Input, Model
 
-    inputs = Input(features_shape)
+    inputs = Input(base.output.shape[1:])
     x = inputs
-    for layer in network.layers[-3:]:  # Flatten and the two dense layers
+    for layer in network.layers[len(base.layers) :]:
         x = layer(x)
     return compiled(Model(inputs, x, name=network.name))
 
 
 def features(base, images):
     """What the base makes of uint8 images (n, size, size, 3): float32 (n, ...)."""
-    return np.concatenate(
-        [base.predict_on_batch(batch) for batch in data.evaluation_batches(images)]
-    )
+    batches = data.evaluation_batches(images)
+    return np.concatenate([base.predict_on_batch(batch) for batch in batches])
 
 
 # --- weight files ---------------------------------------------------------------------------------
 
 
+def tensors(network):
+    """The network's variables, in the order of the weight file, whether a layer is frozen or not."""
+    return [variable for _, variable in _named_tensors(network)]
+
+
 def shapes(network):
     """[(layer name, shape)] of every tensor, in the order of the weight file."""
+    return [(layer, tuple(variable.shape)) for layer, variable in _named_tensors(network)]
+
+
+def _named_tensors(network):
     return [
-        (layer.name, tuple(weight.shape))
+        (layer.name, variable)
         for layer in network.layers
-        for weight in layer.trainable_weights + layer.non_trainable_weights
+        for variable in layer.trainable_weights + layer.non_trainable_weights
     ]
 
 
@@ -293,13 +402,9 @@ def load(network, path):
 
 
 def learning_rate(arch, round_number):
-    """Adam's learning rate in a round (counted from 1): first / (1 + decay * (round - 1)).
-
-    vgg16's schedule is the thesis's. drcnn's starts higher and falls faster: else its accuracy
-    jumps from round to round when its AUC no longer does.
-    """
-    first, decay = {"vgg16": (1e-4, 0.05), "drcnn": (2e-3, 0.3)}[arch]
-    return first / (1 + decay * (round_number - 1))
+    """Adam's learning rate in a round (counted from 1). The schedule's form is the thesis's."""
+    schedule = ARCHS[arch]
+    return schedule.first_rate / (1 + schedule.rate_decay * (round_number - 1))
 
 
 def train(network, batches, round_number, epochs, report=print, progress=None):

@@ -38,6 +38,7 @@ import model
 from common import files, progress
 from federation import probe, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
+from reporting import card as cards
 
 HISTORY_COLUMNS = ["round", "epoch", "loss", "accuracy", "num_examples", "seconds"]
 
@@ -64,7 +65,7 @@ MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
 
 # What a server trains that names nothing: the thesis demo's. A run without an id is one of that.
-SEED_TASK = {"run": "", "arch": "vgg16", "image_size": 224}
+SEED_TASK = {"run": "", "arch": "vgg16", "image_size": 224, "freeze_base": False}
 
 # Status codes that trying again does not change.
 REFUSALS = {
@@ -162,7 +163,12 @@ def parse(argv):
         metavar="N",
         help="of TensorFlow (default: 0, all cores)",
     )
-    add("--freeze-base", action="store_true", help="train only the dense layers of a vgg16")
+    add(
+        "--freeze-base",
+        action=argparse.BooleanOptionalAction,
+        help="train only the layers after the base of a vgg16 or lite0; --no-freeze-base: train "
+        "all (default: as the server says)",
+    )
     add(
         "--no-augmentation",
         action="store_true",
@@ -195,6 +201,9 @@ def parse(argv):
 class Site:
     """What one hospital has: its images, its network and its state file.
 
+    weights   client_weights.h5: fetched, then trained
+    result    server_weight.h5: the merged model of the last round, once the run is over
+
     state["trained"] says for which settings client_weights.h5 was trained, and its SHA-256, as long
     as it is not delivered; None otherwise. A client that finds it when it starts delivers that file
     instead of training again. state["rejections"] are the server's sentences about uploads of this
@@ -205,6 +214,7 @@ class Site:
         self.arguments = arguments
         self.name = arguments.name
         self.weights = arguments.client_dir / "client_weights.h5"
+        self.result = arguments.client_dir / "server_weight.h5"
         self.state_path = arguments.client_dir / "state.json"
         files.clean(arguments.client_dir)
         self.records = data.read_index(arguments.index)
@@ -214,10 +224,15 @@ class Site:
         self.state = {"rejections": [], **saved}  # an older client's state has none
         arguments.threads = arguments.threads or model.default_threads()
         self.settings = {flag: getattr(arguments, flag) for flag in TRAINING_FLAGS}
+        if arguments.freeze_base is None:
+            self.settings["freeze_base"] = False  # so that the state of an older version resumes
+        elif not arguments.freeze_base:
+            self.settings["freeze_base"] = "never"
         self.settings["index"] = files.sha256_of(arguments.index)[:12]
         self.settings["num_examples"] = len(self.records)
         self.network = None
         self.batches = None
+        self.prepared_for = None  # (arch, image_size, freeze_base) of `network` and `batches`
         self.sent = False  # whether the open round's weights went out whole at least once
 
     def say(self, line):
@@ -246,14 +261,20 @@ class Site:
 
     def prepare(self, task):
         """Make the network and load the images; once, unless the server changes the network."""
-        wanted = (task["arch"], task["image_size"])
-        if self.network and (self.network.name, self.network.input_shape[1]) == wanted:
+        wanted = (task["arch"], task["image_size"], task["freeze_base"])
+        if self.prepared_for == wanted:
             return
         progress.tell("loading", round=task["round"], rounds=task["rounds"])
         model.configure(self.arguments.seed, self.arguments.threads)
         self.network = model.build(task["arch"], task["image_size"])
-        if self.arguments.freeze_base:
+        if self.freezes_base(task):
             model.freeze_base(self.network)
+        if self.follows_frozen_base(task):
+            self.say(
+                "the base keeps its ImageNet weights and only the layers after it are trained: "
+                f"the features of {len(self.records)} images are computed once, without rotation "
+                "and flips (--no-freeze-base trains all layers)"
+            )
         images = data.load_images(
             self.records,
             task["image_size"],
@@ -265,8 +286,20 @@ class Site:
             self.arguments.batch_size,
             self.arguments.seed,
             self.name,
-            not self.arguments.no_augmentation,
+            augment=not (self.arguments.no_augmentation or self.follows_frozen_base(task)),
         )
+        self.prepared_for = wanted
+
+    def follows_frozen_base(self, task):
+        """Whether the server announced a frozen base, and no flag says otherwise.
+
+        Then the images are trained on as they are: their features are computed once, and a round
+        takes seconds. With --freeze-base, as the thesis did it, they are rotated and flipped.
+        """
+        return self.arguments.freeze_base is None and task["freeze_base"]
+
+    def freezes_base(self, task):
+        return self.arguments.freeze_base or self.follows_frozen_base(task)
 
 
 # --- the steps -----------------------------------------------------------------------------------
@@ -275,28 +308,56 @@ class Site:
 def ClientgetWeight(stub, site):
     """get weight from server, save locally: client_weights.h5 is then the server's.
 
-    Returns the task, a dict of run, round, rounds, arch and image_size. Raises Finished where the
-    run is over, ValueError where the answer makes no sense, grpc.RpcError.
+    Returns the task, a dict of run, round, rounds, arch, image_size and freeze_base. Raises
+    Finished where the run is over, and what was fetched is its result; ValueError where the answer
+    makes no sense, grpc.RpcError.
     """
     request_metadata = (("fedml-client", site.name), ("fedml-accept", "blob"))
-    with reporting(site, "waiting for the weights"), files.replacing(site.weights) as written:
+    with reporting(site, "waiting for the weights"):
         call = stub.getWeight(todo_pb2.void(), metadata=request_metadata)
         initial_metadata = dict(call.initial_metadata())
-        sha256 = weights.spool(call, written, MAX_WEIGHTS_BYTES)
-        announced = initial_metadata.get("fedml-sha256", sha256)
-        if announced != sha256:
-            raise ValueError(
-                f"the weights arrived with SHA-256 {sha256}, the server announced {announced}"
-            )
-    if "fedml-run" in initial_metadata:
-        task = task_from(initial_metadata)
-    else:
-        task = next_seed_task(site)
-    if task["round"] > task["rounds"]:
-        raise Finished(
-            f"the run is over after {task['rounds']} rounds; its result is in {site.weights}"
-        )
+        if "fedml-run" in initial_metadata:
+            task = task_from(initial_metadata)
+        else:
+            task = next_seed_task(site)
+        is_result = task["round"] > task["rounds"]
+        path = site.result if is_result else site.weights
+        with files.replacing(path) as written:
+            sha256 = weights.spool(call, written, MAX_WEIGHTS_BYTES)
+            announced = initial_metadata.get("fedml-sha256", sha256)
+            if announced != sha256:
+                raise ValueError(
+                    f"the weights arrived with SHA-256 {sha256}, the server announced {announced}"
+                )
+    if is_result:
+        save_card(site, initial_metadata.get("fedml-card"), sha256)
+        raise Finished(f"the run is over after {task['rounds']} rounds; {result_text(site)}")
     return task
+
+
+def save_card(site, text, sha256):
+    """Publish the model card of the result beside it, where the server sent one that is good."""
+    cards.path_of(site.result).unlink(missing_ok=True)  # of an earlier run
+    if text is None:
+        return
+    try:
+        card = cards.parse(text)
+        if card["weights_sha256"] != sha256:
+            raise ValueError("it describes other weights")
+    except ValueError as error:
+        site.say(f"the server's model card is left out: {error}")
+        return
+    cards.publish(site.result, card)
+
+
+def result_text(site):
+    card_path = cards.path_of(site.result)
+    if card_path.exists():
+        return (
+            f"its result is {site.result}, with its model card {card_path}: "
+            f"predict.py --weights {site.result} scores photographs with it"
+        )
+    return f"its result is {site.result}, without a model card"
 
 
 def task_from(initial_metadata):
@@ -308,6 +369,7 @@ def task_from(initial_metadata):
             "image_size": pixels(initial_metadata["fedml-image-size"]),
             "round": at_least(1)(initial_metadata["fedml-round"]),
             "rounds": at_least(1)(initial_metadata["fedml-rounds"]),
+            "freeze_base": initial_metadata.get("fedml-freeze-base") == "1",
         }
         if task["arch"] not in model.ARCHS:
             raise ValueError(f"unknown network {task['arch']!r}")
@@ -357,9 +419,10 @@ def train(site, task):
         report,
         progress_of(site, task, title),
     )
-    model.save(site.network, site.weights)
     try:
-        weights.check(site.weights, model.shapes(site.network))
+        # The numbers go into the file that was fetched: outside its tensors an upload is then the
+        # server's own file, which the server can check without opening HDF5 from outside.
+        digest = weights.write_tensors(site.weights, model.tensors(site.network))
     except ValueError as error:
         raise not_finite(site, f"{title}, epoch {site.arguments.epochs}: {error}") from None
     history = rows
@@ -372,7 +435,8 @@ def train(site, task):
         round=task["round"],
         rounds=task["rounds"],
         history=history,
-        trained={**site.settings, "sha256": files.sha256_of(site.weights)},
+        trained={**site.settings, "sha256": digest},
+        settings=site.settings,
     )
     site.sent = False
 
@@ -413,8 +477,10 @@ def not_finite(site, what):
 def ClientsendWeight(stub, site):
     """send weight to server, and wait for its answer. Afterwards nothing is left to deliver.
 
-    Raises Finished after the last round, ValueError where the server rejects what is trained, again
-    and for the same reason, grpc.RpcError.
+    After the last round a server of ours hands out the result, so the next step fetches it.
+
+    Raises Finished after the last round of a server that names none, ValueError where the server
+    rejects what is trained, again and for the same reason, grpc.RpcError.
     """
     round_number = site.state["round"]
     title = f"round {round_number}/{site.state['rounds']}"
@@ -422,7 +488,7 @@ def ClientsendWeight(stub, site):
     try:
         progress.tell("waiting", round=round_number, rounds=site.state["rounds"])
         with reporting(site, f"{title}: waiting for the server's answer"):
-            answer, call = stub.sendWeight.with_call(messages, metadata=request_metadata)
+            answer = stub.sendWeight(messages, metadata=request_metadata)
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
             # Another run or another round is open by now, or the run is over.
@@ -438,13 +504,11 @@ def ClientsendWeight(stub, site):
         site.say(f"{title}: the server did not merge (answer {answer.value}): fetching again")
         return
     site.save(trained=None, rejections=[])
-    trailing_metadata = dict(call.trailing_metadata())
     counted_by_client = not site.state["run"]
-    last_by_count = counted_by_client and round_number >= site.state["rounds"]
-    if "fedml-done" in trailing_metadata or last_by_count:
+    if counted_by_client and round_number >= site.state["rounds"]:
         raise Finished(
             f"the run is over after {site.state['rounds']} rounds; {site.weights} is this site's "
-            "last; the merged model is the server's server_weight.h5"
+            "last; the merged model is the server's"
         )
 
 
@@ -549,7 +613,13 @@ def gave_up(site):
         f"the server at {site.arguments.server} did not answer for "
         f"{site.arguments.give_up_after:g} s"
     )
-    is_last = state["round"] == state["rounds"]
+    is_last = state["run"] and state["round"] == state["rounds"]
+    if is_last and not state["trained"]:
+        return GaveUp(
+            f"{away}; the run is over, but its result could not be fetched: it is the server's "
+            "server_weight.h5; started again, this client asks again",
+            exit_code=4,
+        )
     if state["trained"] and site.sent and is_last:
         return GaveUp(
             f"{away}; the last round's weights were delivered and never answered: the run is "

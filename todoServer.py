@@ -11,6 +11,7 @@ import argparse
 import functools
 import queue
 import secrets
+import shutil
 import signal
 import threading
 from contextlib import ExitStack
@@ -23,25 +24,24 @@ from common.script import (
     client_name,
     end_script,
     exit_on_signals,
-    keep_heap_small,
     pixels,
     seconds,
     start_script,
-    trim_heap,
     watch_signals,
 )
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
-    keep_heap_small()
 
 import data
 import model
 from common import files
-from federation import service, tls, weights
+from federation import convert, service, tls, weights
 from federation.rounds import Refused, Rounds, TooFewClients
-from federation.state import RunState
+from federation.state import RunState, file_sha256_of, new_upload
 from generated import todo_pb2_grpc
+from reporting import card as cards
+from reporting import metrics
 
 # How long a finished server stays for clients that have not heard its last answer.
 LAST_ANSWER_S = 30
@@ -88,11 +88,12 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
     max_examples   a client that says it has more is refused
     serve_unnamed  whether peers are served that name nobody, neither in metadata nor by a
                    certificate, as the thesis demo's do
+    card_text      card_text() -> the model card of the result as ASCII JSON, "" where there is none
     """
 
-    def __init__(self, rounds, max_examples=10_000_000, serve_unnamed=True):
+    def __init__(self, rounds, max_examples=10_000_000, serve_unnamed=True, card_text=lambda: ""):
         self.rounds = rounds
-        self.calls = service.Calls(rounds, max_examples, serve_unnamed)
+        self.calls = service.Calls(rounds, max_examples, serve_unnamed, card_text)
 
     def getWeight(self, request, context):
         # 2. Receive the void request, return the weights in pieces.
@@ -104,7 +105,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
         caller = self.calls.identify(context)
         upload = self.calls.begin_upload(caller, request_iterator, context)
         # 4. Receive the weights, and check them.
-        with self.calls.received(upload, context) as (path, sha256):
+        with self.calls.received(upload, context) as (path, sha256, file_sha256):
             # 5. Save them in the client's folder, and wait for all clients. Step 6, merge and
             #    evaluate, is the coordinator's: `Rounds.run`, in a thread of its own.
             is_last = self.rounds.deliver(
@@ -115,6 +116,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 upload.run,
                 upload.round_number,
                 context.is_active,
+                file_sha256,
             )
         # 7. Answer myResponse(value=1).
         return self.calls.answer(context, is_last)
@@ -142,12 +144,13 @@ def parse(argv):
         type=at_least(1),
         help="of the whole run; more than a finished run's extends it (default: 10)",
     )
-    add("--arch", choices=["drcnn", "vgg16"], help="the network (default: drcnn)")
+    add("--arch", choices=list(model.ARCHS), help="the network (default: drcnn)")
     add(
         "--image-size",
         type=pixels,
         metavar="PIXELS",
-        help="a side (default: 128 for drcnn, 224 for vgg16)",
+        help="a side (default: each network's own, "
+        f"{', '.join(f'{name} {arch.image_size}' for name, arch in model.ARCHS.items())})",
     )
     add("--seed", type=at_least(0), help="of the initial weights (default: 0)")
     add("--weights", metavar="none|imagenet|FILE", help="to start from (default: none, random)")
@@ -259,7 +262,7 @@ def begin(arguments):
         if given is not None:
             choices[name] = given
     if choices["image_size"] is None:
-        choices["image_size"] = model.ARCHS[choices["arch"]]
+        choices["image_size"] = model.ARCHS[choices["arch"]].image_size
     size = choices["image_size"]
     say(
         f"a new run of {choices['rounds']} rounds: {choices['arch']} at {size} x {size} pixels, "
@@ -293,19 +296,23 @@ def open_rounds(arguments, state, validation):
     check_weights(path, state)
     for each in [folder, *(folder / client for client in state.clients)]:
         files.clean(each)
+    # Every file of this run has the layout of this one.
+    layout = weights.Layout(path)
+    state = check_uploads(folder, state, layout)
 
     def merge(paths, num_examples):
-        trim_heap()  # of what the uploads left
-        return weights.fedavg(paths, num_examples, layout=path, target=path)
+        return weights.fedavg(paths, num_examples, layout, target=path)
 
+    judge = Judge(folder, state, validation, arguments.index_dir)
     rounds = Rounds(
         folder,
         state,
         merge,
-        evaluator(folder, state, validation),
+        judge.evaluate,
         arguments.min_clients,
         arguments.round_timeout,
         say,
+        judge.publish_result,
     )
     rounds.open()
     return rounds
@@ -326,22 +333,116 @@ def check_weights(path, state):
         )
 
 
-def evaluator(folder, state, validation):
-    """evaluate() -> metrics (dict) of server_weight.h5 on the validation records."""
-    images = data.load_images(validation, state.image_size, files.temporary(folder / "images.npy"))
-    labels = data.healthy(validation)
+def check_uploads(folder, state, layout):
+    """Check the uploads of the open round like those that arrive; returns the state that remains.
 
-    @functools.cache
-    def network():
+    They lay on the disk, and an earlier version of this program may have accepted them: it kept
+    them in whatever layout they came.
+    """
+    converters = convert.Converters(layout)
+    for client in state.uploads:
+        path = folder / client / "client_weights.h5"
+        sha256 = files.sha256_of(path)
+        held = [each for each in state.uploads[client] if file_sha256_of(each) == sha256]
+        if not held:
+            continue  # a crash came before the file: Rounds knows what that means
+        try:
+            if not weights.inspect(path, layout)[1]:
+                state = convert_upload(folder, state, client, held[0], converters)
+        except ValueError as error:
+            say(f"upload rejected: {client}: {error}")
+            others = {name: each for name, each in state.uploads.items() if name != client}
+            state = state.changed(uploads=others)
+    return state
+
+
+def convert_upload(folder, state, client, upload, converters):
+    """Bring a stored upload into the server's layout; returns the state that names it.
+
+    As with an upload that replaces another, the state comes first and names both; after a crash the
+    file's SHA-256 says which holds.
+    """
+    path = folder / client / "client_weights.h5"
+    with files.replacing(path) as converted:
+        shutil.copyfile(path, converted)
+        try:
+            file_sha256 = converters.convert(client, converted)
+        except OSError as error:
+            raise OSError(
+                f"{path} could not be converted: {error}; start the server again"
+            ) from None
+        stored = new_upload(upload["num_examples"], upload["sha256"], file_sha256)
+        state = state.changed(uploads={**state.uploads, client: [upload, stored]})
+        state.save(folder / "state.json")
+    say(f"{path} had another layout than the server's file: converted")
+    return state
+
+
+class Judge:
+    """Scores the merged model on the validation images, and publishes what came out.
+
+    What came out is the model card, server_weight.json, and the best model so far, best_weight.h5
+    with its card.
+    """
+
+    def __init__(self, folder, state, validation, index_dir):
+        self.weights_path = folder / "server_weight.h5"
+        self.best_path = folder / "best_weight.h5"
+        self.seed = state.seed
+        self.arch = state.arch
+        self.image_size = state.image_size
+        self.validation = validation
+        self.images = data.load_images(
+            validation, state.image_size, files.temporary(folder / "images.npy")
+        )
+        # Both as they are now: prepare.py may make another data set while this run goes on.
+        self.validation_sha256 = files.sha256_of(index_dir / "val_set.pkl")
+        self.prepared = cards.read_prepared(index_dir)
+        self.assessed = None  # what `evaluate` found, for the card
+
+    @functools.cached_property
+    def network(self):
         # Built for the first evaluation: clients can fetch before TensorFlow is loaded.
-        model.configure(state.seed)
-        return model.build(state.arch, state.image_size)
+        model.configure(self.seed)
+        return model.build(self.arch, self.image_size)
 
-    def evaluate():
-        model.load(network(), folder / "server_weight.h5")
-        return model.evaluate(network(), images, labels)
+    def evaluate(self):
+        """The metrics (dict) of server_weight.h5 over all validation images."""
+        model.load(self.network, self.weights_path)
+        p_healthy = model.predict(self.network, self.images)
+        self.assessed = metrics.assess(p_healthy, self.validation)
+        return metrics.scores(p_healthy, data.healthy(self.validation))
 
-    return evaluate
+    def publish_result(self, state, row):
+        """Publish the card of the evaluated round, and its model if it is the best so far.
+
+        Returns what RunState.best says then. Called again after a crash, it publishes the same.
+        """
+        card = cards.make(state, row, self.prepared, self.validation_sha256, self.assessed)
+        cards.publish(self.weights_path, card)
+        area = self.assessed["choosing_auc"]
+        if not is_better(area, state.best):
+            return state.best
+        # The weights first: until its card is there too, the pair is refused by whoever reads it.
+        with files.replacing(self.best_path) as written:
+            shutil.copyfile(self.weights_path, written)
+        cards.publish(self.best_path, card)
+        return {"round": row["round"], "auc": area, "sha256": state.weights_sha256}
+
+
+def is_better(area, best):
+    """Whether an AUC is greater than that of the best round. Without one the newer round is."""
+    if best is None or area is None or best["auc"] is None:
+        return True
+    return area > best["auc"]
+
+
+def card_text(weights_path):
+    """The card beside a weight file as fedml-card sends it; "" where there is none of it."""
+    try:
+        return cards.to_wire(cards.read(weights_path))
+    except ValueError:  # a run that an older version finished has none
+        return ""
 
 
 # --- serving -------------------------------------------------------------------------------------
@@ -349,9 +450,13 @@ def evaluator(folder, state, validation):
 
 def listen(arguments, rounds):
     """A started gRPC server."""
+    service.raise_descriptor_limit()
     is_local = tls.is_this_machine(arguments.listen)
     servicer = FedMLServicer(
-        rounds, arguments.max_examples, serve_unnamed=is_local or arguments.insecure
+        rounds,
+        arguments.max_examples,
+        serve_unnamed=is_local or arguments.insecure,
+        card_text=lambda: card_text(rounds.weights_path),
     )
     credentials = tls.server_credentials(arguments)
     server, address = service.create_server(servicer, arguments.listen, credentials)
@@ -382,8 +487,11 @@ def serve(arguments, rounds):
         threading.Thread(target=see_off, daemon=True).start()
         code = codes.get()
     if code == 0:
-        path = rounds.folder / "server_weight.h5"
-        say(f"finished after {rounds.state.rounds} rounds; the model is {path}")
+        say(f"finished after {rounds.state.rounds} rounds; the model is {rounds.weights_path}")
+        best = rounds.state.best
+        if best and best["round"] != rounds.state.evaluated:
+            path = rounds.folder / "best_weight.h5"
+            say(f"the best round by AUC was {best['round']}; its model is {path}")
         return 0
     if code > 128:
         say("stopping; what has arrived is kept, start the server again to go on")

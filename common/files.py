@@ -21,7 +21,15 @@ from common import log
 STATE_VERSION = 1
 # What a server's run writes into its folder, apart from the clients' uploads. The state comes
 # first: once it is moved aside, the files that are left belong to no run.
-RUN_FILES = ("state.json", "server_weight.h5", "history.csv", "report.html")
+RUN_FILES = (
+    "state.json",
+    "server_weight.h5",
+    "server_weight.json",
+    "best_weight.h5",
+    "best_weight.json",
+    "history.csv",
+    "report.html",
+)
 
 
 # --- publishing ----------------------------------------------------------------------------------

@@ -32,6 +32,11 @@ def say(who, line):
     LOGGER.info("%s: %s", who, line)
 
 
+def warn(who, line):
+    """Say one line on stderr, so that stdout keeps to results."""
+    LOGGER.warning("%s: %s", who, line)
+
+
 def fail(who, sentence, code=1):
     """Say a user's mistake, or why a script ends, as one sentence on stderr; returns `code`."""
     flush()  # or, where both outputs go to one file, the error could stand before its cause

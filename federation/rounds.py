@@ -11,6 +11,7 @@ import threading
 import time
 
 from common.files import publish, publish_rows, sha256_of
+from federation.state import file_sha256_of, new_upload
 
 HISTORY_COLUMNS = (
     "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds"
@@ -39,18 +40,29 @@ class Rounds:
     state            a RunState: a new run's, or the one that state.json holds
     merge            merge(paths, num_examples) -> SHA-256: publishes server_weight.h5
     evaluate         evaluate() -> dict: metrics of server_weight.h5
+    publish_result   publish_result(state, row) -> dict: publishes what is known of the evaluated
+                     round `row`, and the model if it is the best; what RunState.best says then
     min_clients      how many uploads are enough once the time limit is over; None: all
     round_timeout_s  the time limit of a round; 0: none
     say              say(line): the server's log
     """
 
     def __init__(
-        self, folder, state, merge, evaluate, min_clients=None, round_timeout_s=0, say=print
+        self,
+        folder,
+        state,
+        merge,
+        evaluate,
+        min_clients=None,
+        round_timeout_s=0,
+        say=print,
+        publish_result=lambda state, row: None,
     ):
         self.folder = folder
         self.state = state
         self.merge = merge
         self.evaluate = evaluate
+        self.publish_result = publish_result
         self.clients = state.clients
         self.min_clients = min_clients or len(self.clients)
         self.round_timeout_s = round_timeout_s
@@ -62,9 +74,10 @@ class Rounds:
         self.uploads = self._uploads_on_disk()  # client -> its accepted upload for the open round
         self.waiting = {}  # client -> a token of its newest waiting call: only that one is answered
         self.last_seen = {}  # client -> time.monotonic()
-        self.finished = set()  # clients that know that the run is over
+        self.finished = set()  # clients that have the result, or all that they can use of it
         self.over = None  # a Refused for everyone, once no round can be closed any more
         self.opened = time.monotonic()  # when the round opened, or the server started again
+        self.moved = time.monotonic()  # when a client last made progress, at the end of the run
 
     # --- what the state says ---------------------------------------------------------------------
 
@@ -76,6 +89,10 @@ class Rounds:
     def done(self):
         """Whether the last round is merged (its evaluation may still run)."""
         return self.state.is_over
+
+    @property
+    def is_evaluating_last(self):
+        return self.done and self.answered < self.state.rounds
 
     @property
     def answered(self):
@@ -105,7 +122,7 @@ class Rounds:
         for client, uploads in self.state.uploads.items():
             sha256 = sha256_of(self.upload_path(client))
             for upload in uploads:
-                if upload["sha256"] == sha256:
+                if file_sha256_of(upload) == sha256:
                     found[client] = upload
         return found
 
@@ -249,9 +266,10 @@ class Rounds:
         row["evaluate_seconds"] = now - started
         row["seconds"] = now - self.opened
         history = [*self.state.history, row]
+        best = self.publish_result(self.state, row)
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, history)
         with self.changed:
-            self._save(history=history)
+            self._save(history=history, best=best)
             self.say(self._round_line(row))
             self.changed.notify_all()
 
@@ -274,22 +292,23 @@ class Rounds:
         with self.changed:
             self.changed.notify_all()
 
-    def fetch(self, client):
+    def fetch(self, client, alive=lambda: True):
         """The weights of the open round: (its number, their SHA-256, the open file).
 
         Waits while a round is being merged: nobody gets old weights under a new number. The file is
         opened under the same lock, so it belongs to the number even if the next merge replaces it.
+        The result is handed out once it is evaluated: before that it has no model card.
 
-        client: a peer that names itself, or None.
+        client  a peer that names itself, or None
+        alive   alive() says whether someone still waits for the weights
         """
         with self.changed:
-            while self.state.frozen and not self.over:
+            while (self.state.frozen or self.is_evaluating_last) and not self.over:
+                if not alive():
+                    raise Refused("CANCELLED", f"{client or 'a peer'} went away before the weights")
                 self.changed.wait()
             if self.over:
                 raise self.over
-            if self.done:
-                self.finished.add(client)
-                self.changed.notify_all()
             return self.round, self.state.weights_sha256, open(self.weights_path, "rb")
 
     def admit(self, client, run, round_number, sha256):
@@ -301,9 +320,13 @@ class Rounds:
             if run is not None and sha256 is not None:
                 self._is_repeat(client, run, round_number, sha256)
 
-    def deliver(self, client, num_examples, sha256, written, run, round_number, alive):
+    def deliver(
+        self, client, num_examples, sha256, written, run, round_number, alive, file_sha256=None
+    ):
         """Accept a complete, checked upload that lies in the file `written`; wait for its round.
 
+        sha256             of what was sent
+        file_sha256        of what lies in the file, where that was converted
         run, round_number  as the peer names them; None where unknown
         alive              alive() says whether someone still waits for the answer
         Returns whether that was the last of all rounds. Raises Refused.
@@ -311,17 +334,21 @@ class Rounds:
         with self.changed:
             if round_number is None:
                 round_number = self._round_of_silent_peer(client, sha256)
-            if not self._is_repeat(client, run, round_number, sha256):
+            if self._is_repeat(client, run, round_number, sha256):
+                written.unlink(missing_ok=True)  # a call that waits holds no room on the disk
+            else:
                 if client in self.uploads and not alive():
                     # A late upload of a lost connection. The one that it would replace is newer:
                     # the client sent that one again and waits for its answer.
                     raise Refused("CANCELLED", f"{client} went away; its earlier upload stays")
-                self._accept(client, num_examples, sha256, written)
+                upload = new_upload(num_examples, sha256, file_sha256 or sha256)
+                self._accept(client, upload, written)
             self._wait_for_answer(client, round_number, alive)
-            if self.done and alive():
-                self.finished.add(client)
-                self.changed.notify_all()
-            return self.done
+            done = self.done
+            is_old_peer = run is None  # it ends with this answer; a new one fetches the result
+            if done and is_old_peer and alive():
+                self.leave(client)
+            return done
 
     def _wait_for_answer(self, client, round_number, alive):
         """Return once the round is evaluated. Raises Refused where this call is not answered."""
@@ -341,13 +368,28 @@ class Rounds:
                 raise self.over
             self.changed.wait()
 
-    def wait_until_all_left(self, timeout_s):
-        """After the last round: until every client knows that it is over, or the time is over."""
+    def leave(self, client):
+        """A client has all that it came for: the result, or of an old peer its last answer."""
         with self.changed:
-            self.say(
-                f"the run is over; staying up to {timeout_s:g} s, until all have their last answer"
-            )
-            self.changed.wait_for(lambda: self.finished >= set(self.clients), timeout_s)
+            self.finished.add(client)
+            self.changed.notify_all()
+
+    def note_progress(self):
+        """A client is still moving: the end of the run waits for it."""
+        self.moved = time.monotonic()
+
+    def wait_until_all_left(self, timeout_s):
+        """After the last round: until every client has left, or none moved for `timeout_s`."""
+        with self.changed:
+            self.say("the run is over; waiting until every client has fetched the result")
+            self.note_progress()
+            while not self.finished >= set(self.clients):
+                left_s = self.moved + timeout_s - time.monotonic()
+                if left_s <= 0:
+                    missing = ", ".join(sorted(set(self.clients) - self.finished))
+                    self.say(f"{missing} did not fetch the result within {timeout_s:g} s")
+                    return
+                self.changed.wait(left_s)
 
     def _round_of_silent_peer(self, client, sha256):
         """The round of an upload by a peer that names none, and was not seen to fetch.
@@ -397,16 +439,15 @@ class Rounds:
             f"round {self.round}: fetch again",
         )
 
-    def _accept(self, client, num_examples, sha256, written):
+    def _accept(self, client, upload, written):
         """Make the upload in the file `written` the client's upload for the open round.
 
         Write the state first, listing old and new upload, then rename the file; after a crash the
         file's SHA-256 says which entry holds. The other way round, a crash between the two would
         leave a file that no entry names: an upload lost that was there before.
         """
-        upload = {"num_examples": num_examples, "sha256": sha256}
         old = self.uploads.get(client)
-        same_bytes = old is not None and old["sha256"] == sha256
+        same_bytes = old is not None and file_sha256_of(old) == file_sha256_of(upload)
         listed = [upload]
         if old is not None and not same_bytes:
             listed = [old, upload]
@@ -425,6 +466,6 @@ class Rounds:
         elif old is not None:
             again = " again, replacing its earlier upload"
         self.say(
-            f"round {self.round}: {client} delivered {num_examples} examples{again}; "
+            f"round {self.round}: {client} delivered {upload['num_examples']} examples{again}; "
             f"{self.describe()}"
         )

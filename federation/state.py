@@ -30,8 +30,10 @@ was killed after that publish and before the next one:
 |          |                                              | gives the same bits                    |
 | commit   | state.json: next `round`, `weights_sha256`,  | evaluates server_weight.h5             |
 |          | `counted`, `closing`; no uploads             |                                        |
-| evaluate | history.csv                                  | evaluates again, writes the row again  |
-|          | state.json: `history`                        | has nothing to repeat                  |
+| evaluate | server_weight.json, the model card           | evaluates again, publishes all of this |
+|          | if it is the best: best_weight.h5, its card  | again                                  |
+|          | history.csv                                  |                                        |
+|          | state.json: `history`, `best`                | has nothing to repeat                  |
 | answer   | nothing: each waiting call gets its 1        | finds in `counted` what a client sends |
 |          |                                              | again because it got no answer         |
 """
@@ -42,7 +44,20 @@ from common import files
 
 # Fields that a state file may lack: of a run without a merge, or one that an older version began.
 # Whoever adds a field adds its name here and gives it a default, so that older runs still resume.
-OPTIONAL_FIELDS = {"weights", "closing"}
+OPTIONAL_FIELDS = {"weights", "closing", "best"}
+
+
+def new_upload(num_examples, sha256, file_sha256):
+    """The entry of an upload in the state."""
+    upload = {"num_examples": num_examples, "sha256": sha256}
+    if file_sha256 != sha256:
+        upload["file_sha256"] = file_sha256
+    return upload
+
+
+def file_sha256_of(upload):
+    """SHA-256 of what lies in an upload's file; an entry without it was stored as it was sent."""
+    return upload.get("file_sha256", upload["sha256"])
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,11 @@ class RunState:
     round: int = 1
 
     # Accepted uploads of the open round: {client: [upload, ...]}, an upload being
-    # {"num_examples": 300, "sha256": of its bytes}. A list, because both are named here while a
-    # newer upload replaces an older one: the file client001/client_weights.h5 is one of them, and
-    # its SHA-256 says which.
+    # {"num_examples": 300, "sha256": of what was sent, "file_sha256": of what lies in its file}.
+    # The two differ, and the second is there, only where another layout was converted: the first
+    # recognises what a client sends again, the second finds the file after a crash.
+    # A list, because both are named here while a newer upload replaces an older one: the file
+    # client001/client_weights.h5 is one of them, and its SHA-256 says which.
     uploads: dict = field(default_factory=dict)
 
     # None while the round is open. Then the sorted names of the clients that are merged: from here
@@ -95,10 +112,22 @@ class RunState:
     # written whole from it, so a crash neither doubles nor drops a row.
     history: list = field(default_factory=list)
 
+    # The best round so far: {"round": 7, "auc": 0.98, "sha256": of best_weight.h5}. None before the
+    # first, and in a run that an older version began.
+    best: dict | None = None
+
     @property
     def is_over(self):
         """Whether the last round is merged (its evaluation may still run)."""
         return self.round > self.rounds
+
+    @property
+    def freezes_base(self):
+        """Whether clients are to train only the layers after the base, which ImageNet trained.
+
+        Not of the thesis's vgg16: there each client chooses, with --freeze-base.
+        """
+        return self.weights == "imagenet" and self.arch == "lite0"
 
     @property
     def evaluated(self):

@@ -159,7 +159,7 @@ class Run:
         self.start()
 
     def average(self, paths, num_examples):
-        return weights.fedavg(paths, num_examples, layout=self.weights, target=self.weights)
+        return weights.fedavg(paths, num_examples, weights.Layout(self.weights), self.weights)
 
     def start(self, rounds=None):
         """Opens what is on disk, as a server does that is started."""

@@ -442,6 +442,7 @@ class AnyOrder(RuleBasedStateMachine):
         left = Call(self.run.rounds.wait_until_all_left, 60)
         for client in CLIENTS:
             self.run.rounds.fetch(client)[2].close()
+            self.run.rounds.leave(client)
         left.result(20)
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import averaged, read_weights, same_bits, start_server
 
 from federation import rounds
+from reporting import card as cards
 
 CLIENTS = ["client001", "client002", "client003"]
 
@@ -61,6 +62,20 @@ def test_the_demo(start, site):
         state["weights_sha256"]
         == hashlib.sha256((site / "server" / "server_weight.h5").read_bytes()).hexdigest()
     )
+    # the model card, the best round, and what each client takes home
+    card = json.loads((site / "server" / "server_weight.json").read_text())
+    assert (card["weights_sha256"], card["round"]) == (state["weights_sha256"], 2)
+    assert card["clients"] == {"client001": 8, "client002": 10, "client003": 12}
+    best = cards.read(site / "server" / "best_weight.h5")
+    assert state["best"] == {
+        "round": best["round"],
+        "auc": best["choosing_auc"],
+        "sha256": best["weights_sha256"],
+    }
+    for name in CLIENTS:
+        assert cards.read(site / name / "server_weight.h5") == card
+    for process in clients:
+        assert "with its model card client00" in process.lines[-1], process.output
     # and plain Keras loads it
     import model
 

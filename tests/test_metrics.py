@@ -1,5 +1,6 @@
 """metrics.py: the metrics of finding DR, and intervals that hold what they promise."""
 
+import json
 import subprocess
 import sys
 
@@ -110,9 +111,154 @@ def test_the_auc_interval_holds_what_it_promises():
     assert low < 0.97 and high == 1
 
 
+def two_eyes(seed, num_patients=60):
+    """Scores of both eyes of each patient, which are alike; grades; patients."""
+    rng = np.random.default_rng(seed)
+    of_patient = rng.integers(0, 2, num_patients)
+    patient = np.repeat(np.arange(num_patients), 2)
+    shift = np.repeat(1.5 * of_patient + rng.standard_normal(num_patients), 2)
+    score = 1 / (1 + np.exp(-(shift + 0.1 * rng.standard_normal(2 * num_patients) - 0.75)))
+    return score, np.repeat(of_patient, 2) > 0, [f"p{number}" for number in patient]
+
+
+def test_measure_gives_the_metrics_by_their_definition():
+    score, positive, patients = two_eyes(0)
+    measured = metrics.measure(score, positive, patients, threshold=0.4)
+    says = score > 0.4
+    assert measured["auc"].value == pytest.approx(metrics.auc(score, positive))
+    assert measured["sensitivity"].value == pytest.approx(np.mean(says[positive]))
+    assert measured["specificity"].value == pytest.approx(np.mean(~says[~positive]))
+    assert measured["accuracy"].value == pytest.approx(np.mean(says == positive))
+    most = max(np.mean(positive), np.mean(~positive))
+    assert measured["always_same"].value == pytest.approx(most)
+    cuts = [*np.unique(score), -1]
+    found = {cut: np.mean(score[positive] > cut) for cut in cuts}
+    cleared = {cut: np.mean(score[~positive] <= cut) for cut in cuts}
+    best = max(found[cut] for cut in cuts if cleared[cut] >= 0.9)
+    assert measured["sensitivity_at_90"].value == pytest.approx(best)
+    best = max(cleared[cut] for cut in cuts if found[cut] >= 0.9)
+    assert measured["specificity_at_90"].value == pytest.approx(best)
+    for name in metrics.MEASURED:
+        assert measured[name].low <= measured[name].value <= measured[name].high, name
+
+
+def test_two_eyes_of_one_patient_are_not_two_patients():
+    """Of 100 samples most intervals hold the truth; counted by image they would be too narrow."""
+    truth = metrics.auc(*two_eyes(1000, num_patients=20_000)[:2])
+    held = held_by_image = 0
+    for seed in range(100):
+        score, positive, patients = two_eyes(seed)
+        interval = metrics.measure(score, positive, patients)["auc"]
+        held += interval.low <= truth <= interval.high
+        images = [str(number) for number in range(len(score))]
+        interval = metrics.measure(score, positive, images)["auc"]
+        held_by_image += interval.low <= truth <= interval.high
+    assert held >= 88
+    assert held_by_image <= held - 8
+
+
+def test_an_interval_keeps_its_width_where_every_draw_agrees():
+    score = np.repeat([0.1, 0.9], 20)
+    patients = [f"p{number // 2}" for number in range(40)]  # 10 of either kind, two eyes each
+    measured = metrics.measure(score, score > 0.5, patients)
+    assert measured["sensitivity"] == (1, *metrics.wilson(1, 10))
+    assert measured["specificity"] == (1, *metrics.wilson(1, 10))
+    assert measured["accuracy"] == (1, *metrics.wilson(1, 20))
+    assert measured["auc"] == (1, *metrics.auc_interval(1.0, 10, 10))
+    assert measured["sensitivity"].low < 0.8
+
+
+def test_the_same_seed_gives_the_same_intervals():
+    score, positive, patients = two_eyes(3)
+    measured = metrics.measure(score, positive, patients, seed=1)
+    assert measured == metrics.measure(score, positive, patients, seed=1)
+    assert measured != metrics.measure(score, positive, patients, seed=2)
+
+
 def test_without_a_class_there_is_no_number():
-    measured = metrics.measure(np.array([0.9, 0.2, 0.7]), np.ones(3))
-    assert measured["accuracy"][0] == pytest.approx(2 / 3) and measured["specificity"][
-        0
-    ] == pytest.approx(2 / 3)
-    assert np.isnan(measured["auc"]).all() and np.isnan(measured["sensitivity"]).all()
+    measured = metrics.measure(np.array([0.1, 0.8, 0.3]), np.zeros(3, bool), ["a", "b", "c"])
+    assert measured["accuracy"].value == pytest.approx(2 / 3)
+    assert measured["specificity"].value == pytest.approx(2 / 3)
+    for name in ("auc", "sensitivity", "sensitivity_at_90", "specificity_at_90"):
+        assert np.isnan(measured[name]).all(), name
+
+
+# --- thresholds -----------------------------------------------------------------------------------
+
+
+def test_the_halves_follow_from_the_index_and_keep_patients_whole():
+    rng = np.random.default_rng(5)
+    patients = [f"p{number // 2:03}" for number in range(200)]
+    grades = rng.integers(0, 5, 200)
+    choosing = metrics.choosing_half(grades, patients)
+    assert (choosing[::2] == choosing[1::2]).all()  # both eyes of a patient
+    worst = np.maximum(grades[::2], grades[1::2])
+    for grade in range(5):
+        of_grade = choosing[::2][worst == grade]
+        assert abs(of_grade.sum() - (~of_grade).sum()) <= 1
+    order = rng.permutation(200)
+    again = metrics.choosing_half(grades[order], [patients[i] for i in order])
+    assert (again == choosing[order]).all()
+    assert not (metrics.choosing_half(grades, [f"q{p}" for p in patients]) == choosing).all()
+
+
+def test_a_record_without_a_patient_is_its_own():
+    records = [{"dir": "a.png"}, {"dir": "b.png", "patient": ""}, {"dir": "c.png", "patient": "p"}]
+    assert metrics.patients_of(records) == ["a.png", "b.png", "p"]
+
+
+def test_the_threshold_finds_85_percent_and_then_clears_as_many_as_it_can():
+    score, positive, _ = two_eyes(1, num_patients=300)
+    threshold = metrics.choose_threshold(score, positive)
+
+    def at(cut):
+        return np.mean(score[positive] > cut), np.mean(score[~positive] <= cut)
+
+    sensitivity, specificity = at(threshold)
+    assert sensitivity >= 0.85
+    for cut in np.unique(score):
+        found, cleared = at(cut)
+        assert found < 0.85 or found + cleared <= sensitivity + specificity + 1e-12
+    assert threshold not in score  # midway, so that rounding moves no image across
+    assert metrics.choose_threshold(score, np.ones(600, bool)) is None
+    assert metrics.choose_threshold(1 - positive.astype(float), positive) is None  # the wrong way
+    assert metrics.choose_threshold(np.full(600, 0.3), positive) is None
+
+
+def records_of(grades):
+    return [{"label": int(grade), "dir": f"{i}.png"} for i, grade in enumerate(grades)]
+
+
+def test_what_a_card_says_of_a_model():
+    rng = np.random.default_rng(0)
+    grades = np.repeat([0, 1, 2, 3, 4], [60, 10, 30, 10, 10])
+    score = 1 / (1 + np.exp(-(1.5 * grades - 2 + rng.standard_normal(120))))
+    assessed = metrics.assess(1 - score, records_of(grades))
+    assert assessed["warning"] == ""
+    assert (assessed["num_images"], assessed["num_patients"]) == (120, 120)
+    choosing = metrics.choosing_half(grades, [record["dir"] for record in records_of(grades)])
+    assert assessed["num_reporting_patients"] == (~choosing).sum()
+    assert assessed["choosing_auc"] == round(metrics.auc(score[choosing], grades[choosing] > 0), 4)
+    for task, least_grade in metrics.TASKS.items():
+        entry = assessed["tasks"][task]
+        positive = grades >= least_grade
+        threshold = metrics.choose_threshold(score[choosing], positive[choosing])
+        assert entry["threshold"] == pytest.approx(threshold, abs=1e-6)
+        found = np.mean(score[~choosing & positive] > threshold)
+        assert entry["measured"]["sensitivity"][0] == pytest.approx(found, abs=1e-4)
+    json.dumps(assessed, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "score, grades, sentence",
+    [
+        (np.full(40, 0.2), np.repeat([0, 2], 20), "contains 0.5"),
+        (np.repeat([0.9, 0.1], 20), np.repeat([0, 2], 20), "contains 0.5 or lies below it"),
+        (np.linspace(0, 1, 40), np.zeros(40, int), "cannot be judged"),
+        (np.linspace(0, 1, 40), np.repeat([0, 1], 20), "cannot be judged"),
+    ],
+)
+def test_a_model_that_must_not_be_used(score, grades, sentence):
+    assessed = metrics.assess(1 - score, records_of(grades))
+    assert sentence in assessed["warning"]
+    json.dumps(assessed, allow_nan=False)

@@ -35,7 +35,7 @@ def test_three_old_clients_complete_three_rounds_one_changing_nothing(tmp_path):
                 for each, size in zip(paths, sizes, strict=True)
             ]
         )
-        return weights.fedavg(paths, sizes, path, path)
+        return weights.fedavg(paths, sizes, weights.Layout(path), path)
 
     def evaluate():
         return dict.fromkeys(("loss", "accuracy", "auc", "sensitivity", "specificity"), 0.5)

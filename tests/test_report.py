@@ -19,9 +19,10 @@ import model
 import report
 from common import files
 from federation.state import RunState
+from reporting import card as cards
 from reporting import metrics
 
-SECTIONS = ["summary", "curves", "errors", "missed", "clients", "time"]
+SECTIONS = ["summary", "comparison", "curves", "errors", "missed", "clients", "time"]
 COMPARED = "series,round,loss,accuracy,auc,sensitivity,specificity\n" + "".join(
     f"{series},{number},0.5,0.{number}5,0.75,0.5,0.5\n"
     for series in ("central", "federated <IID>")
@@ -30,31 +31,34 @@ COMPARED = "series,round,loss,accuracy,auc,sensitivity,specificity\n" + "".join(
 
 
 def finished_run(folder):
-    """A project folder in which a run of two rounds ended; the model finds some DR, misses some, and has false alarms."""
+    """A project folder in which a run of two rounds ended.
+
+    The model tells bright pictures (odd numbers) from dark ones (even). Some with DR are dark and
+    some healthy ones are bright: so it finds some DR, misses some, and has false alarms.
+    """
     make_data(folder, validation=60)
     workers = [data.read_index(folder / "index" / f"worker{k}.pkl") for k in (1, 2, 3)]
     data.write_index(folder / "index" / "train_set.pkl", sum(workers, []))
     val = data.read_index(folder / "index" / "val_set.pkl")
+    brightness = data.healthy(val)
     for number, record in enumerate(val):
-        grade = (0, 1, 0, 2, 3, 4)[number % 6]
+        grade = (0, 1, 0, 2, 0, 2, 0, 3, 0, 4, 0, 0)[number % 12]
+        if number in (10, 46):  # one chooses the thresholds, one is scored
+            grade = 3
         record.update(label=grade, new_label=str(grade == 0), picture=f"<b>&{number}.png")
     data.write_index(folder / "index" / "val_set.pkl", val)
-    (folder / "index" / "prepared.json").write_text(
-        json.dumps(
-            {"dataset": "synthetic", "split": "iid", "preprocessing": "drawn", "image_size": 32}
-        )
-    )
+    prepared = {"dataset": "synthetic", "split": "iid", "preprocessing": "drawn", "image_size": 32}
+    (folder / "index" / "prepared.json").write_text(json.dumps(prepared))
     for name in ("server", "client001", "client002", "client003"):
         (folder / name).mkdir(exist_ok=True)
     model.configure(0)
     network = model.build("drcnn", 32)
-    images = np.stack([np.asarray(Image.open(folder / record["dir"])) for record in val])
-    p = model.predict(network, images)
-    bias = network.layers[-1].weights[-1]
-    bias.assign(
-        bias - np.median(np.log(p / (1 - p))).astype(np.float32)
-    )  # half of the images on either side of 0.5
-    model.save(network, folder / "server" / "server_weight.h5")
+    images = pixels_of(val, folder)
+    batches = data.TrainingBatches(images, brightness, 8, 0, "teacher", augment=False)
+    for round_number in range(1, 7):
+        model.train(network, batches, round_number, 1, lambda row: None)
+    weights = folder / "server" / "server_weight.h5"
+    model.save(network, weights)
     row = {
         "loss": 0.7,
         "accuracy": 0.5,
@@ -69,18 +73,24 @@ def finished_run(folder):
         "evaluate_seconds": 2.0,
         "seconds": 8.0,
     }
+    counted = {"client001": {"round": 2, "num_examples": 8, "sha256": ""}}
     state = RunState(
         run="run0",
         clients=["client001", "client002", "client003"],
         rounds=2,
-        weights_sha256="",
+        weights_sha256=files.sha256_of(weights),
         arch="drcnn",
         image_size=32,
         seed=0,
         round=3,
+        counted=counted,
         history=[{"round": number, **row} for number in (1, 2)],
     )
     state.save(folder / "server" / "state.json")
+    assessed = metrics.assess(model.predict(network, images), val)
+    validation = files.sha256_of(folder / "index" / "val_set.pkl")
+    card = cards.make(state, state.history[-1], prepared, validation, assessed)
+    cards.publish(weights, card)
     for name, seconds in (("client001", 3.0), ("client002", 4.25)):
         epochs = [
             {
@@ -99,6 +109,11 @@ def finished_run(folder):
         {"run": "another", "history": [{**epochs[0], "seconds": 99.0}]},
     )
     return folder
+
+
+def pixels_of(records, folder):
+    """uint8 (n, size, size, 3), as a network of the pictures' own size sees them."""
+    return np.stack([np.asarray(Image.open(folder / record["dir"])) for record in records])
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +152,7 @@ def refused(capsys, *flags):
 
 
 def test_the_page_needs_nothing_else(page):
-    assert re.findall(r'<section id="(\w+)"', page) == [*SECTIONS, "comparison"]
+    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS
     links = re.findall(r'(?:src|href|action|data)\s*=\s*["\']?([^"\'\s>]+)', page)
     assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
     assert not re.search(r"<script|<link|<iframe|@import|url\((?!#)", page)
@@ -147,40 +162,56 @@ def test_the_page_needs_nothing_else(page):
     }
     assert "default-src 'none'" in page
     assert "not a medical device" in page and "The images are drawn" in page
+    assert "diabetic retinopathy (DR)" in page
 
 
-def test_the_page_counts_as_a_hand_count(page, finished):
+@pytest.fixture(scope="module")
+def scored(finished):
+    """Of the reporting patients: records, grades, scores; and the card."""
     val = data.read_index(finished / "index" / "val_set.pkl")
     network = model.build("drcnn", 32)
     model.load(network, finished / "server" / "server_weight.h5")
-    images = np.stack([np.asarray(Image.open(finished / record["dir"])) for record in val])
-    says_dr, grade = (
-        model.predict(network, images) < 0.5,
-        np.array([record["label"] for record in val]),
-    )
-    for what, chosen in {
-        "found": says_dr & (grade > 0),
-        "missed": ~says_dr & (grade > 0),
-        "false alarms": says_dr & (grade == 0),
-        "cleared": ~says_dr & (grade == 0),
-    }.items():
-        assert chosen.any() and f"<b>{chosen.sum()}</b> {what}" in page
-    assert f"{100 * np.mean(says_dr == (grade > 0)):.1f} %" in page
-    for number, name in enumerate(("mild", "moderate", "severe", "proliferative"), start=1):
+    score = 1 - model.predict(network, pixels_of(val, finished))
+    grades = np.array([record["label"] for record in val])
+    reporting = ~metrics.choosing_half(grades, [record["dir"] for record in val])
+    card = json.loads((finished / "server" / "server_weight.json").read_text())
+    return grades[reporting], score[reporting], card
+
+
+def test_the_page_counts_as_a_hand_count(page, scored):
+    grades, score, card = scored
+    for task, least_grade in {"any DR": 1, "referable DR": 2}.items():
+        says = score > card["tasks"][task]["threshold"]
+        has = grades >= least_grade
+        counts = [says & has, ~says & has, says & ~has, ~says & ~has]
+        found, missed, alarms, cleared = (int(chosen.sum()) for chosen in counts)
         assert (
-            f">{np.sum(says_dr & (grade == number))} of {np.sum(grade == number)}<" in page
-            and f">{name}<" in page
+            f'<th scope="row">has {task}</th><td><b>{found}</b> found</td>'
+            f"<td><b>{missed}</b> missed</td>" in page
+        )
+        assert f"<td><b>{alarms}</b> false alarms</td><td><b>{cleared}</b> cleared</td>" in page
+        assert f"{100 * found / has.sum():.1f} %<small>" in page
+        assert f"{card['tasks'][task]['threshold']:.3f}" in page
+    referable = score > card["tasks"]["referable DR"]["threshold"]
+    assert (referable & (grades >= 2)).any() and (~referable & (grades >= 2)).any()
+    names = ("none", "mild", "moderate", "severe", "proliferative")
+    for grade, name in enumerate(names):
+        of_grade = grades == grade
+        assert (
+            f">{(referable & of_grade).sum()} of {of_grade.sum()}<" in page and f">{name}<" in page
         )
 
 
-def test_the_gallery_shows_the_worst_first_and_escapes_names(page):
+def test_the_gallery_shows_the_worst_first_and_escapes_names(page, scored):
+    threshold = scored[2]["tasks"]["referable DR"]["threshold"]
     shown = [
         (float(score), int(grade))
         for score, grade in re.findall(r"<figcaption>score ([\d.]+)<br>grade (\d)", page)
     ]
-    missed, alarms = [s for s, grade in shown if grade > 0], [s for s, grade in shown if grade == 0]
-    assert missed and missed == sorted(missed) and max(missed) <= 0.5
-    assert alarms and alarms == sorted(alarms, reverse=True) and min(alarms) >= 0.5
+    missed = [score for score, grade in shown if grade >= 2]
+    alarms = [score for score, grade in shown if grade < 2]
+    assert missed and missed == sorted(missed) and max(missed) <= threshold + 5e-4
+    assert alarms and alarms == sorted(alarms, reverse=True) and min(alarms) >= threshold - 5e-4
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures) == len(shown)
     assert all(
@@ -197,47 +228,72 @@ def test_the_time_of_a_round_is_divided_by_the_slowest_client_of_this_run(page):
         "evaluating": 2,
     }
     for part, seconds in parts.items():
-        assert f"<td>{part}</td><td>{seconds:.2f} s</td>" in page
-
-
-def test_the_threshold_that_finds_95_percent_is_the_highest_that_does(page, finished):
-    val = data.read_index(finished / "index" / "val_set.pkl")
-    network = model.build("drcnn", 32)
-    model.load(network, finished / "server" / "server_weight.h5")
-    p = model.predict(
-        network, np.stack([np.asarray(Image.open(finished / record["dir"])) for record in val])
-    )
-    ill = np.sort([1 - score for score, record in zip(p, val, strict=True) if record["label"]])[
-        ::-1
-    ]
-    assert (
-        f"the threshold would be {ill[int(np.ceil(0.95 * len(ill))) - 1]:.3f}, at a specificity of "
-        in page
-    )
+        assert f'<th scope="row">{part}</th><td>{seconds:.2f} s</td>' in page
 
 
 def test_the_comparison_gives_the_last_round_with_its_interval(page):
     low, high = metrics.wilson(0.85, 60)
-    assert (
-        f"<td>central</td><td>85.0 %<small>{100 * low:.1f} to {100 * high:.1f}</small></td><td>0.750</td>"
-        in page
-    )
-    assert "Mean of the last 3 rounds" in page
+    assert f"<td>85.0 %<small>{100 * low:.1f} to {100 * high:.1f}</small></td>" in page
+    low, high = metrics.auc_interval(0.75, 27, 33)
+    central = f'<th scope="row">central</th><td>0.750<small>{low:.3f} to {high:.3f}</small></td>'
+    assert central in page
+    assert 'aria-label="AUC, all validation images"' in page
 
 
 def test_a_client_elsewhere_is_said_to_be_elsewhere(here, capsys):
     (here / "index" / "worker2.pkl").unlink()
     (here / data.read_index("index/worker3.pkl")[0]["dir"]).unlink()
     shutil.rmtree(here / "client001")  # its index is here, but it did not train on it here
-    (here / "compare.csv").write_text(
-        COMPARED
-    )  # of another run, perhaps: only shown where it is asked for
+    shutil.rmtree(here / "client002")
+    # of another run, perhaps: only shown where it is asked for
+    (here / "compare.csv").write_text(COMPARED)
     assert report.main([]) == 0
-    assert capsys.readouterr().out.startswith(
-        "report: server/report.html: round 2/2, 60 held-out images: accuracy 0."
-    )
+    line = capsys.readouterr().out
+    assert re.search("report: server/report.html: round 2/2, 60 held-out images of 60 pat", line)
     page = (here / "server" / "report.html").read_text()
     assert page.count("its images are not on this machine") == 3 and 'id="comparison"' not in page
+    assert "How long the clients trained is not known here" in page  # and not 0 s
+
+
+def test_a_model_that_must_not_be_used_is_offered_no_threshold(here, capsys):
+    path = here / "server" / "server_weight.json"
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps({**card, "warning": "it finds nobody"}))
+    assert report.main([]) == 0
+    assert "this model must not be used: it finds nobody" in capsys.readouterr().out
+    page = (here / "server" / "report.html").read_text()
+    first = re.search(r'<p class="note">(.*?)</p>', page)[1]
+    assert first == "<strong>This model must not be used:</strong> it finds nobody."
+    assert "threshold: DR where" not in page
+
+
+def test_it_goes_by_the_card_and_not_by_what_lies_in_index_now(here, capsys):
+    (here / "index" / "prepared.json").write_text(json.dumps({"dataset": "idrid"}))
+    assert report.main([]) == 0
+    page = (here / "server" / "report.html").read_text()
+    assert "data set synthetic" in page and "The images are drawn" in page
+    shutil.copy("index/worker1.pkl", "index/val_set.pkl")
+    assert "is not the validation set that this run was scored on" in refused(capsys)
+
+
+def test_weights_and_card_that_do_not_belong_together_are_refused(here, capsys):
+    with open("server/server_weight.h5", "ab") as file:
+        file.write(b"x")
+    assert "describes other weights than" in refused(capsys)
+    (here / "server" / "server_weight.json").unlink()
+    assert "server_weight.json, the card of" in refused(capsys)
+
+
+def test_the_best_round_is_marked_and_has_its_own_numbers(here):
+    shutil.copy("server/server_weight.h5", "server/best_weight.h5")
+    card = json.loads((here / "server" / "server_weight.json").read_text())
+    card["round"] = 1
+    card["tasks"]["any DR"]["measured"]["auc"] = [0.8123, 0.7, 0.9]
+    (here / "server" / "best_weight.json").write_text(json.dumps(card))
+    assert report.main([]) == 0
+    page = (here / "server" / "report.html").read_text()
+    assert "The best round is round 1" in page and "The model of the best round, 1" in page
+    assert "0.812<small>0.700 to 0.900" in page
 
 
 def test_what_is_missing_is_one_sentence(here, monkeypatch, capsys):
@@ -300,7 +356,7 @@ def test_the_page_in_a_browser(page, tmp_path, width):
         timeout=90,
     )
     said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', ended.stdout)[1]))
-    assert said["sections"] == [*SECTIONS, "comparison"]
+    assert said["sections"] == SECTIONS
     assert said["width"] == width and said["needed"] <= width
     assert said["images"] > 2 and said["broken"] == said["empty"] == 0
     assert "Refused to" not in ended.stderr and "Content Security Policy" not in ended.stderr

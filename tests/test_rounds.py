@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import Call, metrics, random_tensors, read_weights, until, write_weights
+from conftest import DEADLINE_S, Call, metrics, random_tensors, read_weights, until, write_weights
 
 from common import files
 from federation import rounds
@@ -724,7 +724,62 @@ def test_the_end_waits_for_every_client_or_the_time(make_run):
     assert time.monotonic() - started >= 0.3
     left = Call(run.rounds.wait_until_all_left, 60)
     assert run.deliver("client001", 1, round_number=1).result() is True
+    for client in ("client001", "client002"):
+        assert not left.ended  # an answer is not the result
+        run.rounds.leave(client)
     left.result(10)
+
+
+def test_the_end_waits_as_long_as_a_client_moves(make_run):
+    run = make_run(clients=["client001"], rounds=1)
+    run.deliver("client001", 1).result()
+    run.coordinator.result()
+    left = Call(run.rounds.wait_until_all_left, 0.5)
+    started = time.monotonic()
+    while time.monotonic() - started < 1.5:
+        run.rounds.note_progress()
+        assert not left.ended
+        time.sleep(0.01)
+    left.result(10)
+    assert "client001 did not fetch the result within 0.5 s" in run.said
+
+
+def test_an_old_peer_is_done_with_its_last_answer(make_run):
+    run = make_run(clients=["client001"], rounds=1)
+    run.deliver("client001", 1, run=None, round_number=1).result()
+    Call(run.rounds.wait_until_all_left, 60).result(10)
+
+
+def test_the_result_is_handed_out_once_it_is_evaluated(make_run):
+    run = make_run(clients=["client001"], rounds=1)
+    gate = threading.Event()
+    run.evaluate = lambda: gate.wait(DEADLINE_S) and metrics()
+    call = run.deliver("client001", 1)
+    until(lambda: run.rounds.done, "the round is merged")
+    fetch = Call(run.rounds.fetch, "client001")
+    assert not fetch.ended and run.rounds.answered == 0
+    gate.set()
+    number, _, file = fetch.result()
+    file.close()
+    assert number == 2 and run.rounds.answered == 1
+    call.result()
+
+
+def test_what_is_known_of_the_best_round_is_kept_and_published_before_the_history(make_run):
+    run = make_run(clients=["client001"], rounds=2)
+    seen = []
+
+    def publish_result(state, row):
+        rows = (run.folder / "history.csv").read_text().count("\n") - 1
+        seen.append((row["round"], state.evaluated, rows, state.best))
+        return {"round": row["round"], "auc": 0.5, "sha256": state.weights_sha256}
+
+    run.rounds.publish_result = publish_result
+    run.deliver("client001", 1).result()
+    first = state_on_disk(run)["best"]
+    assert first == {"round": 1, "auc": 0.5, "sha256": state_on_disk(run)["weights_sha256"]}
+    run.deliver("client001", 2).result()
+    assert seen == [(1, 0, 0, None), (2, 1, 1, first)]
 
 
 @pytest.mark.parametrize("rounds_now", [None, 3])
@@ -743,10 +798,14 @@ def test_a_finished_run_answers_repeats_again_and_can_be_extended(make_run, roun
     assert number == 3
     if rounds_now is None:
         run.coordinator.result()
+        for client in ("client001", "client002"):
+            run.rounds.leave(client)
         left.result(10)
     else:
         for call in [run.deliver("client001", 8), run.deliver("client002", 9)]:
             assert call.result() is True
+        for client in ("client001", "client002"):
+            run.rounds.leave(client)
         left.result(10)
         assert run.holds(("client001", 1, 8), ("client002", 1, 9))
         assert [row["round"] for row in state_on_disk(run)["history"]] == [1, 2, 3]
@@ -759,6 +818,7 @@ def test_a_shorter_run_than_was_done_is_finished(make_run):
     run.restart(rounds=1)
     run.coordinator.result()
     assert run.deliver("client001", 2, round_number=2).result() is True
+    run.rounds.leave("client001")
     Call(run.rounds.wait_until_all_left, 60).result(10)
 
 

@@ -1,0 +1,218 @@
+"""The model card: what a weight file was made with, as JSON beside it.
+
+    server/server_weight.h5      server/server_weight.json
+
+A weight file alone does not say which network it belongs to, how a photograph must be prepared for
+it, or which score is a finding. The card does, and names the SHA-256 of its weight file: a pair
+that does not belong together is refused. Two files copied to another machine are enough to score.
+"""
+
+import functools
+import json
+import math
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common.files import publish_text, sha256_of
+from reporting.metrics import MEASURED, TASKS
+
+CARD_VERSION = 1
+MAX_WIRE_BYTES = 4000  # of fedml-card; gRPC's metadata ends at 8 kB, and there is other metadata
+MAX_FILE_BYTES = 1 << 20
+# The type of each entry that must be there, and what readers rely on.
+NEEDED = {
+    "card_version": int,
+    "arch": str,
+    "image_size": int,
+    "initial_weights": str,
+    "seed": int,
+    "preprocessing": str,
+    "prepared_image_size": int,
+    "dataset": str,
+    "split": str,
+    "run": str,
+    "round": int,
+    "date": str,
+    "commit": str,
+    "weights_sha256": str,
+    "validation_sha256": str,
+    "clients": dict,
+    "num_images": int,
+    "num_patients": int,
+    "num_reporting_images": int,
+    "num_reporting_patients": int,
+    "patients_known": bool,
+    "tasks": dict,
+    "warning": str,
+}
+# What is told of the images, where prepared.json says it.
+UNKNOWN_DATA = {"dataset": "unknown", "split": "unknown", "preprocessing": "unknown"}
+
+
+def read_prepared(index_dir):
+    """What index/prepared.json says of the images, a dict; {} where there is none."""
+    try:
+        prepared = json.loads((Path(index_dir) / "prepared.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return prepared if isinstance(prepared, dict) else {}
+
+
+def make(state, row, prepared, validation_sha256, assessed):
+    """The card (dict) of server_weight.h5 after an evaluated round.
+
+    state: federation.state.RunState. row: the round's row of the history.
+    prepared: what index/prepared.json says, {} where there is none.
+    validation_sha256: of the file val_set.pkl, so that nobody measures on another one unnoticed.
+    assessed: from reporting.metrics.assess.
+    """
+    data = {**UNKNOWN_DATA, **prepared}
+    counted = {
+        name: upload["num_examples"]
+        for name, upload in state.counted.items()
+        if upload["round"] == row["round"]
+    }
+    return {
+        "card_version": CARD_VERSION,
+        "arch": state.arch,
+        "image_size": state.image_size,
+        "preprocessing": str(data["preprocessing"])[:40],
+        "prepared_image_size": data.get("image_size", state.image_size),
+        "dataset": str(data["dataset"])[:80],
+        "split": str(data["split"])[:40],
+        "run": state.run,
+        "round": row["round"],
+        "rounds": state.rounds,
+        "seed": state.seed,
+        "initial_weights": Path(state.weights).name[:80],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "weights_sha256": state.weights_sha256,
+        "validation_sha256": validation_sha256,
+        "num_clients": row["clients"],
+        "num_examples": row["num_examples"],
+        "clients": counted,
+        # over all validation images, at a score of 0.5: what history.csv says of this round
+        "history": {name: number_or_none(row[name]) for name in ("loss", "accuracy", "auc")},
+        **assessed,
+    }
+
+
+@functools.cache
+def commit():
+    """The commit of this program, "" where it is not in a git repository."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # git would answer for a repository further up
+        return ""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()[:60] if done.returncode == 0 else ""
+
+
+def number_or_none(value):
+    return None if math.isnan(value) else round(value, 4)
+
+
+def path_of(weights_path):
+    """server/server_weight.h5 -> server/server_weight.json"""
+    return Path(weights_path).with_suffix(".json")
+
+
+def publish(weights_path, card):
+    publish_text(path_of(weights_path), json.dumps(card, indent=1) + "\n")
+
+
+def read(weights_path):
+    """The card beside a weight file. Raises ValueError: missing, bad, or of other weights."""
+    path = path_of(weights_path)
+    if not Path(weights_path).exists():
+        raise ValueError(f"{weights_path} is missing: train a model first, with ./run_local.sh")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}, the card of {weights_path}, is missing: a model has one after its first "
+            "round; copy both files"
+        ) from None
+    try:
+        card = parse(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is no model card: {error}") from None
+    found = sha256_of(weights_path)
+    if found != card["weights_sha256"]:
+        raise ValueError(
+            f"{path} describes other weights than {weights_path} holds (SHA-256 "
+            f"{card['weights_sha256'][:12]}..., found {found[:12]}...): copy both files anew; of a "
+            "run that goes on, try again when its round is evaluated"
+        )
+    return card
+
+
+def parse(content):
+    """A card from JSON bytes or text that nobody vouches for. Raises ValueError, saying why not."""
+    try:
+        card = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    if not isinstance(card, dict):
+        raise ValueError(f"it holds a {type(card).__name__}, expected an object")
+    for name, kind in NEEDED.items():
+        if type(card.get(name)) is not kind:
+            raise ValueError(
+                f"its {name!r} is {str(card.get(name))[:40]!r}, expected {kind.__name__}"
+            )
+    if card["card_version"] != CARD_VERSION:
+        raise ValueError(
+            f"it has version {card['card_version']}, this program knows {CARD_VERSION}"
+        )
+    for name in ("image_size", "prepared_image_size"):
+        if not 16 <= card[name] <= 4096:
+            raise ValueError(f"its {name!r} is {card[name]}, expected 16 to 4096 pixels")
+    for task in TASKS:
+        check_task(task, card["tasks"].get(task))
+    return card
+
+
+def check_task(task, entry):
+    """Raises ValueError unless it has a threshold in 0..1 or None, and metrics with intervals."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("measured"), dict):
+        raise ValueError(f"it does not say what was measured for {task}")
+    threshold = entry.get("threshold")
+    if threshold is not None and not is_part(threshold):
+        raise ValueError(f"its threshold for {task} is {str(threshold)[:40]}, expected 0 to 1")
+    if type(entry.get("num_positive")) is not int:
+        raise ValueError(f"it does not say how many images have {task}")
+    for metric in MEASURED:
+        numbers = entry["measured"].get(metric)
+        if not isinstance(numbers, list) or len(numbers) != 3:
+            raise ValueError(f"its {metric} for {task} is not [value, low, high]")
+        if not all(number is None or is_part(number) for number in numbers):
+            raise ValueError(f"its {metric} for {task} has a number outside 0 to 1")
+
+
+def is_part(number):
+    return type(number) in (int, float) and 0 <= number <= 1
+
+
+def to_wire(card):
+    """The card as ASCII JSON of at most MAX_WIRE_BYTES, for the metadata fedml-card."""
+    text = json.dumps(card, separators=(",", ":"))  # ASCII: all else is escaped
+    if len(text) > MAX_WIRE_BYTES:
+        # of many clients: num_clients and num_examples still say how many there were
+        text = json.dumps({**card, "clients": {}}, separators=(",", ":"))
+    return text
+
+
+def threshold_of(card, task="referable DR"):
+    """The threshold that was chosen for a task, or None."""
+    return card["tasks"].get(task, {}).get("threshold")
