@@ -9,6 +9,7 @@ It makes .venv (setup.sh) and starts the other scripts with the Python in there.
 
 import argparse
 import csv
+import json
 import math
 import os
 import queue
@@ -28,6 +29,7 @@ PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
 LISTENING = re.compile(r"server: listening on (\S+)$")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ALONE = PROJECT / "alone"  # each client alone, to compare with
 SERVER_LOG = "run_local.log"
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
 
@@ -232,6 +234,11 @@ def parse(argv):
             "--fresh",
             action="store_true",
             help="begin a new run; the old one's files are moved aside",
+        )
+        parser.add_argument(
+            "--no-alone",
+            action="store_true",
+            help="do not train each client alone after the run, to compare with",
         )
     elif words[:1] == ["compare"]:
         parser = flag_parser("./compare.sh", COMPARE_HELP)
@@ -474,8 +481,7 @@ def federate(processes, clients, server_flags, client_flags, folder, server_log,
         "server", "todoServer.py", *listen, *server_flags, cwd=folder, log=folder / server_log
     )
     address = processes.wait_for_address()
-    cores = len(os.sched_getaffinity(0))
-    threads = math.ceil(cores / len(clients))  # the clients share this machine
+    threads = threads_of_each(clients)
     for name in clients:
         processes.start(
             name,
@@ -487,6 +493,11 @@ def federate(processes, clients, server_flags, client_flags, folder, server_log,
             shown=not client_logs,
         )
     processes.wait_for_all()
+
+
+def threads_of_each(clients):
+    """How many threads each client gets: they share this machine."""
+    return math.ceil(len(os.sched_getaffinity(0)) / len(clients))
 
 
 def client_names(number):
@@ -512,16 +523,48 @@ def run(processes, flags):
             server_flags.append("--fresh")
         elif "--fresh" in flags:
             server_flags.append("--fresh")
+    names = client_names(flags.get("--num-clients", 3))
     federate(
         processes,
-        client_names(flags.get("--num-clients", 3)),
+        names,
         server_flags,
         flags_for("client", flags),
         folder=PROJECT,
         server_log=SERVER_LOG,  # not in server/: --fresh moves away what is there
     )
     print_history()
-    processes.run_script("report.py")
+    if "--no-alone" in flags:
+        processes.run_script("report.py")
+        return
+    compared = train_each_alone(processes, names, flags_for("central", flags))
+    processes.run_script("report.py", "--compare", compared)
+
+
+def train_each_alone(processes, names, central_flags):
+    """What each client reaches without the others: the same passes over its own images.
+
+    Returns the path of a comparison with the federated run, for report.py.
+    """
+    say(processes.command, "each client alone, to compare with (--no-alone skips this)")
+    prepared = json.loads((PROJECT / "index" / "prepared.json").read_text(encoding="utf-8"))
+    hospitals = prepared.get("worker_hospitals", {})
+    series = {"federated": PROJECT / "server"}
+    for number, name in enumerate(names, start=1):
+        folder = ALONE / f"{name}_alone"  # its name begins the lines of central.py
+        worker = f"worker{number}"
+        processes.start(
+            folder.name,
+            "central.py",
+            *["--index", f"index/{worker}.pkl", "--out", folder],
+            *["--threads", threads_of_each(names), *central_flags],
+            cwd=PROJECT,
+        )
+        hospital = f" ({hospitals[worker]})" if worker in hospitals else ""
+        series[f"{name} alone{hospital}"] = folder
+    processes.wait_for_all()
+    write(sys.stdout, "\nseries,round,loss,accuracy,auc,sensitivity,specificity\n")
+    write_comparison(ALONE / "compare.csv", series)
+    return ALONE / "compare.csv"
 
 
 def state_of_run(fresh):

@@ -1,5 +1,6 @@
 """./run_local.sh as a newcomer runs it: in a copy of the project, for real, on a small set."""
 
+import csv
 import json
 import os
 import pty
@@ -102,6 +103,24 @@ def test_a_run_ends_with_a_table_a_report_and_the_model(first_run):
 
 
 @pytest.mark.slow
+def test_a_run_ends_with_what_each_client_reaches_alone(first_run):
+    project, shown = first_run
+    with open(project / "alone" / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["series"] for row in rows[::2]] == [
+        "federated",
+        "client001 alone (referral clinic and screening centre)",
+        "client002 alone (macula clinic)",
+    ]
+    assert [row["round"] for row in rows] == ["1", "2"] * 3, "the same number of passes"
+    with open(project / "alone" / "client002_alone" / "history.csv", newline="") as file:
+        assert {row["num_examples"] for row in csv.DictReader(file)} == {"20"}, "its own images"
+    assert "client001_alone: round 1/2: loss" in shown.stdout
+    page = (project / "server" / "report.html").read_text()
+    assert "What did federation bring?" in page and "client002 alone (macula clinic)" in page
+
+
+@pytest.mark.slow
 def test_after_a_finished_run_a_new_one_gives_the_same_bits_without_drawing_again(
     first_run, tmp_path
 ):
@@ -114,8 +133,9 @@ def test_after_a_finished_run_a_new_one_gives_the_same_bits_without_drawing_agai
         if path.name != "contact_sheet.png"
     ]
     drawn = [path.stat().st_mtime_ns for path in pictures]
-    second = run(project, "--rounds", "2")
+    second = run(project, "--rounds", "2", "--no-alone")
     assert second.returncode == 0, second.stdout + second.stderr
+    assert "_alone: " not in second.stdout
     assert "a new run; the old one's files are moved aside" in second.stdout
     assert f"{len(drawn)} pictures are there, 0 to make" in second.stdout
     assert len(drawn) == NUM_IMAGES
@@ -136,7 +156,7 @@ def test_an_interrupted_run_refuses_other_data(interrupted):
 def test_an_interrupted_run_is_resumed(interrupted):
     project, finished = interrupted
     rounds = finished + 2
-    resumed = run(project, "--rounds", str(rounds))
+    resumed = run(project, "--rounds", str(rounds), "--no-alone")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "resuming the unfinished run" in resumed.stdout
     assert f"round {rounds}/{rounds}: loss" in resumed.stdout
@@ -151,7 +171,7 @@ def test_a_damaged_state_is_a_sentence_and_fresh_begins_a_new_run(interrupted):
     damaged = run(project)
     assert damaged.returncode == 1
     assert damaged.stderr.count("\n") == 1 and "--fresh" in damaged.stderr
-    afresh = run(project, "--fresh", "--rounds", "1")
+    afresh = run(project, "--fresh", "--rounds", "1", "--no-alone")
     assert afresh.returncode == 0, afresh.stdout + afresh.stderr
     assert "the old run's files are in server/old-2" in afresh.stdout
 
