@@ -183,8 +183,8 @@ RUN_FLAGS = [
         "--split",
         ["prepare"],
         {
-            "choices": ["iid", "noniid", "dirichlet"],
-            "help": "who gets which images (default: iid)",
+            "choices": ["hospitals", "iid", "noniid", "dirichlet"],
+            "help": "who gets which images (default: the drawn hospitals, or iid of photographs)",
         },
     ),
     (
@@ -294,6 +294,8 @@ def check_combinations(parser, flags):
     pretrained = flags.get("--weights") == "imagenet" or "--freeze-base" in flags
     if pretrained and flags.get("--arch") != "vgg16":
         parser.error("--freeze-base and --weights imagenet are for --arch vgg16")
+    if flags.get("--split") == "hospitals" and dataset != "synthetic":
+        parser.error("--split hospitals is of the drawn hospitals: use iid, noniid or dirichlet")
     if flags.get("--split") == "noniid" and flags.get("--num-clients", 3) != 3:
         parser.error("--split noniid is for 3 clients: use --split dirichlet for another number")
 
@@ -521,7 +523,7 @@ def write_comparison(path, series):
         rows += [{"series": name, **row} for row in read_rows(folder / "history.csv")]
         last_rows.append(rows[-1])
     files.publish_rows(path, columns, rows)
-    widths = {"series": 20, "round": 5, "auc": 6, "accuracy": 8, "sensitivity": 11}
+    widths = {"series": 34, "round": 5, "auc": 6, "accuracy": 8, "sensitivity": 11}
     print()
     print_table(last_rows, {**widths, "specificity": 11})
 
@@ -610,17 +612,21 @@ def train_alone(processes, clients, flags):
         "--image-size": state["image_size"],
         "--seed": state["seed"],
     }
+    with open("index/prepared.json", encoding="utf-8") as file:
+        hospitals = json.load(file).get("worker_hospitals") or {}  # of the drawn images
     series = {"federated": PROJECT / "server"}
     for number, name in enumerate(clients, start=1):
+        worker = f"worker{number}"
         processes.start(
             f"{name} alone",
             "central.py",
-            *["--index", f"index/worker{number}.pkl", "--out", ALONE / name],
+            *["--index", f"index/{worker}.pkl", "--out", ALONE / name],
             *["--threads", threads_each(len(clients))],
             *flags_for("central", {**flags, **of_the_run}),
             cwd=PROJECT,
         )
-        series[f"{name} alone"] = ALONE / name
+        hospital = f" ({hospitals[worker]})" if worker in hospitals else ""
+        series[f"{name} alone{hospital}"] = ALONE / name
     processes.wait_for_all()
     write_comparison(ALONE / "compare.csv", series)
 

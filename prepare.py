@@ -63,8 +63,9 @@ def prepare(args, choices):
         raise ValueError(f"{empty} would be without images")
     records = {name: records_of(chosen, folder) for name, chosen in sets.items()}
     prepared = {**choices, "skipped": sorted(problems), "num_clients": len(workers_of(sets))}
+    prepared["worker_hospitals"] = worker_hospitals(sets)
     write_indexes(records, prepared)
-    show(records, folder)
+    show(records, folder, prepared["worker_hospitals"])
 
 
 def parse(argv):
@@ -91,9 +92,9 @@ def parse(argv):
     )
     add(
         "--split",
-        choices=("iid", "noniid", "dirichlet"),
-        default="iid",
-        help="equal hospitals, the thesis's unequal ones, or by --alpha (iid)",
+        choices=("hospitals", "iid", "noniid", "dirichlet"),
+        help="synthetic: three hospitals that differ in patients and cameras (default there); "
+        "equal hospitals (default for photographs), the thesis's unequal ones, or by --alpha",
     )
     add(
         "--alpha",
@@ -131,6 +132,8 @@ def parse(argv):
         help=f"only say whether index/ was made from these choices (exit 0 or {EXIT_NOT_MADE})",
     )
     args = parser.parse_args(argv)
+    if args.split is None:
+        args.split = "hospitals" if args.dataset == "synthetic" else "iid"
     check_usage(parser, args)
     return args
 
@@ -150,6 +153,11 @@ def check_usage(parser, args):
             )
     if args.balanced and args.dataset != "ddr":
         parser.error(f"--balanced is the thesis's draw from ddr, not from {args.dataset}")
+    if args.split == "hospitals" and args.dataset != "synthetic":
+        parser.error(
+            f"--split hospitals is of the drawn hospitals, not of {args.dataset}: use iid, noniid "
+            "or dirichlet"
+        )
     if args.split == "noniid" and args.num_clients != 3:
         parser.error(
             f"--split noniid is for 3 clients, found {args.num_clients}: use --split dirichlet"
@@ -178,6 +186,9 @@ def choices_of(args):
     modules = (fundus, photos, datasets)
     choices["code"] = "".join(sha256_of(module.__file__)[:6] for module in modules)
     choices["preprocessing"] = "drawn" if args.dataset == "synthetic" else "graham"
+    choices["hospitals"] = None
+    if args.split == "hospitals":
+        choices["hospitals"] = [hospital.name for hospital in fundus.HOSPITALS]
     return choices
 
 
@@ -227,15 +238,28 @@ def find_photos(args):
 
 
 def photos_to_draw(args):
-    """A list of Photo without a path, their grades in the proportions of GRADE_SHARES."""
+    """A list of Photo without a path: to train on and to validate on, from every hospital.
+
+    The grades are in the proportions of their hospital. Each photo is of a patient of its own.
+    """
+    if args.split == "hospitals":
+        hospitals = [(hospital.name, hospital.grade_shares) for hospital in fundus.HOSPITALS]
+    else:
+        hospitals = [("", fundus.GRADE_SHARES)]
     rng = np.random.default_rng([args.seed, 0])
     found = []
-    for part, count in (("train", args.num_train), ("val", args.num_val)):
-        ends = np.round(np.cumsum(fundus.GRADE_SHARES) * count)
-        sorted_grades = np.searchsorted(ends, np.arange(count), side="right")
-        for number, grade in enumerate(rng.permutation(sorted_grades).tolist()):
-            patient = f"{part} {number}"
-            found.append(datasets.Photo(None, grade, patient, part, f"{part}_{number:05d}"))
+    for part, total in (("train", args.num_train), ("val", args.num_val)):
+        number = 0
+        for position, (name, grade_shares) in enumerate(hospitals):
+            # The rest of a total that cannot be divided goes to the first hospitals.
+            count = len(range(position, total, len(hospitals)))
+            ends = np.round(np.cumsum(grade_shares) * count)
+            sorted_grades = np.searchsorted(ends, np.arange(count), side="right")
+            for grade in rng.permutation(sorted_grades).tolist():
+                patient = f"{part} {number}"
+                picture = f"{part}_{number:05d}"
+                found.append(datasets.Photo(None, grade, patient, part, picture, name))
+                number += 1
     return found
 
 
@@ -278,6 +302,16 @@ def workers_of(sets):
     return [name for name in sets if name not in ("train_set", "val_set")]
 
 
+def worker_hospitals(sets):
+    """{"worker1": "screening centre", ...} where hospitals were drawn, else {}."""
+    names = {}
+    for worker in workers_of(sets):
+        hospitals = sorted({photo.hospital for photo in sets[worker]} - {""})
+        if hospitals:
+            names[worker] = " and ".join(hospitals)
+    return names
+
+
 def records_of(chosen, folder):
     """Photos as the records of an index, ordered by name."""
     return [
@@ -307,9 +341,14 @@ def write_indexes(records, prepared):
     publish_text(PREPARED, json.dumps(prepared, indent=1) + "\n")
 
 
-def show(records, folder):
-    """A table, and two pictures that show what was prepared."""
+def show(records, folder, hospitals):
+    """A table, and two pictures that show what was prepared.
+
+    hospitals: what worker_hospitals gives.
+    """
     print(overview.format_table(records))
+    for worker, names in hospitals.items():
+        print(f"{worker}: {names}")
     sheet = folder / "contact_sheet.png"
     overview.save_contact_sheet(sheet, records["train_set"] + records["val_set"])
     workers = [records[name] for name in workers_of(records)]

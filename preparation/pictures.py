@@ -20,7 +20,7 @@ from preparation import fundus, photos
 
 # What decides how a picture looks. A drawn picture follows from its seed and its number, too.
 DECIDING = ("source", "index_from", "image_size", "code")
-DECIDING_DRAWN = (*DECIDING, "seed", "num_train", "num_val")
+DECIDING_DRAWN = (*DECIDING, "seed", "num_train", "num_val", "hospitals")
 # For fewer pictures than this, starting processes takes longer than it saves.
 FEWEST_FOR_PROCESSES = 51
 
@@ -120,7 +120,8 @@ def make_picture(job):
     try:
         if photo.path is None:
             rng = np.random.default_rng([choices["seed"], 0, number])
-            image, _ = fundus.draw(photo.grade, rng, choices["image_size"])
+            hospital = fundus.hospital_of(photo.hospital)
+            image, _ = fundus.draw(photo.grade, rng, choices["image_size"], hospital=hospital)
         elif choices["preprocessing"] == "imported":
             image = np.asarray(photos.open_image(photo.path))
         else:

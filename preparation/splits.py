@@ -70,8 +70,10 @@ def hold_out(photos, parts, rng):
 
 
 def split(photos, how, num_clients, rng, alpha=0.5, share=0):
-    """Split training photos among clients: "iid", "noniid" or "dirichlet"; a list for each client.
+    """Split training photos among clients; a list for each client.
 
+    how: "hospitals", "iid", "noniid" or "dirichlet". hospitals: by Photo.hospital (see
+    deal_hospitals).
     noniid: the thesis's, for three clients. dirichlet: of each grade, parts from Dirichlet(alpha)
     (Hsu et al. 2019). share: so many images (Zhao et al. 2018), in the grades' proportions, are taken
     out before the split and given to every client.
@@ -115,6 +117,8 @@ def deal_enough(photos, how, num_clients, rng, alpha):
 
 def deal(photos, how, num_clients, rng, alpha):
     """Deal photos, ordered by grade, among clients: a list for each."""
+    if how == "hospitals":
+        return deal_hospitals(photos, num_clients)
     if how == "iid":
         return [photos[first::num_clients] for first in range(num_clients)]
     groups = ((0,), (1, 2, 3, 4)) if how == "noniid" else ((0,), (1,), (2,), (3,), (4,))
@@ -129,4 +133,22 @@ def deal(photos, how, num_clients, rng, alpha):
         hands = np.split(rng.permutation(len(group)), ends)
         for client, hand in zip(clients, hands, strict=True):
             client += [group[i] for i in hand]
+    return clients
+
+
+def deal_hospitals(photos, num_clients):
+    """Deal whole hospitals among clients: a list for each.
+
+    Clients take the hospitals in turn. Where there are more clients than hospitals, those of the
+    same hospital share its patients; where there are fewer, a client has several hospitals.
+    """
+    # `photos` come ordered by grade, which would make the order of the hospitals depend on chance.
+    by_name = sorted(photos, key=lambda photo: photo.name)
+    names = list(dict.fromkeys(photo.hospital for photo in by_name))
+    clients = [[] for _ in range(num_clients)]
+    for number, name in enumerate(names):
+        own = [photo for photo in photos if photo.hospital == name]
+        owners = clients[number :: len(names)] or [clients[number % num_clients]]
+        for first, owner in enumerate(owners):
+            owner += own[first :: len(owners)]
     return clients

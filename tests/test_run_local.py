@@ -108,15 +108,19 @@ def test_each_client_alone_is_compared_with_the_federation(first_run, tmp_path):
     assert shown.returncode == 0, shown.stdout + shown.stderr
     with open(project / "alone" / "compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    names = ["federated", "client001 alone", "client002 alone"]
+    names = [
+        "federated",
+        "client001 alone (referral clinic and screening centre)",
+        "client002 alone (macula clinic)",
+    ]
     assert [(row["series"], row["round"]) for row in rows] == [
         (name, number) for name in names for number in "12"
     ]
-    for name in ("client001", "client002"):
+    for name, images in (("client001", "40"), ("client002", "20")):
         with open(project / "alone" / name / "history.csv", newline="") as file:
-            assert [row["num_examples"] for row in csv.DictReader(file)] == ["30", "30"]
+            assert [row["num_examples"] for row in csv.DictReader(file)] == [images, images]
     assert 'id="comparison"' in (project / "server" / "report.html").read_text()
-    assert re.search(r"^ +client002 alone +2 +\d\.\d{3} ", shown.stdout, re.M)
+    assert re.search(r"^ *client002 alone \(macula clinic\) +2 +\d\.\d{3} ", shown.stdout, re.M)
 
     interrupted = tmp_path / "project"
     shutil.copytree(project, interrupted)
@@ -145,6 +149,7 @@ def test_after_a_finished_run_a_new_one_gives_the_same_bits_without_drawing_agai
     drawn = [path.stat().st_mtime_ns for path in pictures]
     second = run(project, "--rounds", "2", "--no-alone")
     assert second.returncode == 0, second.stdout + second.stderr
+    assert "_alone: " not in second.stdout
     assert "a new run; the old one's files are moved aside" in second.stdout
     assert f"{len(drawn)} pictures are there, 0 to make" in second.stdout
     assert len(drawn) == NUM_IMAGES
