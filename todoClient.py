@@ -35,7 +35,7 @@ import grpc
 
 import data
 import model
-from common import files
+from common import files, progress
 from federation import probe, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 from reporting import card as cards
@@ -54,6 +54,7 @@ TRAINING_FLAGS = [
 ]
 
 REPORT_EVERY_S = 30
+PROGRESS_EVERY_S = 60  # within a long epoch
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10
 CONNECT_S = 10  # what gRPC may take to connect
@@ -263,6 +264,7 @@ class Site:
         wanted = (task["arch"], task["image_size"], task["freeze_base"])
         if self.prepared_for == wanted:
             return
+        progress.tell("loading", round=task["round"], rounds=task["rounds"])
         model.configure(self.arguments.seed, self.arguments.threads)
         self.network = model.build(task["arch"], task["image_size"])
         if self.freezes_base(task):
@@ -399,6 +401,7 @@ def train(site, task):
     model.load(site.network, site.weights)
     title = f"round {task['round']}/{task['rounds']}"
     site.say(f"{title}: training on {len(site.records)} images")
+    progress.tell("training", round=task["round"], rounds=task["rounds"])
 
     def report(row):
         if not math.isfinite(row["loss"]):
@@ -408,7 +411,14 @@ def train(site, task):
             f"accuracy {row['accuracy']:.3f}  ({row['seconds']:.1f} s)"
         )
 
-    rows = model.train(site.network, site.batches, task["round"], site.arguments.epochs, report)
+    rows = model.train(
+        site.network,
+        site.batches,
+        task["round"],
+        site.arguments.epochs,
+        report,
+        progress_of(site, task, title),
+    )
     try:
         # The numbers go into the file that was fetched: outside its tensors an upload is then the
         # server's own file, which the server can check without opening HDF5 from outside.
@@ -429,6 +439,30 @@ def train(site, task):
         settings=site.settings,
     )
     site.sent = False
+
+
+def progress_of(site, task, title):
+    """A function for `model.train` that tells the launcher each step, and the log one a minute."""
+    epochs = site.arguments.epochs
+    said = time.monotonic()
+
+    def tell(epoch, step, steps, loss):
+        nonlocal said
+        progress.tell_step(
+            round=task["round"],
+            rounds=task["rounds"],
+            epoch=epoch,
+            epochs=epochs,
+            step=step,
+            steps=steps,
+            loss=loss,
+        )
+        now = time.monotonic()
+        if now - said >= PROGRESS_EVERY_S:
+            said = now
+            site.say(f"{title}: epoch {epoch}/{epochs}: step {step} of {steps}  loss {loss:.4f}")
+
+    return tell
 
 
 def not_finite(site, what):
@@ -452,6 +486,7 @@ def ClientsendWeight(stub, site):
     title = f"round {round_number}/{site.state['rounds']}"
     messages, request_metadata = upload_of(site)
     try:
+        progress.tell("waiting", round=round_number, rounds=site.state["rounds"])
         with reporting(site, f"{title}: waiting for the server's answer"):
             answer = stub.sendWeight(messages, metadata=request_metadata)
     except grpc.RpcError as error:

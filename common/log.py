@@ -7,6 +7,7 @@ A terminal can stand still for hours (Ctrl-S, `| less`, a pipe that nobody reads
 newest MAX_LINES lines; at the end of the process it is waited for FLUSH_S at most.
 """
 
+import atexit
 import logging
 import os
 import queue
@@ -43,9 +44,10 @@ def fail(who, sentence, code=1):
     return code
 
 
-def pass_on(line):
-    """Say a line of another process on stdout, as it is."""
-    LOGGER.info("%s", line, extra={"as_it_is": True})
+def pass_on(line, to_stderr=False):
+    """Say a line of another process as it is, on stdout or on stderr."""
+    level = logging.ERROR if to_stderr else logging.INFO
+    LOGGER.log(level, "%s", line, extra={"as_it_is": True})
 
 
 class _Formatter(logging.Formatter):
@@ -146,6 +148,7 @@ def start():
     out.addFilter(lambda record: record.levelno < logging.WARNING)
     err.setLevel(logging.WARNING)
     _use(out, err)
+    atexit.register(flush)  # for a script that ends by sys.exit, as argparse does
 
 
 def flush():
