@@ -25,7 +25,6 @@ import pytest
 from conftest import (
     free_port,
     make_data,
-    metrics,
     random_tensors,
     read_weights,
     write_weights,
@@ -96,7 +95,7 @@ STAND_INS = {
     "train": train,
     "initialize": lambda network, source: None,
     "load": lambda network, path: setattr(network, "tensors", read_weights(path)),
-    "evaluate": lambda network, images, labels: metrics(),
+    "predict": lambda network, images: np.linspace(0.25, 0.75, len(images), dtype=np.float32),
     "shapes": lambda network: SHAPES,
     "tensors": lambda network: network.tensors,
 }
