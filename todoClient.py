@@ -37,7 +37,7 @@ import grpc
 
 import data
 import model
-from common import files
+from common import files, log
 from federation import probe, progress, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 from reporting import card as cards
@@ -65,6 +65,7 @@ MAX_REJECTIONS = 3  # of one round's uploads, for whatever reasons
 
 PIPE_EVERY_S = 0.2
 LINE_EVERY_S = 60  # within a long epoch
+BAR_CHARACTERS = 20
 
 MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
@@ -546,6 +547,7 @@ class Teller:
 
     def __exit__(self, *_):
         self.over.set()
+        log.show_status("")
 
     def now(self, phase):
         """This client is in another phase."""
@@ -570,6 +572,7 @@ class Teller:
         if now - self.last_piped >= PIPE_EVERY_S or step == steps:
             self.last_piped = now
             self._pipe({**self.where, "step": step, "steps": steps, "loss": loss})
+            self._show(step, steps, loss)
         if now - self.last_line >= LINE_EVERY_S:
             self.last_line = now
             self.site.say(
@@ -604,6 +607,15 @@ class Teller:
             except grpc.RpcError:
                 pass  # a server that is away is missed, and told of, when it is needed
             self.over.wait(progress.TELL_EVERY_S)
+
+    def _show(self, step, steps, loss):
+        """Without a launcher, a bar on the terminal; none where the epoch's own line follows."""
+        if self.pipe >= 0:
+            return
+        filled = BAR_CHARACTERS * step // steps
+        bar = filled * "#" + (BAR_CHARACTERS - filled) * "."
+        text = f"{self.title}: {progress.in_words(self.where)}  [{bar}]  loss {loss:.4f}"
+        log.show_status("" if step == steps else text)
 
     def _pipe(self, content):
         if self.pipe < 0:

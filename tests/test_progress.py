@@ -1,8 +1,14 @@
 """Who is alive, and what each client measured: told by the clients, and never trusted."""
 
+import contextlib
 import csv
 import json
+import os
+import pty
+import re
 import signal
+import subprocess
+import sys
 
 import grpc
 import pytest
@@ -228,3 +234,30 @@ def test_where_it_is_goes_to_a_launcher(start, begun):
     last = told[-1]
     assert (last["phase"], last["round"], last["rounds"]) == ("training", 1, 1)
     assert (last["step"], last["steps"], last["loss"]) == (10, 10, 0.5)
+
+
+def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start):
+    site = begun(clients=["client001"], rounds=1)
+    server, address = start_server(start, site, script=server_script(site))
+    steps = STEPS.replace("range(1, 1001)", "range(1, 21)").replace("1000,", "20,")
+    script = often(site, "todoClient", steps)
+    terminal, own_end = pty.openpty()
+    client = subprocess.Popen(
+        [sys.executable, script, "--name", "client001", "--server", address, "--epochs", "3"],
+        cwd=site,
+        stdin=subprocess.DEVNULL,
+        stdout=own_end,
+        stderr=own_end,
+    )
+    os.close(own_end)
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: the client has ended
+        while True:
+            said += os.read(terminal, 1 << 12)
+    os.close(terminal)
+    assert client.wait(60) == 0 == server.wait()
+    bars = re.findall(rb"round 1/1: training, epoch 3 of 3, \d+ s to go  \[(#*)\.*\]  loss", said)
+    assert len(bars) > 3 and sorted(bars) == bars
+    # what stays when each bar is erased: whole lines, each with its date
+    left = re.sub(rb"[^\r\n]*\r\x1b\[K", b"", said).decode().splitlines()
+    assert all(re.match(r"20\d\d-\d\d-\d\d ", line) for line in left if line), left
