@@ -7,11 +7,11 @@ python3 central.py --index index/worker3.pkl --out alone     # one hospital that
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-from common.script import at_least, exit_on_signals, fail, pixels, say, start_script
+from common.log import fail, say
+from common.script import at_least, end_script, exit_on_signals, pixels, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -120,5 +120,5 @@ def train_and_evaluate(args, image_size):
 
 
 if __name__ == "__main__":
-    exit_on_signals("central: stopped; its last whole round is kept")
-    sys.exit(main())
+    exit_on_signals("central", "stopped; its last whole round is kept")
+    end_script(main())

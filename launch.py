@@ -21,7 +21,8 @@ import threading
 from pathlib import Path
 
 from common import files
-from common.script import at_least, fail, pixels, say, start_script
+from common.log import fail, say, warn
+from common.script import at_least, end_script, pixels, start_script
 
 PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
@@ -314,14 +315,28 @@ class Processes:
         self.running = {}  # name: Popen
         self.followers = []  # a thread for each, which passes its lines on
         # All that the main thread waits for: ("signal", number), ("listening", HOST:PORT) of the
-        # server, ("ended", name). A signal handler may put into a SimpleQueue at any instant.
+        # server, ("ended", name).
         self.events = queue.SimpleQueue()
         self.printing = threading.Lock()  # one line at a time
 
     def stop_on_signals(self):
+        """Puts SIGINT, SIGTERM and SIGHUP into `events`.
+
+        By a pipe and a thread, because a handler's put() can be lost: it may interrupt the main
+        thread in the middle of get(), and a second signal the handler.
+        """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # under nohup SIGHUP is ignored
-                signal.signal(number, lambda number, frame: self.events.put(("signal", number)))
+                signal.signal(number, lambda number, frame: None)
+
+        def pass_on_signals():
+            while True:
+                self.events.put(("signal", os.read(reading, 1)[0]))
+
+        threading.Thread(target=pass_on_signals, daemon=True).start()
 
     def run(self, *command, cwd=PROJECT):
         """One process by itself: it has the terminal. Raises Stop when it fails."""
@@ -387,7 +402,7 @@ class Processes:
             code = exit_code(self.running.pop(value))
             if code and self.running:
                 sentence = f"{value} ended with {code} (its words are above): stopping the others"
-                say(self.command, sentence, sys.stderr)
+                warn(self.command, sentence)
             if code:
                 raise Stop(code)
         return kind, value
@@ -634,4 +649,4 @@ def write_comparison(path, series):
 
 if __name__ == "__main__":
     start_script()
-    sys.exit(main())
+    end_script(main())

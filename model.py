@@ -65,6 +65,11 @@ def configure(seed, threads=None):
     # Keras warns of the "legacy" HDF5 format at every save; that format is our contract.
     absl.logging.set_verbosity(absl.logging.ERROR)
     threads = threads or default_threads()
+    # ~/.keras/keras.json may hold another project's choices, which would change every number.
+    keras.config.set_floatx("float32")
+    keras.config.set_epsilon(1e-7)
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_dtype_policy("float32")
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     keras.utils.set_random_seed(seed)
@@ -332,12 +337,21 @@ def features(base, images):
 # --- weight files ---------------------------------------------------------------------------------
 
 
+def tensors(network):
+    """The network's variables, in the order of the weight file, whether a layer is frozen or not."""
+    return [variable for _, variable in _named_tensors(network)]
+
+
 def shapes(network):
     """[(layer name, shape)] of every tensor, in the order of the weight file."""
+    return [(layer, tuple(variable.shape)) for layer, variable in _named_tensors(network)]
+
+
+def _named_tensors(network):
     return [
-        (layer.name, tuple(weight.shape))
+        (layer.name, variable)
         for layer in network.layers
-        for weight in layer.trainable_weights + layer.non_trainable_weights
+        for variable in layer.trainable_weights + layer.non_trainable_weights
     ]
 
 
@@ -393,10 +407,12 @@ def learning_rate(arch, round_number):
     return schedule.first_rate / (1 + schedule.rate_decay * (round_number - 1))
 
 
-def train(network, batches, round_number, epochs, report=print):
+def train(network, batches, round_number, epochs, report=print, progress=None):
     """client_update of FedAvg: `epochs` passes over `batches` with a fresh Adam.
 
-    report: called with a row (dict) after each epoch. Returns the list of these rows.
+    report    called with a row (dict) after each epoch
+    progress  called as progress(epoch, step, steps, loss) after each batch; step counts from 1
+    Returns the list of the rows.
     The compiled step and the input pipeline are kept from round to round, because building them
     takes seconds; Adam begins afresh all the same, by setting its variables to zero.
     """
@@ -413,7 +429,10 @@ def train(network, batches, round_number, epochs, report=print):
             epochs=1,
             steps_per_epoch=batches.steps,
             shuffle=False,  # `batches` shuffles, so that the order follows from the seed
-            verbose=1 if sys.stdout.isatty() else 0,
+            # Keras's own bar writes to the terminal at once: one that stands still (Ctrl-S) would
+            # stop the training, one that is gone would end it.
+            verbose=0,
+            callbacks=[each_batch(progress, epoch, batches.steps)] if progress else [],
         ).history
         row = {
             "round": round_number,
@@ -426,6 +445,16 @@ def train(network, batches, round_number, epochs, report=print):
         rows.append(row)
         report(row)
     return rows
+
+
+def each_batch(progress, epoch, steps):
+    """A Keras callback that calls progress(epoch, step, steps, loss) after each batch."""
+    import keras
+
+    def on_batch_end(batch, logs):
+        progress(epoch, batch + 1, steps, float(logs["loss"]))
+
+    return keras.callbacks.LambdaCallback(on_train_batch_end=on_batch_end)
 
 
 def predict(network, images):

@@ -20,7 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.script import exit_on_signals, fail, say, start_script
+from common.log import fail, say, warn
+from common.script import end_script, exit_on_signals, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -63,7 +64,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         return fail("predict", error)
     for warning in warnings_of(card, paths):
-        say("predict", f"warning: {warning}", sys.stderr)
+        warn("predict", f"warning: {warning}")
     results = []
     for result in score_all(network, card, paths, progress=Progress(len(paths), bool(args.csv))):
         results.append(result)
@@ -76,7 +77,7 @@ def main(argv=None):
     if args.csv:
         write_csv(args.csv, results)
         say("predict", f"{args.csv}: {summary_of(results)}")
-    say("predict", "no medical device: decide nothing about a patient by these scores", sys.stderr)
+    warn("predict", "no medical device: decide nothing about a patient by these scores")
     return 1 if num_unreadable else 0
 
 
@@ -281,5 +282,5 @@ def write_csv(path, results):
 
 
 if __name__ == "__main__":
-    exit_on_signals("predict: stopped")
-    sys.exit(main())
+    exit_on_signals("predict", "stopped")
+    end_script(main())

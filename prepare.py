@@ -17,7 +17,8 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from common.script import at_least, exit_on_signals, fail, pixels, start_script
+from common.log import fail
+from common.script import at_least, end_script, exit_on_signals, pixels, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -319,5 +320,5 @@ def show(records, folder):
 
 
 if __name__ == "__main__":
-    exit_on_signals("prepare.py: stopped; the finished pictures are kept for the next start")
-    sys.exit(main())
+    exit_on_signals("prepare.py", "stopped; the finished pictures are kept for the next start")
+    end_script(main())

@@ -13,10 +13,10 @@ import argparse
 import csv
 import importlib.util
 import math
-import sys
 from pathlib import Path
 
-from common.script import exit_on_signals, fail, say, start_script
+from common.log import fail, say
+from common.script import end_script, exit_on_signals, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -215,5 +215,5 @@ def read_compared(path):
 
 
 if __name__ == "__main__":
-    exit_on_signals("report: stopped")
-    sys.exit(main())
+    exit_on_signals("report", "stopped")
+    end_script(main())

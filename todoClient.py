@@ -9,20 +9,21 @@ Killed at any instant and started again with the same command, it takes part aga
 """
 
 import argparse
+import math
 import random
-import sys
+import re
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.log import fail, say
 from common.script import (
     at_least,
     client_name,
+    end_script,
     exit_on_signals,
-    fail,
     pixels,
-    say,
     seconds,
     start_script,
 )
@@ -35,7 +36,7 @@ import grpc
 import data
 import model
 from common import files
-from federation import tls, weights
+from federation import probe, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 from reporting import card as cards
 
@@ -57,6 +58,7 @@ FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10
 CONNECT_S = 10  # what gRPC may take to connect
 SERVED_S = 2 * CONNECT_S  # a call that lasted longer had a server at its other end
+MAX_REJECTIONS = 3  # of one round's uploads, for whatever reasons
 
 MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
@@ -89,7 +91,7 @@ class GaveUp(Exception):
 
 def main(argv=None):
     arguments = parse(argv)
-    exit_on_signals(f"{arguments.name}: stopped; start it again to take part again")
+    exit_on_signals(arguments.name, "stopped; start it again to take part again")
     try:
         with files.alone_in(arguments.client_dir):
             federate(Site(arguments))
@@ -203,7 +205,8 @@ class Site:
 
     state["trained"] says for which settings client_weights.h5 was trained, and its SHA-256, as long
     as it is not delivered; None otherwise. A client that finds it when it starts delivers that file
-    instead of training again.
+    instead of training again. state["rejections"] are the server's sentences about uploads of this
+    round whose content it refused.
     """
 
     def __init__(self, arguments):
@@ -216,7 +219,8 @@ class Site:
         self.records = data.read_index(arguments.index)
         new_state = {"run": None, "round": 0, "rounds": 0, "trained": None, "history": []}
         remedy = "move it away; this client then begins with the open round"
-        self.state = files.load_state(self.state_path, new_state, remedy) or new_state
+        saved = files.load_state(self.state_path, new_state, remedy) or new_state
+        self.state = {"rejections": [], **saved}  # an older client's state has none
         arguments.threads = arguments.threads or model.default_threads()
         self.settings = {flag: getattr(arguments, flag) for flag in TRAINING_FLAGS}
         if arguments.freeze_base is None:
@@ -397,13 +401,20 @@ def train(site, task):
     site.say(f"{title}: training on {len(site.records)} images")
 
     def report(row):
+        if not math.isfinite(row["loss"]):
+            raise not_finite(site, f"{title}, epoch {row['epoch']}: the loss is {row['loss']}")
         site.say(
             f"{title}: epoch {row['epoch']}/{site.arguments.epochs}  loss {row['loss']:.4f}  "
             f"accuracy {row['accuracy']:.3f}  ({row['seconds']:.1f} s)"
         )
 
     rows = model.train(site.network, site.batches, task["round"], site.arguments.epochs, report)
-    model.save(site.network, site.weights)
+    try:
+        # The numbers go into the file that was fetched: outside its tensors an upload is then the
+        # server's own file, which the server can check without opening HDF5 from outside.
+        digest = weights.write_tensors(site.weights, model.tensors(site.network))
+    except ValueError as error:
+        raise not_finite(site, f"{title}, epoch {site.arguments.epochs}: {error}") from None
     history = rows
     if site.state["run"] == task["run"]:
         earlier = [row for row in site.state["history"] if row["round"] < task["round"]]
@@ -414,17 +425,28 @@ def train(site, task):
         round=task["round"],
         rounds=task["rounds"],
         history=history,
-        trained={**site.settings, "sha256": files.sha256_of(site.weights)},
+        trained={**site.settings, "sha256": digest},
         settings=site.settings,
     )
     site.sent = False
 
 
+def not_finite(site, what):
+    """The ValueError of a training that ended in numbers that are not finite."""
+    return ValueError(
+        f"{what}. Training ended in numbers that are not finite, and nothing of it is kept: try a "
+        f"smaller learning rate (learning_rate in model.py), or look for damaged images in "
+        f"{site.arguments.index}, then start this client again"
+    )
+
+
 def ClientsendWeight(stub, site):
     """send weight to server, and wait for its answer. Afterwards nothing is left to deliver.
 
-    After the last round a server of ours hands out the result, so the next step fetches it. Raises
-    Finished after the last round of a server that names none, grpc.RpcError.
+    After the last round a server of ours hands out the result, so the next step fetches it.
+
+    Raises Finished after the last round of a server that names none, ValueError where the server
+    rejects what is trained, again and for the same reason, grpc.RpcError.
     """
     round_number = site.state["round"]
     title = f"round {round_number}/{site.state['rounds']}"
@@ -433,23 +455,43 @@ def ClientsendWeight(stub, site):
         with reporting(site, f"{title}: waiting for the server's answer"):
             answer = stub.sendWeight(messages, metadata=request_metadata)
     except grpc.RpcError as error:
-        if error.code() != grpc.StatusCode.FAILED_PRECONDITION:
-            raise
-        # Another run or another round is open by now.
-        site.say(f"{title}: upload rejected: {error.details()}; these weights are dropped")
-        site.save(trained=None)
-        return
+        if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+            # Another run or another round is open by now, or the run is over.
+            site.say(f"{title}: upload rejected: {error.details()}; these weights are dropped")
+            site.save(trained=None, rejections=[])
+            return
+        if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
+            train_again_or_end(site, title, error.details())
+            return
+        raise
     if answer.value != 1:  # the thesis demo's server says 0 when the others did not come in time
         site.save(trained=None, round=round_number - 1)
         site.say(f"{title}: the server did not merge (answer {answer.value}): fetching again")
         return
-    site.save(trained=None)
+    site.save(trained=None, rejections=[])
     counted_by_client = not site.state["run"]
     if counted_by_client and round_number >= site.state["rounds"]:
         raise Finished(
             f"the run is over after {site.state['rounds']} rounds; {site.weights} is this site's "
             "last; the merged model is the server's"
         )
+
+
+def train_again_or_end(site, title, reason):
+    """Drop an upload whose content the server rejected: what is trained next may be better.
+
+    Raises ValueError where it was not.
+    """
+    earlier = site.state["rejections"]
+    if reason in earlier or len(earlier) + 1 == MAX_REJECTIONS:
+        site.save(trained=None, rejections=[])  # a new start may try again
+        raise ValueError(
+            f"the server rejected {len(earlier) + 1} uploads of this round, each trained anew: "
+            f"{reason}. Look at the images in {site.arguments.index}, at this client's flags, and "
+            "whether this client and the server are of the same commit"
+        )
+    site.save(trained=None, rejections=[*earlier, reason])
+    site.say(f"{title}: upload rejected: {reason}; these weights are dropped, training again")
 
 
 def upload_of(site):
@@ -517,13 +559,13 @@ def keep_trying(attempt, site):
 
 def report_failure(site, failure, left_s):
     """Say why no call succeeds. Raises ValueError where trying again does not help."""
-    if failure.code() == grpc.StatusCode.UNAVAILABLE:
-        reason = tls.explain(site.arguments)  # gRPC says UNAVAILABLE for a failed handshake too
-        if reason:
-            raise ValueError(reason)
     reason = failure.details() or failure.code().name
-    if "connect" in reason.lower():  # gRPC names addresses and errors of all attempts
-        reason = "no server answers there yet"
+    if failure.code() == grpc.StatusCode.UNAVAILABLE:
+        found = probe.explain(site.arguments)
+        # Of a connection that failed gRPC names addresses and errors of all attempts; anything else
+        # is the server's own sentence.
+        if found and re.search("connect|socket", reason, re.I):
+            reason = found
     site.say(
         f"waiting for the server at {site.arguments.server} ({reason}); giving up in {left_s:.0f} s"
     )
@@ -549,8 +591,12 @@ def gave_up(site):
             "probably over, look at the server; started again, this client asks again",
             exit_code=5,
         )
+    may_be_over = ""
+    if is_last and state["round"] > 0:
+        may_be_over = f"round {state['round']} was the last, so the run may be over; "
     return GaveUp(
-        f"{away}; what was trained is kept: start this client again when the server is back",
+        f"{away}; {may_be_over}what was trained is kept: start this client again when the server "
+        "is back",
         exit_code=4,
     )
 
@@ -593,4 +639,4 @@ def reporting(site, what):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_script(main())

@@ -9,39 +9,35 @@ Killed at any instant, run the same command again to resume. Exit codes: 0 finis
 
 import argparse
 import functools
-import os
 import queue
 import secrets
 import shutil
 import signal
-import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+from common import log
+from common.log import fail
 from common.script import (
     at_least,
     client_name,
+    end_script,
     exit_on_signals,
-    fail,
-    keep_heap_small,
     pixels,
     seconds,
     start_script,
-    trim_heap,
 )
-from common.script import say as say_as
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
-    keep_heap_small()
 
 import data
 import model
 from common import files
-from federation import service, tls, weights
+from federation import convert, service, tls, weights
 from federation.rounds import Refused, Rounds, TooFewClients
-from federation.state import RunState
+from federation.state import RunState, file_sha256_of, new_upload
 from generated import todo_pb2_grpc
 from reporting import card as cards
 from reporting import metrics
@@ -63,7 +59,7 @@ FIXED_FLAGS = ("clients", "arch", "image_size", "seed", "weights")
 
 def main(argv=None):
     arguments = parse(argv)
-    exit_on_signals("server: stopped before it began to listen; start it again")
+    exit_on_signals("server", "stopped before it began to listen; start it again")
     try:
         with ExitStack() as locks:
             locks.enter_context(files.alone_in(arguments.server_dir))
@@ -77,9 +73,8 @@ def main(argv=None):
             rounds = open_rounds(arguments, state, validation)
             server = listen(arguments, rounds)
             code = serve(server, rounds)
-            # Exit without joining threads: all files are already on disk, and a thread may be in
-            # the middle of an evaluation.
-            os._exit(code)
+            # Without joining threads: one may be in the middle of an evaluation.
+            end_script(code)
     except (ValueError, OSError) as error:
         return fail("server", error)
 
@@ -110,7 +105,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
         caller = self.calls.identify(context)
         upload = self.calls.begin_upload(caller, request_iterator, context)
         # 4. Receive the weights, and check them.
-        with self.calls.received(upload, context) as (path, sha256):
+        with self.calls.received(upload, context) as (path, sha256, file_sha256):
             # 5. Save them in the client's folder, and wait for all clients. Step 6, merge and
             #    evaluate, is the coordinator's: `Rounds.run`, in a thread of its own.
             is_last = self.rounds.deliver(
@@ -121,6 +116,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 upload.run,
                 upload.round_number,
                 context.is_active,
+                file_sha256,
             )
         # 7. Answer myResponse(value=1).
         return self.calls.answer(context, is_last)
@@ -218,7 +214,7 @@ def client_names(text):
 
 
 def say(line):
-    say_as("server", line)
+    log.say("server", line)
 
 
 # --- the run: resumed, or begun ------------------------------------------------------------------
@@ -300,10 +296,12 @@ def open_rounds(arguments, state, validation):
     check_weights(path, state)
     for each in [folder, *(folder / client for client in state.clients)]:
         files.clean(each)
+    # Every file of this run has the layout of this one.
+    layout = weights.Layout(path)
+    state = check_uploads(folder, state, layout)
 
     def merge(paths, num_examples):
-        trim_heap()  # of what the uploads left
-        return weights.fedavg(paths, num_examples, layout=path, target=path)
+        return weights.fedavg(paths, num_examples, layout, target=path)
 
     judge = Judge(folder, state, validation, arguments.index_dir)
     rounds = Rounds(
@@ -333,6 +331,51 @@ def check_weights(path, state):
             f"{path} is not the model of round {state.round} of the run in "
             f"{path.with_name('state.json')}: put that back, or begin with --fresh"
         )
+
+
+def check_uploads(folder, state, layout):
+    """Check the uploads of the open round like those that arrive; returns the state that remains.
+
+    They lay on the disk, and an earlier version of this program may have accepted them: it kept
+    them in whatever layout they came.
+    """
+    converters = convert.Converters(layout)
+    for client in state.uploads:
+        path = folder / client / "client_weights.h5"
+        sha256 = files.sha256_of(path)
+        held = [each for each in state.uploads[client] if file_sha256_of(each) == sha256]
+        if not held:
+            continue  # a crash came before the file: Rounds knows what that means
+        try:
+            if not weights.inspect(path, layout)[1]:
+                state = convert_upload(folder, state, client, held[0], converters)
+        except ValueError as error:
+            say(f"upload rejected: {client}: {error}")
+            others = {name: each for name, each in state.uploads.items() if name != client}
+            state = state.changed(uploads=others)
+    return state
+
+
+def convert_upload(folder, state, client, upload, converters):
+    """Bring a stored upload into the server's layout; returns the state that names it.
+
+    As with an upload that replaces another, the state comes first and names both; after a crash the
+    file's SHA-256 says which holds.
+    """
+    path = folder / client / "client_weights.h5"
+    with files.replacing(path) as converted:
+        shutil.copyfile(path, converted)
+        try:
+            file_sha256 = converters.convert(client, converted)
+        except OSError as error:
+            raise OSError(
+                f"{path} could not be converted: {error}; start the server again"
+            ) from None
+        stored = new_upload(upload["num_examples"], upload["sha256"], file_sha256)
+        state = state.changed(uploads={**state.uploads, client: [upload, stored]})
+        state.save(folder / "state.json")
+    say(f"{path} had another layout than the server's file: converted")
+    return state
 
 
 class Judge:
@@ -407,6 +450,7 @@ def card_text(weights_path):
 
 def listen(arguments, rounds):
     """A started gRPC server."""
+    service.raise_descriptor_limit()
     is_local = tls.is_this_machine(arguments.listen)
     servicer = FedMLServicer(
         rounds,
@@ -477,4 +521,4 @@ def coordinate(rounds):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_script(main())

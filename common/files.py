@@ -6,13 +6,17 @@ that at the next start.
 """
 
 import csv
+import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
+
+from common import log
 
 STATE_VERSION = 1
 # What a server's run writes into its folder, apart from the clients' uploads. The state comes
@@ -47,11 +51,30 @@ def publish(written, path):
         os.fsync(file.fileno())
     os.replace(written, path)
     # ... and the new name is on disk only once the folder is.
-    folder_fd = os.open(Path(path).parent, os.O_RDONLY)
+    _flush_folder(Path(path).parent)
+
+
+def _flush_folder(folder):
+    folder_fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(folder_fd)
+    except OSError as error:
+        # Some network file systems cannot do that to a folder, and need it less: the new name is
+        # at their server already. A disk's own error (EIO, ENOSPC) is another matter.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        _warn_once(
+            f"this file system cannot flush folders ({error.strerror}): after a power cut, a file "
+            "may be the one of a moment before"
+        )
     finally:
         os.close(folder_fd)
+
+
+@functools.cache
+def _warn_once(sentence):
+    """Say it the first time only; the cache is the memory."""
+    log.say("files", f"warning: {sentence}")
 
 
 @contextmanager
@@ -164,8 +187,12 @@ def alone_in(folder):
         raise ValueError(
             f"another process works in {folder}: wait until it ends, or stop it, and start again"
         ) from None
-    except OSError:
-        pass  # some network file systems have no locks: the run goes on without one
+    except OSError as error:
+        # Some network file systems have no locks. Better a run without one than none.
+        _warn_once(
+            f"this file system has no locks ({error.strerror}): make sure yourself that no two "
+            "processes work in one folder"
+        )
     try:
         yield
     finally:

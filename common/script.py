@@ -1,13 +1,16 @@
-"""Messages, argument types and signals that all scripts share. Standard library only."""
+"""How scripts begin and end, and types of their arguments. Standard library only."""
 
 import argparse
 import ctypes
+import io
 import os
 import re
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+from common import log
 
 # A client's name is also the name of its folder: no path separator, no leading dot, at most 64.
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -16,12 +19,62 @@ CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 def start_script():
     """Prepare the process for a script's output; call it before the first package is imported.
 
-    A package that is not installed is then one sentence in place of a traceback.
+    A package that is not installed is then one sentence in place of a traceback, and no terminal
+    and no pipe can hold the script up, or end it.
     """
+    # HDF5 locks each file that it opens, and fails where a network file system has no locks. Our
+    # folders are held by one process already (files.alone_in).
+    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
+    open_closed_outputs()
+    sys.stdout = Output(1)
+    sys.stderr = Output(2)
+    log.start()
     sys.excepthook = explain_missing_package
-    # A file name on Linux is bytes, not text: print what cannot be decoded as \\x.. instead of
-    # failing.
-    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def end_script(code):
+    """End the process with this exit code; None is 0.
+
+    At once, without joining threads or unloading TensorFlow: all files are already on disk.
+    """
+    sys.stdout.flush()
+    log.flush()
+    os._exit(code or 0)
+
+
+def open_closed_outputs():
+    """Open /dev/null where stdin, stdout or stderr is closed (`>&-`).
+
+    Otherwise the next file that this process opens would get that number, and be what we print to.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+
+
+class Output(io.TextIOWrapper):
+    """sys.stdout or sys.stderr, for what is printed: a reader that went away does not end a script.
+
+    A file name on Linux is bytes, not text: what cannot be encoded is printed as \\udc..
+    """
+
+    def __init__(self, fd):
+        buffered = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
+        super().__init__(buffered, "utf-8", "backslashreplace", line_buffering=True)
+
+    def write(self, text):
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self):
+        try:
+            super().flush()
+        except (OSError, RuntimeError):
+            pass  # RuntimeError: a signal handler interrupted a write
 
 
 def explain_missing_package(kind, error, trace):
@@ -29,30 +82,11 @@ def explain_missing_package(kind, error, trace):
     if kind is not ModuleNotFoundError:
         sys.__excepthook__(kind, error, trace)
         return
-    fail(
+    log.fail(
         Path(sys.argv[0]).name,
         f"{sys.executable} has no package {error.name!r}: start it with .venv/bin/python, which "
         "`bash setup.sh requirements.txt` makes, or pip install -r requirements.txt",
     )
-
-
-def say(who, line, to=None):
-    """Print one line in one write, because several processes share a terminal.
-
-    A reader that went away must not end a run of days, so a failed write is ignored.
-    """
-    try:
-        to = to or sys.stdout
-        to.write(f"{who}: {line}\n")
-        to.flush()
-    except OSError:
-        pass
-
-
-def fail(who, sentence, code=1):
-    """Print a user's mistake as one sentence on stderr; returns the exit code."""
-    say(who, f"error: {sentence}", sys.stderr)
-    return code
 
 
 def client_name(text):
@@ -91,16 +125,15 @@ def seconds(text):
     return value
 
 
-def exit_on_signals(last_words):
+def exit_on_signals(who, last_words):
     """End the process at once on SIGINT (exit code 130) or SIGTERM (143).
 
     Nothing has to be finished first: every published file is whole at every instant.
     """
 
     def end(number, frame):
-        # os.write, because a handler may interrupt print within itself.
-        os.write(1, f"{last_words}\n".encode())
-        os._exit(128 + number)
+        log.say(who, last_words)
+        end_script(128 + number)
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)

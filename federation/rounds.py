@@ -11,6 +11,7 @@ import threading
 import time
 
 from common.files import publish, publish_rows, sha256_of
+from federation.state import file_sha256_of, new_upload
 
 HISTORY_COLUMNS = (
     "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds"
@@ -121,7 +122,7 @@ class Rounds:
         for client, uploads in self.state.uploads.items():
             sha256 = sha256_of(self.upload_path(client))
             for upload in uploads:
-                if upload["sha256"] == sha256:
+                if file_sha256_of(upload) == sha256:
                     found[client] = upload
         return found
 
@@ -291,17 +292,20 @@ class Rounds:
         with self.changed:
             self.changed.notify_all()
 
-    def fetch(self, client):
+    def fetch(self, client, alive=lambda: True):
         """The weights of the open round: (its number, their SHA-256, the open file).
 
         Waits while a round is being merged: nobody gets old weights under a new number. The file is
         opened under the same lock, so it belongs to the number even if the next merge replaces it.
         The result is handed out once it is evaluated: before that it has no model card.
 
-        client: a peer that names itself, or None.
+        client  a peer that names itself, or None
+        alive   alive() says whether someone still waits for the weights
         """
         with self.changed:
             while (self.state.frozen or self.is_evaluating_last) and not self.over:
+                if not alive():
+                    raise Refused("CANCELLED", f"{client or 'a peer'} went away before the weights")
                 self.changed.wait()
             if self.over:
                 raise self.over
@@ -316,9 +320,13 @@ class Rounds:
             if run is not None and sha256 is not None:
                 self._is_repeat(client, run, round_number, sha256)
 
-    def deliver(self, client, num_examples, sha256, written, run, round_number, alive):
+    def deliver(
+        self, client, num_examples, sha256, written, run, round_number, alive, file_sha256=None
+    ):
         """Accept a complete, checked upload that lies in the file `written`; wait for its round.
 
+        sha256             of what was sent
+        file_sha256        of what lies in the file, where that was converted
         run, round_number  as the peer names them; None where unknown
         alive              alive() says whether someone still waits for the answer
         Returns whether that was the last of all rounds. Raises Refused.
@@ -326,12 +334,15 @@ class Rounds:
         with self.changed:
             if round_number is None:
                 round_number = self._round_of_silent_peer(client, sha256)
-            if not self._is_repeat(client, run, round_number, sha256):
+            if self._is_repeat(client, run, round_number, sha256):
+                written.unlink(missing_ok=True)  # a call that waits holds no room on the disk
+            else:
                 if client in self.uploads and not alive():
                     # A late upload of a lost connection. The one that it would replace is newer:
                     # the client sent that one again and waits for its answer.
                     raise Refused("CANCELLED", f"{client} went away; its earlier upload stays")
-                self._accept(client, num_examples, sha256, written)
+                upload = new_upload(num_examples, sha256, file_sha256 or sha256)
+                self._accept(client, upload, written)
             self._wait_for_answer(client, round_number, alive)
             done = self.done
             is_old_peer = run is None  # it ends with this answer; a new one fetches the result
@@ -428,16 +439,15 @@ class Rounds:
             f"round {self.round}: fetch again",
         )
 
-    def _accept(self, client, num_examples, sha256, written):
+    def _accept(self, client, upload, written):
         """Make the upload in the file `written` the client's upload for the open round.
 
         Write the state first, listing old and new upload, then rename the file; after a crash the
         file's SHA-256 says which entry holds. The other way round, a crash between the two would
         leave a file that no entry names: an upload lost that was there before.
         """
-        upload = {"num_examples": num_examples, "sha256": sha256}
         old = self.uploads.get(client)
-        same_bytes = old is not None and old["sha256"] == sha256
+        same_bytes = old is not None and file_sha256_of(old) == file_sha256_of(upload)
         listed = [upload]
         if old is not None and not same_bytes:
             listed = [old, upload]
@@ -456,6 +466,6 @@ class Rounds:
         elif old is not None:
             again = " again, replacing its earlier upload"
         self.say(
-            f"round {self.round}: {client} delivered {num_examples} examples{again}; "
+            f"round {self.round}: {client} delivered {upload['num_examples']} examples{again}; "
             f"{self.describe()}"
         )

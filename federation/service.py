@@ -6,6 +6,8 @@ The two calls themselves, step by step, are `todoServer.FedMLServicer`; what cou
 
 import functools
 import itertools
+import resource
+import socket
 import threading
 import time
 from concurrent import futures
@@ -15,20 +17,28 @@ from dataclasses import dataclass
 import grpc
 
 from common import files
-from federation import streams, tls, weights
+from federation import convert, streams, tls, weights
 from federation.rounds import Refused
 from federation.streams import Stream, Streams
 from generated import todo_pb2, todo_pb2_grpc
 
 # A peer that has not said who it is, and has fetched nothing, may hold a thread for so long.
 FIRST_MESSAGE_S = 1
-# A connection without a call is closed after this; the thesis demo's client keeps its own while it
-# trains.
-IDLE_S = 3600
+# Who connects and then says nothing is sent away after this.
+HANDSHAKE_S = 5
+# A connection without a call is closed after this. Where peers of the thesis demo are served it must
+# be longer: they keep their connection while they train, and their upload is for the round that they
+# fetched on it.
+IDLE_S = 60
+IDLE_WITH_SEED_PEERS_S = 3600
+# Connections leave so many descriptors for files, and for what the libraries open.
+SPARE_DESCRIPTORS = 64
+DESCRIPTORS_PER_CLIENT = 4  # a download, two uploads, and its upload in the merge
 MESSAGE_BYTES = 2 << 20  # of one message
 METADATA_BYTES = 8 << 10  # of one call
 CALLS_PER_CONNECTION = 16
 REMEMBERED_CONNECTIONS = 1000
+SEED_ARCH = "vgg16"  # the thesis demo's network; its peers know no other
 SENTENCE_CHARACTERS = 2000  # of a refusal; gRPC drops a longer answer, its status code included
 
 
@@ -46,18 +56,17 @@ def create_server(servicer, listen, credentials=None):
         options=[
             # Without this a second server would share the port, and neither would say so.
             ("grpc.so_reuseport", 0),
-            ("grpc.http2.bdp_probe", 0),
-            # Otherwise each connection that once was fast, or waits for its turn, keeps 1 MB.
-            ("grpc.http2.lookahead_bytes", 1024),
-            ("grpc.experimental.tcp_max_read_buffer_size", 8192),
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
             ("grpc.max_concurrent_streams", CALLS_PER_CONNECTION),
             ("grpc.max_metadata_size", METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", METADATA_BYTES),
-            ("grpc.max_connection_idle_ms", IDLE_S * 1000),
-            ("grpc.server_handshake_timeout_ms", 10_000),
+            # Descriptors for connections are limited; these three get them back.
+            ("grpc.max_allowed_incoming_connections", max_connections(calls, listen)),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
+            ("grpc.max_connection_idle_ms", calls.idle_s * 1000),
+            # A client that waits or trains sends pings; gRPC would hang up on it by itself.
             ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 4000),
         ],
     )
     todo_pb2_grpc.add_FedMLServicer_to_server(servicer, server)
@@ -65,6 +74,37 @@ def create_server(servicer, listen, credentials=None):
     server.start()
     threading.Thread(target=calls.streams.run_watchdog, daemon=True).start()
     return server, address
+
+
+def raise_descriptor_limit():
+    """Allow this process as many open files as the system lets it have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def max_connections(calls, listen):
+    """How many connections leave enough descriptors for the server itself.
+
+    gRPC closes those above it at once. It counts for each address that it listens on.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        limit = 1 << 20
+    needed = SPARE_DESCRIPTORS + DESCRIPTORS_PER_CLIENT * len(calls.rounds.clients)
+    at_least = 2 * len(calls.rounds.clients)  # or no round could be closed at all
+    return max(at_least, (limit - needed) // count_addresses(listen))
+
+
+def count_addresses(listen):
+    """How many addresses gRPC may listen on for HOST:PORT, at least 2.
+
+    It takes localhost as 127.0.0.1 and ::1, whatever the system's own tables say.
+    """
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return max(2, len(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)))
+    except OSError:
+        return 2  # binding it says what is wrong
 
 
 def bind(server, listen, credentials):
@@ -179,8 +219,9 @@ class Calls:
         self.serve_unnamed = serve_unnamed
         self.say = rounds.say
         self.streams = Streams(rounds.say)
-        self.check = weights.Checker(weights.shapes_of(rounds.weights_path))
-        self.max_bytes = int(1.1 * rounds.weights_path.stat().st_size)
+        self.layout = weights.Layout(rounds.weights_path)
+        self.converters = convert.Converters(self.layout)
+        self.max_bytes = int(1.1 * self.layout.size)
         self.lock = threading.Lock()
         # What the thesis demo's clients last fetched: connection -> round, the oldest first.
         self.fetched = {}
@@ -190,9 +231,16 @@ class Calls:
         self.unnamed = threading.Semaphore(self.max_unnamed)
 
     @property
+    def idle_s(self):
+        return IDLE_WITH_SEED_PEERS_S if self.serve_unnamed else IDLE_S
+
+    @property
     def max_threads(self):
-        """For each client a call that waits and one that takes over, for downloads, for unnamed."""
-        return 2 * len(self.rounds.clients) + 4 + self.max_unnamed
+        """Enough for all calls that can hold one, and four for those that are just ending.
+
+        A client holds three at most: a download, an upload, and a complete upload that waits.
+        """
+        return 3 * len(self.rounds.clients) + self.max_unnamed + 4
 
     @contextmanager
     def refusals(self, context):
@@ -272,29 +320,43 @@ class Calls:
 
     def send_weights(self, caller, context):
         """The messages of a download: the weights of the open round, once one is open."""
-        with self.thread_for(caller):
-            round_number, sha256, file = self.rounds.fetch(caller.client)
-            with file, Stream(self.streams, context, streams.STALL_S) as stream:
+        with (
+            self.thread_for(caller),
+            Stream(self.streams, context, "download", caller.client) as stream,
+        ):
+            # A client that goes away wakes its call, where that waits for a merge.
+            context.add_callback(self.rounds.wake)
+            round_number, sha256, file = self.rounds.fetch(caller.client, context.is_active)
+            with file:
+                self.log_fetch(caller, round_number)
                 if caller.is_new:
-                    self.announce(caller, round_number, sha256, context)
+                    self.announce(round_number, sha256, context)
                 else:
                     self.remember_fetch(caller, round_number)
                 messages = weights.base64_messages(file)
                 if caller.metadata.get("fedml-accept") == "blob":
                     messages = weights.blob_messages(file)
-                in_turns = caller.client is not None
-                for message in stream.pass_on(messages, in_turns):
+                for message in stream.pass_on(messages, self.max_bytes):
                     yield message
                     self.rounds.note_progress()
             if caller.is_new and round_number > self.rounds.state.rounds:
                 self.rounds.leave(caller.client)
 
-    def announce(self, caller, round_number, sha256, context):
-        """Tell a new peer, before the weights, what they are and what to train with them."""
+    def log_fetch(self, caller, round_number):
+        who = caller.client or f"a peer without a name ({caller.connection})"
         what = f"weights of round {round_number}"
         if self.rounds.done:
             what = "result"
-        self.say(f"{caller.client} fetches the {what}")
+        self.say(f"{who} fetches the {what}")
+        arch = self.rounds.state.arch
+        if not caller.is_new and arch != SEED_ARCH:
+            self.say(
+                f"warning: {who} names no round, as a peer of 2020 does; such a peer can load the "
+                f"weights of --arch {SEED_ARCH} only, and this run's are {arch}"
+            )
+
+    def announce(self, round_number, sha256, context):
+        """Tell a new peer, before the weights, what they are and what to train with them."""
         state = self.rounds.state
         initial_metadata = [
             ("fedml-run", state.run),
@@ -365,7 +427,8 @@ class Calls:
         if caller.client is None and caller.connection not in self.fetched:
             limit_s = FIRST_MESSAGE_S
         who = caller.client or caller.connection
-        with Stream(self.streams, context, limit_s, caller.client):
+        with Stream(self.streams, context, "upload", caller.client) as stream:
+            stream.limit(limit_s)
             try:
                 first = next(request_iterator, None)
             except grpc.RpcError:
@@ -382,26 +445,37 @@ class Calls:
         """
         path = files.temporary(self.rounds.upload_path(upload.client))
         try:
-            sha256 = self.receive(upload, path, context)
+            sha256, file_sha256 = self.receive(upload, path, context)
             # A client that goes away wakes the call that waits for its round.
             context.add_callback(self.rounds.wake)
-            yield path, sha256
+            yield path, sha256, file_sha256
         finally:
             path.unlink(missing_ok=True)
 
     def receive(self, upload, path, context):
-        """Write the upload to `path` as it arrives, and check it; returns its SHA-256."""
+        """Write the upload to `path` and check it as it arrives; in the server's layout it stays.
+
+        Returns the SHA-256 of what was sent, and that of the file.
+        """
         client = upload.client
+        inspection = weights.Inspection(self.layout)
         try:
-            with Stream(self.streams, context, streams.STALL_S, client) as stream:
-                sha256 = weights.spool(stream.pass_on(upload.messages), path, self.max_bytes)
-            announced = upload.announced_sha256
-            if announced not in (None, sha256):
-                raise ValueError(
-                    f"what arrived has SHA-256 {sha256[:16]}..., announced was {announced[:16]}..."
-                )
-            self.check(path)
-            return sha256
+            with Stream(self.streams, context, "upload", client) as stream:
+                messages = stream.pass_on(upload.messages, self.max_bytes)
+                sha256 = weights.spool(messages, path, self.max_bytes, inspection.look)
+                announced = upload.announced_sha256
+                if announced not in (None, sha256):
+                    raise ValueError(
+                        f"what arrived has SHA-256 {sha256[:16]}..., announced was "
+                        f"{announced[:16]}..."
+                    )
+                if inspection.fits():
+                    return sha256, sha256
+                # A newer upload of this client ends this one also while it is converted.
+                self.say(f"{client} sent a file of another layout than the server's: converting it")
+                return sha256, self.converters.convert(client, path, context.is_active)
+        except Refused:
+            raise
         except Exception as error:
             # Whatever a broken connection led to, it is not a fault of the file.
             if isinstance(error, grpc.RpcError) or not context.is_active():

@@ -47,6 +47,19 @@ from common import files
 OPTIONAL_FIELDS = {"weights", "closing", "best"}
 
 
+def new_upload(num_examples, sha256, file_sha256):
+    """The entry of an upload in the state."""
+    upload = {"num_examples": num_examples, "sha256": sha256}
+    if file_sha256 != sha256:
+        upload["file_sha256"] = file_sha256
+    return upload
+
+
+def file_sha256_of(upload):
+    """SHA-256 of what lies in an upload's file; an entry without it was stored as it was sent."""
+    return upload.get("file_sha256", upload["sha256"])
+
+
 @dataclass(frozen=True)
 class RunState:
     """One state of a run. `changed` makes the next one; `save` and `load` are the JSON file."""
@@ -74,9 +87,11 @@ class RunState:
     round: int = 1
 
     # Accepted uploads of the open round: {client: [upload, ...]}, an upload being
-    # {"num_examples": 300, "sha256": of its bytes}. A list, because both are named here while a
-    # newer upload replaces an older one: the file client001/client_weights.h5 is one of them, and
-    # its SHA-256 says which.
+    # {"num_examples": 300, "sha256": of what was sent, "file_sha256": of what lies in its file}.
+    # The two differ, and the second is there, only where another layout was converted: the first
+    # recognises what a client sends again, the second finds the file after a crash.
+    # A list, because both are named here while a newer upload replaces an older one: the file
+    # client001/client_weights.h5 is one of them, and its SHA-256 says which.
     uploads: dict = field(default_factory=dict)
 
     # None while the round is open. Then the sorted names of the clients that are merged: from here

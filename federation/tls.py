@@ -1,34 +1,20 @@
-"""TLS and addresses: the flags and the credentials of both scripts, and plaintext only at home.
+"""TLS and addresses: the flags and the credentials of both scripts, and plaintext only at home."""
 
-gRPC says little when a connection fails: every failed handshake is UNAVAILABLE, and a port of which
-another server holds one address is "bound". This module looks with Python's own sockets and ssl.
-"""
-
-import enum
 import errno
 import ipaddress
+import re
 import socket
 import ssl
-import time
 from pathlib import Path
 
-# How an HTTP/2 client begins: the fixed text, and an empty SETTINGS frame (RFC 9113, section 3.4).
-CLIENT_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-FRAME_HEADER_BYTES = 9
-FRAME_TYPE_SETTINGS = 4  # the type is the fourth byte of a frame's header
-PROBE_S = 2  # for each step of a probe: connect, handshake, read
-
-# OpenSSL's X509_V_ERR_*: the chain is self-signed, or leads to a CA that is not the given one.
-UNKNOWN_CA_CODES = range(18, 22)
-
-
-class Greeting(enum.Enum):
-    """How the other end answers a client that speaks HTTP/2."""
-
-    HTTP2 = "it answers with HTTP/2"
-    REFUSED = "it takes the connection and then hangs up, or says something else"
-    NOBODY = "nobody is there, or nobody answers"
-
+# The kinds of keys that gRPC can use, each as the certificate's AlgorithmIdentifier has it (DER;
+# RFC 3279, 5480): no other part of a certificate holds these bytes. gRPC comes with BoringSSL,
+# which offers no other kind, so a server with one listens and serves nobody.
+USABLE_KEYS = {
+    "RSA": "300d06092a864886f70d0101010500",
+    "ECDSA on P-256": "301306072a8648ce3d020106082a8648ce3d030107",
+    "ECDSA on P-384": "301006072a8648ce3d020106052b81040022",
+}
 
 # --- flags ---------------------------------------------------------------------------------------
 
@@ -73,6 +59,11 @@ def check_arguments(parser, arguments, address, encrypted):
             f"--tls-ca {arguments.tls_ca}, --tls-cert {arguments.tls_cert}, "
             f"--tls-key {arguments.tls_key}: {error.strerror or error}; "
             "expected PEM files, the key without a password and of that certificate"
+        )
+    if arguments.tls_cert and not has_usable_key(arguments.tls_cert):
+        parser.error(
+            f"gRPC cannot use the key of --tls-cert {arguments.tls_cert}: expected one of "
+            f"{', '.join(USABLE_KEYS)} (./make_certs.sh makes ECDSA on P-256)"
         )
 
 
@@ -165,98 +156,14 @@ def ssl_context(arguments, verify=True):
     return context
 
 
-# --- why a client cannot speak to its server -----------------------------------------------------
+def has_usable_key(certificate):
+    """Whether gRPC can use the key of this certificate, the first one of a PEM file."""
+    pem = re.search(
+        r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", _text(certificate), re.S
+    )
+    der = ssl.PEM_cert_to_DER_cert(pem[0])
+    return any(bytes.fromhex(kind) in der for kind in USABLE_KEYS.values())
 
 
-def explain(arguments):
-    """Say in one sentence why --server cannot be spoken to, and what to do.
-
-    Returns None where the server is merely away: then trying again can help.
-    """
-    if arguments.tls_ca:
-        return _explain_encrypted(arguments)
-    return _explain_plaintext(arguments)
-
-
-def _explain_plaintext(arguments):
-    server = arguments.server
-    try:
-        if greet(server) is not Greeting.REFUSED:
-            return None
-        if greet(server, ssl_context(arguments, verify=False)) is Greeting.NOBODY:
-            return None
-    except ssl.SSLError:
-        return None
-    return f"{server} speaks TLS, this client plaintext: give --tls-ca, --tls-cert and --tls-key"
-
-
-def _explain_encrypted(arguments):
-    server = arguments.server
-    try:
-        # A server that hung up because it was being stopped is gone at the second attempt.
-        for _ in range(2):
-            if greet(server, ssl_context(arguments)) is not Greeting.REFUSED:
-                return None
-            time.sleep(0.5)
-    except ssl.SSLCertVerificationError as error:
-        reason = error.verify_message
-        if error.verify_code in UNKNOWN_CA_CODES:
-            reason = f"the CA in {arguments.tls_ca} did not sign it"
-        return f"the certificate of {server} is not accepted: {reason}"
-    except ssl.SSLError:  # the other end does not speak TLS
-        if greet(server) is Greeting.HTTP2:
-            return f"{server} speaks plaintext, this client TLS"
-        return None
-    return _explain_own_certificate(arguments)
-
-
-def _explain_own_certificate(arguments):
-    """Say why a server with a good certificate hangs up: it does not accept the client's."""
-    server, certificate = arguments.server, arguments.tls_cert
-    if not certificate:
-        return f"{server} wants a certificate from this client: give --tls-cert and --tls-key"
-    # Python's ssl has no public function that reads a certificate from a file.
-    not_after = ssl._ssl._test_decode_cert(str(certificate))["notAfter"]
-    if ssl.cert_time_to_seconds(not_after) < time.time():
-        return f"{server} does not accept {certificate}: it has expired"
-    return f"{server} does not accept {certificate}: the server's --tls-ca did not sign it"
-
-
-def greet(server, context=None):
-    """Connect to HOST:PORT, begin HTTP/2 there, and return the Greeting.
-
-    context: an ssl.SSLContext, to greet behind a TLS handshake; ssl.SSLError where that fails.
-    """
-    host, _, port = server.rpartition(":")
-    host = host.strip("[]")
-    try:
-        connection = socket.create_connection((host, port), timeout=PROBE_S)
-        if context:
-            connection = context.wrap_socket(connection, server_hostname=host)
-    except ssl.SSLError:
-        raise
-    except OSError:
-        return Greeting.NOBODY
-    with connection:
-        try:
-            return _exchange_prefaces(connection)
-        except ssl.SSLError:
-            raise
-        except ConnectionError:  # a reset: how one hangs up on what one has not read
-            return Greeting.REFUSED
-        except OSError:  # nothing was said within the time
-            return Greeting.NOBODY
-
-
-def _exchange_prefaces(connection):
-    """Begin HTTP/2; a server begins with a SETTINGS frame before it has read anything."""
-    connection.sendall(CLIENT_PREFACE)
-    header = b""
-    while len(header) < FRAME_HEADER_BYTES:
-        received = connection.recv(FRAME_HEADER_BYTES - len(header))
-        if not received:
-            break
-        header += received
-    if header[3:4] == bytes([FRAME_TYPE_SETTINGS]):
-        return Greeting.HTTP2
-    return Greeting.REFUSED
+def _text(path):
+    return path.read_text(encoding="latin-1")  # a PEM file may have any comments

@@ -4,24 +4,24 @@ A weight file has Keras's `.h5` layout: the attribute `layer_names` and, in the 
 `weight_names`. They lie at the root (`save_weights` of Keras 2) or under `model_weights`
 (`model.save`). Weights are matched by order and shape; the names of layers may differ.
 
-Everything that comes over the wire is hostile until `check` has passed it.
+All files of a run have one layout, that of the server's first file: a client writes its numbers
+into the file that it fetched. So an upload must equal the server's own file byte for byte outside
+the tensors. That can be checked while it arrives (`Inspection`), without a second reading and
+without HDF5, which is not safe to open hostile files with. What is laid out otherwise goes through
+`convert.py`.
 """
 
 import base64
 import binascii
 import hashlib
-import json
 import os
-import shutil
-import subprocess
-import sys
-import threading
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 
-from common.files import replacing, sha256_of
+from common.files import replacing
 from common.script import CLIENT_NAME
 from generated import todo_pb2
 
@@ -33,10 +33,9 @@ SEED_CHARACTERS = 100_000
 SEED_EXTRA_BYTES = 45
 SEED_FILE_NAME = "client_weights.h5"
 
-SLAB_ELEMENTS = 1 << 20  # tensors are read in slabs: memory does not follow the model's size
-MOST_NAMES = 10_000  # of layers, or of one layer's weights, that a file may list
-CHECK_S = 20  # and a second for each 10 MB: how long the check of a file may take
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SLAB_ELEMENTS = 1 << 16  # tensors are read in slabs: memory does not follow the model's size
+MOST_NAMES = 10_000  # of layers, of one layer's weights and of all tensors, that a file may list
+NUMBER_BYTES = 4  # float32
 
 
 # --- file -> messages ---------------------------------------------------------------------------
@@ -100,8 +99,10 @@ def client_of(clientname):
     return name
 
 
-def spool(messages, path, max_bytes):
+def spool(messages, path, max_bytes, look=None):
     """Write a stream of messages to `path` as it arrives; returns the SHA-256 of the file.
+
+    look: called with each piece of the file (bytes), in order.
 
     Raises ValueError: another client or size within the stream, base64 and bytes mixed, bad base64,
     more than `max_bytes`, nothing at all.
@@ -119,6 +120,8 @@ def spool(messages, path, max_bytes):
                     "the most that is accepted for this model"
                 )
             digest.update(piece)
+            if look is not None:
+                look(piece)
             file.write(piece)
             message = piece = None  # the next may be long in coming: hold no memory until then
     joiner.finish()
@@ -200,13 +203,24 @@ def shapes_of(path):
 
     Raises ValueError.
     """
+    with _trusted(path) as file:
+        return [(layer, dataset.shape) for layer, _, dataset in tensors(file)]
+
+
+@contextmanager
+def _trusted(path):
+    """An open HDF5 file of our own, or of the user's. Raises ValueError."""
     try:
-        with h5py.File(path, "r") as file:
-            return [(layer, dataset.shape) for layer, _, dataset in tensors(file)]
+        file = h5py.File(path, "r")
     except OSError:
         raise ValueError(
             f"{path} cannot be used: there is no such file, or it is no HDF5 weight file"
         ) from None
+    try:
+        with file:
+            yield file
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
 
 
 def tensors(file):
@@ -224,6 +238,9 @@ def tensors(file):
             raise ValueError(f"layer {layer!r} is not a group")
         for weight in _names(group, "weight_names"):
             found.append((layer, weight, _member(group, weight)))
+            # a list may name the same group again and again: a small file of very many tensors
+            if len(found) > MOST_NAMES:
+                raise ValueError(f"the file lists more than {MOST_NAMES:,} tensors")
     return found
 
 
@@ -263,15 +280,15 @@ def _member(group, path):
     return group
 
 
-# --- the check ----------------------------------------------------------------------------------
-
-
 def check(path, expected):
     """Raise ValueError, naming layer and reason, unless `path` holds what the model needs.
 
     expected: [(layer name, shape)] of the receiver's own model, see `shapes_of`. The file must hold
     finite float32 tensors of these shapes, in this order. They are read one slab at a time.
+
+    Returns where each tensor begins (bytes from the start of the file), in order.
     """
+    offsets = []
     try:
         with h5py.File(path, "r") as file:
             found = tensors(file)
@@ -281,7 +298,9 @@ def check(path, expected):
                 where = f"layer {layer[:80]!r} ({weight[:80]!r}; here {own_layer!r})"
                 _check_storage(where, dataset, shape)
                 _check_numbers(where, path, dataset.id.get_offset(), shape)
-    except ValueError:
+                offsets.append(dataset.id.get_offset())
+        return offsets
+    except (ValueError, MemoryError):
         raise
     except FileNotFoundError:
         raise ValueError("there is no such file") from None
@@ -309,13 +328,15 @@ def _check_storage(where, dataset, shape):
 
 def _check_numbers(where, path, offset, shape):
     """Read past HDF5: from plain storage the numbers can be read as they lie in the file."""
-    for first, count in _slabs(shape):
-        slab = np.fromfile(path, "<f4", count, offset=offset + 4 * first)
-        if len(slab) != count:
-            raise ValueError(f"{where} ends in the middle: the file is cut short")
-        finite = np.isfinite(slab)
-        if not finite.all():
-            raise ValueError(f"{where} holds {slab[~finite][0]}: only finite numbers are averaged")
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        for _, count in _slabs(shape):
+            slab = np.fromfile(file, "<f4", count)
+            if len(slab) != count:
+                raise ValueError(f"{where} ends in the middle: the file is cut short")
+            value = first_not_finite(slab)
+            if value is not None:
+                raise ValueError(f"{where} holds {value}: only finite numbers are averaged")
 
 
 def _slabs(shape):
@@ -324,67 +345,213 @@ def _slabs(shape):
     return [(first, min(SLAB_ELEMENTS, size - first)) for first in range(0, size, SLAB_ELEMENTS)]
 
 
-class Checker:
-    """`check` in a process of its own, which is kept for the next file.
+# --- one layout ---------------------------------------------------------------------------------
 
-    On a damaged file the HDF5 library itself can crash or never return (1 in 1500 files with one
-    changed byte did, h5py 3.14), and that must not end the server.
+
+class Tensor(NamedTuple):
+    """Where a tensor lies in a file: float32 numbers, one behind the other, in C order."""
+
+    layer: str
+    shape: tuple
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+class Layout:
+    """What lies where in the server's own weight file, and so in every file of its run.
+
+    tensors    [Tensor], in Keras's order
+    outside    [(begin, bytes)]: all that lies between the tensors, before and behind them
+    size       of the file, in bytes
     """
 
-    def __init__(self, expected):
-        self.expected = expected
-        self.process = None
-        self.lock = threading.Lock()
+    def __init__(self, path):
+        """Describe the trusted file `path`. Raises ValueError where it has no plain tensors."""
+        self.tensors = []
+        with _trusted(path) as file:
+            for layer, weight, dataset in tensors(file):
+                # a dataset without a shape is refused by the comparison with ()
+                _check_storage(f"layer {layer!r} ({weight!r})", dataset, dataset.shape or ())
+                begin = dataset.id.get_offset()
+                end = begin + dataset.size * NUMBER_BYTES
+                self.tensors.append(Tensor(layer, dataset.shape, begin, end))
+        self.size = os.path.getsize(path)
+        self.outside = []
+        with open(path, "rb") as file:
+            position = 0
+            for tensor in self.in_file_order():
+                if tensor.begin < position:
+                    raise ValueError(f"{path} cannot be used: two tensors share the same bytes")
+                file.seek(position)
+                self.outside.append((position, file.read(tensor.begin - position)))
+                position = tensor.end
+            file.seek(position)
+            self.outside.append((position, file.read()))
 
-    def __call__(self, path):
-        """Raise ValueError as `check` does, or where the process crashed or did not end."""
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self._start()
-            answer = self._ask(path)
-        if not answer:
+    @property
+    def shapes(self):
+        """[(layer name, shape)] of every tensor, as `check` expects it."""
+        return [(tensor.layer, tensor.shape) for tensor in self.tensors]
+
+    def in_file_order(self):
+        """The tensors as they follow each other in the file."""
+        return sorted(self.tensors, key=lambda tensor: tensor.begin)
+
+
+class Inspection:
+    """Compares a file with the server's layout while its pieces arrive; they may end anywhere.
+
+    Outside the tensors every byte must be that of the server's file. Inside, the first number that
+    is not finite is noted. The verdict falls when the file is complete: see `fits`.
+    """
+
+    def __init__(self, layout):
+        self.layout = layout
+        self.position = 0  # bytes seen so far
+        self.differs = False  # outside the tensors
+        self.not_finite = None  # (layer name, value) of the first such number
+        self._parts = self._in_order()
+        self._part = next(self._parts)
+        self._begun_number = b""  # the bytes of a number that the last piece ended in
+
+    def _in_order(self):
+        """(end, expected bytes or None, layer name or None) of all parts of the file, in order."""
+        tensors = iter(self.layout.in_file_order())
+        for begin, expected in self.layout.outside:
+            yield begin + len(expected), expected, None
+            tensor = next(tensors, None)
+            if tensor is not None:
+                yield tensor.end, None, tensor.layer
+
+    def look(self, piece):
+        """The next bytes of the file."""
+        piece = memoryview(piece)
+        while len(piece) and not self.differs:
+            if self._part is None:
+                self.differs = True  # the file goes on behind the end of the server's
+                return
+            end, expected, layer = self._part
+            inside, piece = piece[: end - self.position], piece[end - self.position :]
+            if expected is not None:
+                begin = len(expected) - (end - self.position)
+                self.differs = inside != expected[begin : begin + len(inside)]
+            else:
+                self._look_at_numbers(inside, layer)
+            self.position += len(inside)
+            if self.position == end:
+                self._part = next(self._parts, None)
+
+    def _look_at_numbers(self, content, layer):
+        if self.not_finite is not None:
+            return
+        if self._begun_number:
+            missing = NUMBER_BYTES - len(self._begun_number)
+            self._begun_number += bytes(content[:missing])
+            content = content[missing:]
+            if len(self._begun_number) < NUMBER_BYTES:
+                return
+            self._note(np.frombuffer(self._begun_number, "<f4"), layer)
+        whole = len(content) // NUMBER_BYTES * NUMBER_BYTES
+        self._begun_number = bytes(content[whole:])
+        if whole:
+            self._note(np.frombuffer(content[:whole], "<f4"), layer)
+
+    def _note(self, numbers, layer):
+        value = first_not_finite(numbers)
+        if value is not None and self.not_finite is None:
+            self.not_finite = (layer, value)
+
+    def fits(self):
+        """The verdict on the complete file: True if it has the server's layout, False if another.
+
+        Raises ValueError for a file in the server's layout that is cut short or has a number that
+        is not finite.
+        """
+        if self.differs:
+            return False
+        if self.position < self.layout.size:
             raise ValueError(
-                "not a whole HDF5 weight file (the library that reads it crashed or did not end)"
+                f"the file is cut short: it has {self.position:,} of {self.layout.size:,} bytes"
             )
-        sentence = json.loads(answer)
-        if sentence:
-            raise ValueError(sentence)
+        if self.not_finite is not None:
+            raise not_finite(*self.not_finite)
+        return True
 
-    def _start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(self.expected)],
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": ROOT},
-            start_new_session=True,  # Ctrl-C in a terminal is for the server, not for this one
-        )
 
-    def _ask(self, path):
-        """The answer as a line of JSON; "" where the process ended without one."""
-        limit = threading.Timer(CHECK_S + os.path.getsize(path) / 1e7, self.process.kill)
-        limit.start()
-        try:
-            print(json.dumps(str(path)), file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        limit.cancel()
-        if not answer:
-            self.process.wait()
-        return answer
+def first_not_finite(numbers):
+    """The first NaN or infinity of a float32 array, or None."""
+    if not numbers.size:
+        return None
+    if not numbers.flags.aligned:
+        numbers = numbers.copy()  # NumPy is ten times slower on numbers between two words
+    # Both hand a NaN on. Two passes without a temporary array are faster than np.isfinite.
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(numbers.min()) and np.isfinite(numbers.max())
+    return None if finite else numbers[~np.isfinite(numbers)][0]
 
-    @staticmethod
-    def serve(expected):
-        """The other process: paths on stdin; on stdout what is wrong with each, or null."""
-        for line in sys.stdin:
-            sentence = None
-            try:
-                check(json.loads(line), expected)
-            except ValueError as error:
-                sentence = str(error)
-            print(json.dumps(sentence), flush=True)
+
+def not_finite(layer, value):
+    return ValueError(f"layer {layer!r} holds {value}: only finite numbers are averaged")
+
+
+def inspect(path, layout):
+    """(SHA-256 of a file that lies on the disk, whether it fits). Raises ValueError like `fits`."""
+    inspection = Inspection(layout)
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(BLOB_BYTES):
+            digest.update(piece)
+            inspection.look(piece)
+    return digest.hexdigest(), inspection.fits()
+
+
+def write_tensors(path, tensors):
+    """Publish `path` anew, with other numbers in its tensors. Returns the SHA-256.
+
+    path     a weight file, fetched from the server; what lies outside its tensors stays
+    tensors  arrays in Keras's order, or what NumPy makes an array of: Keras's variables
+
+    Raises ValueError where they are not of the file's shapes or not finite; then `path` stays.
+    """
+    layout = Layout(path)
+    source = {}
+    for tensor, values in zip(layout.tensors, tensors, strict=True):
+        if tuple(values.shape) != tensor.shape:
+            raise ValueError(
+                f"layer {tensor.layer!r} has shape {tuple(values.shape)}, "
+                f"that of {path} has {tensor.shape}"
+            )
+        source[tensor] = values
+
+    def numbers_of(tensor):
+        # one array at a time: the client holds the network already
+        numbers = np.ascontiguousarray(source[tensor], "<f4")
+        value = first_not_finite(numbers)
+        if value is not None:
+            raise not_finite(tensor.layer, value)
+        yield numbers
+
+    with replacing(path) as written:
+        return _write(written, layout, numbers_of)
+
+
+def _write(path, layout, numbers_of):
+    """Write a file of this layout from front to back; returns its SHA-256.
+
+    numbers_of: numbers_of(tensor) gives float32 arrays that are the tensor, one behind the other.
+    """
+    digest = hashlib.sha256()
+    tensors = iter(layout.in_file_order())
+    with open(path, "wb") as file:
+        for _, outside in layout.outside:
+            file.write(outside)
+            digest.update(outside)
+            tensor = next(tensors, None)
+            if tensor is not None:
+                for numbers in numbers_of(tensor):
+                    file.write(numbers)
+                    digest.update(numbers)
+    return digest.hexdigest()
 
 
 # --- FedAvg -------------------------------------------------------------------------------------
@@ -396,38 +563,36 @@ def fedavg(paths, num_examples, layout, target):
     McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
     Data", algorithm 1. In float64, one slab of one tensor at a time, cast to float32 once.
 
-    paths         checked weight files, in the order of their clients' names
+    paths         files of the server's layout, in the order of their clients' names
     num_examples  n_k, the number of training examples of each
-    layout        the server's own weight file, whose layout the result takes (may be `target`)
+    layout        Layout of these files and of the result
 
     Returns the SHA-256 of the result.
     """
     total_examples = sum(num_examples)
-    with replacing(target) as merged:
-        shutil.copyfile(layout, merged)
-        with ExitStack() as stack:
-            # Plain files and offsets: an HDF5 library that holds 48 files open holds 70 MB.
-            result = stack.enter_context(open(merged, "r+b", buffering=0))
-            uploads = [stack.enter_context(open(path, "rb", buffering=0)) for path in paths]
-            shapes = [shape for _, shape in shapes_of(merged)]
-            own_offsets = _offsets(merged)
-            upload_offsets = zip(*map(_offsets, paths), strict=True)
-            for shape, own, offsets in zip(shapes, own_offsets, upload_offsets, strict=True):
-                for first, count in _slabs(shape):
-                    total = np.zeros(count, np.float64)
-                    for n, file, offset in zip(num_examples, uploads, offsets, strict=True):
-                        file.seek(offset + 4 * first)
-                        total += n * np.fromfile(file, "<f4", count).astype(np.float64)
-                    result.seek(own + 4 * first)
-                    result.write((total / total_examples).astype("<f4").tobytes())
-        return sha256_of(merged)
+    # One set of buffers for the whole merge: memory that is given back and taken again costs as
+    # much time as the arithmetic.
+    numbers = np.empty(SLAB_ELEMENTS, "<f4")
+    product = np.empty(SLAB_ELEMENTS, np.float64)
+    total = np.empty(SLAB_ELEMENTS, np.float64)
+
+    def averages(tensor):
+        for first, count in _slabs(tensor.shape):
+            total[:count] = 0
+            for n, upload in zip(num_examples, uploads, strict=True):
+                _read(upload, tensor.begin + first * NUMBER_BYTES, numbers[:count])
+                np.multiply(numbers[:count], n, out=product[:count], dtype=np.float64)
+                total[:count] += product[:count]
+            total[:count] /= total_examples
+            numbers[:count] = total[:count]
+            yield numbers[:count]
+
+    with replacing(target) as merged, ExitStack() as stack:
+        uploads = [stack.enter_context(open(path, "rb", buffering=0)) for path in paths]
+        return _write(merged, layout, averages)
 
 
-def _offsets(path):
-    """Where in the file each tensor begins, in bytes, in order."""
-    with h5py.File(path, "r") as file:
-        return [dataset.id.get_offset() for *_, dataset in tensors(file)]
-
-
-if __name__ == "__main__":
-    Checker.serve(json.loads(sys.argv[1]))
+def _read(file, offset, numbers):
+    """Fill the array `numbers` from this place of a file that was checked before."""
+    if os.preadv(file.fileno(), [numbers], offset) != numbers.nbytes:
+        raise OSError(f"{file.name} is shorter than it was when it was checked")

@@ -159,7 +159,7 @@ class Run:
         self.start()
 
     def average(self, paths, num_examples):
-        return weights.fedavg(paths, num_examples, layout=self.weights, target=self.weights)
+        return weights.fedavg(paths, num_examples, weights.Layout(self.weights), self.weights)
 
     def start(self, rounds=None):
         """Opens what is on disk, as a server does that is started."""
@@ -466,9 +466,11 @@ def holding(site, script, *patches):
             [
                 "import sys, time",
                 f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]",
+                "from common.script import end_script, start_script",
+                "start_script()",
                 *patches,
                 f"import {script}",
-                f"sys.exit({script}.main())",
+                f"end_script({script}.main())",
             ]
         )
     )

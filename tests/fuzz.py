@@ -18,6 +18,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -26,13 +27,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import h5py
-import numpy as np
 from conftest import write_weights
 from google.protobuf.message import DecodeError
 
 import data
-from federation import weights
+from federation import convert, weights
 from generated import todo_pb2
 
 INPUT_S, MEMORY_BYTES = 10, 600 << 20
@@ -204,34 +203,55 @@ class Index:
 
 
 class Hdf5:
-    """weights.Checker on damaged weight files."""
+    """The converter on damaged weight files: in a process for each, with its bounds set."""
+
+    CPU_S = 3
+    MEMORY_BYTES = 256 << 20
 
     def __init__(self, folder):
-        self.path, good = folder / "upload.h5", folder / "good_hdf5.h5"
-        self.seeds = [
-            write_weights(good, 5, root=root).read_bytes() for root in ("", "model_weights")
-        ]
-        self.check, self.crashed = weights.Checker(weights.shapes_of(good)), 0
+        self.path = folder / "upload.h5"
+        self.converted = folder / "converted.h5"
+        own = write_weights(folder / "good_hdf5.h5", 5)
+        other = write_weights(folder / "other_hdf5.h5", 5, root="model_weights")
+        self.seeds = [own.read_bytes(), other.read_bytes()]
+        self.layout = weights.Layout(own)
+        self.own = own.read_bytes()
+        self.crashed = 0
 
     def __call__(self, rng):
         self.path.write_bytes(mutated(rng, rng.choice(self.seeds)))
-        try:
-            self.check(self.path)
-        except ValueError as error:
-            assert len(str(error)) < 1500
-            self.crashed += "crashed or did not end" in str(error)
-            raise
-        pid = os.fork()  # what was accepted is readable without a crash
+        if weights.inspect(self.path, self.layout)[1]:
+            return
+        self.converted.write_bytes(self.own)
+        self.convert()
+        # what was accepted has the server's layout, and its numbers are finite
+        assert weights.inspect(self.converted, self.layout)[1] is True
+
+    def convert(self):
+        """Raise ValueError where the process says that, or where it crashes or is ended."""
+        task = {"path": str(self.path), "converted": str(self.converted)}
+        task.update(cpu_s=self.CPU_S, memory_bytes=self.MEMORY_BYTES)
+        reader, writer = os.pipe()
+        pid = os.fork()
         if not pid:
-            with h5py.File(self.path, "r") as file:
-                os._exit(
-                    0
-                    if all(
-                        np.isfinite(dataset[()]).all() for _, _, dataset in weights.tensors(file)
-                    )
-                    else 1
-                )
-        assert os.waitpid(pid, 0)[1] == 0
+            try:
+                convert.set_bounds(self.CPU_S, self.MEMORY_BYTES, 1 << 20)
+                sentence = convert.convert(task, self.layout.tensors) or ""
+                os.write(writer, sentence[:1500].encode("utf-8", "replace"))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as file:
+            sentence = file.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code < 0:
+            assert -code in convert.CRASHES | {signal.SIGXCPU}, code
+            self.crashed += 1
+            raise ValueError("it crashed, or did not end")
+        assert code == 0
+        if sentence:
+            raise ValueError(sentence)
 
 
 def guard(folder):
@@ -270,7 +290,6 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(SHARES))
     arguments = parser.parse_args(argv)
-    weights.CHECK_S = 3
     with tempfile.TemporaryDirectory() as name:
         outer, inner = Path(name), Path(name) / "a" / "scratch"
         inner.mkdir(parents=True)
@@ -280,7 +299,7 @@ def main(argv=None):
             for key, kind in (("chunks", Chunks), ("index", Index), ("hdf5", Hdf5))
             if key in arguments.only.split(",")
         }
-        files = set(os.listdir(inner)) | {"upload.h5", "worker1.pkl", "spooled.h5"}
+        files = set(os.listdir(inner)) | {"upload.h5", "converted.h5", "worker1.pkl", "spooled.h5"}
         unguard = guard(inner)
         counts, slowest, began = collections.Counter(), collections.Counter(), time.monotonic()
         for number in range(arguments.inputs):

@@ -27,7 +27,8 @@ import h5py
 import numpy as np
 
 from common.files import replacing
-from common.script import keep_heap_small
+from common.log import say
+from common.script import end_script, keep_heap_small, start_script
 from federation import weights
 
 # --- weight files -------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def load(network, path):
 
 
 def train(network, batches, round_number, epochs, report):
-    print("training now", flush=True)
+    say("standin", "training now")
     time.sleep(float(os.environ.get("STANDIN_TRAINING_S", 0)))
     if os.environ.get("STANDIN_GATE") == "1":
         sys.stdin.readline()
@@ -138,13 +139,15 @@ def train(network, batches, round_number, epochs, report):
 
 
 def save(network, path):
+    """Round 1's weights; a client saves with `weights.write_tensors`."""
     with replacing(path) as written:
-        if network.path is None:
-            shutil.copyfile(os.environ["STANDIN_WEIGHTS"], written)
-        elif "STANDIN_SEED" in os.environ:
-            write_weights(written, int(os.environ["STANDIN_SEED"]), shapes(network))
-        else:
-            add_constant(network.path, written)
+        shutil.copyfile(os.environ["STANDIN_WEIGHTS"], written)
+
+
+def tensors(network):
+    if "STANDIN_SEED" in os.environ:
+        return random_tensors(int(os.environ["STANDIN_SEED"]), shapes(network))
+    return [tensor + np.float32(0.001) for tensor in read_weights(network.path)]
 
 
 def metrics():
@@ -157,6 +160,7 @@ def evaluate(network, images, labels):
 
 
 def main():
+    start_script()
     name = sys.argv[1]
     if name == "todoServer":
         keep_heap_small()  # as the real one does
@@ -164,7 +168,7 @@ def main():
     script = importlib.import_module(name)
     if os.environ.get("STANDIN_BASE64") == "1":
         weights.blob_messages = weights.base64_messages
-    sys.exit(script.main(sys.argv[2:]))
+    end_script(script.main(sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -7,18 +7,19 @@ import base64
 import re
 import threading
 import time
-from contextlib import ExitStack
 
 import grpc
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, Run, random_tensors, until, write_weights
+from conftest import Run, random_tensors, until, write_weights
+from hostile import many_names, replace_converter
 from serving import serve
 from standin import SHAPES
 
+import todoServer
 from common import files
-from federation import service, streams, weights
+from federation import convert, service, streams, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 MAX_EXAMPLES = 1000
@@ -31,9 +32,9 @@ class Served:
     def __init__(self, folder):
         self.folder = folder
         self.run = Run(folder / "server", ["client001", "client002"], rounds=10_000)
-        with open(self.run.weights, "ab") as file:  # room for bad files, which HDF5 lets grow
-            file.truncate(self.run.weights.stat().st_size * 3)
-        self.server, self.address = serve(self.run.rounds, max_examples=MAX_EXAMPLES)
+        servicer = todoServer.FedMLServicer(self.run.rounds, MAX_EXAMPLES)
+        servicer.calls.max_bytes *= 3  # room for bad files, which HDF5 lets grow
+        self.server, self.address = service.create_server(servicer, "localhost:0")
         self.channel = grpc.insecure_channel(self.address, [("grpc.max_send_message_length", -1)])
         self.stub = todo_pb2_grpc.FedMLStub(self.channel)
 
@@ -175,11 +176,8 @@ FILES = {  # row: (maker, sentence); all are INVALID_ARGUMENT
         "not a whole HDF5",
     ),
     "text": (lambda path: path.write_text("hello " * 99), "not a whole HDF5"),
-    **{
-        f"truncated at {part}/20": (cut(part / 20), "not a whole HDF5|0 bytes")
-        for part in range(20)
-    },
-    "one byte short": (damaged(lambda whole: whole[:-1]), "not a whole HDF5"),
+    **{f"truncated at {part}/20": (cut(part / 20), "cut short|0 bytes") for part in range(20)},
+    "one byte short": (damaged(lambda whole: whole[:-1]), "cut short"),
     "more than 1.1 times the model": (
         padded,
         "larger than [0-9,]+ bytes, the most that is accepted",
@@ -526,62 +524,123 @@ def test_a_client_that_is_not_enrolled_gets_no_weights(served):
     )
 
 
-@pytest.mark.parametrize("bug", ["crashes", "does not return"])
-def test_a_file_on_which_the_library_itself_fails_is_refused(tmp_path, monkeypatch, bug):
-    """HDF5 crashes on some damaged files and hangs on others; here, in the checker, on "BAD"."""
-    program = tmp_path / "weights_with_a_bug.py"
-    failure = {
-        "crashes": "os.kill(os.getpid(), 11)",
-        "does not return": "[0 for _ in iter(int, 1)]",
-    }[bug]
-    program.write_text(f"""import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import json
-from federation import weights
-inner = weights.check
-def check(path, expected):
-    if open(path, "rb").read(3) == b"BAD":
+@pytest.mark.parametrize(
+    ("failure", "code", "sentence"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "INVALID_ARGUMENT", "crashed, twice"),
+        ("[0 for _ in iter(int, 1)]", "INVALID_ARGUMENT", "cannot be read within 1 s"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "INTERNAL", "ended by SIGKILL; send again"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "INTERNAL", "stands still; send again"),
+        ("raise MemoryError", "INTERNAL", "exit code 1; send again"),
+    ],
+)
+def test_whose_fault_it_is_that_a_file_cannot_be_converted(
+    tmp_path, monkeypatch, failure, code, sentence
+):
+    """HDF5 crashes on some files and hangs on others; and a process may be killed from outside."""
+    replace_converter(
+        monkeypatch,
+        tmp_path,
+        f"""
+from federation import convert
+bounds = convert.set_bounds
+def fail(*limits):
+    bounds(*limits)
+    if os.path.exists({str(tmp_path / "fails")!r}):
         {failure}
-    inner(path, expected)
-weights.check = check
-weights.Checker.serve(json.loads(sys.argv[1]))
-""")
-    monkeypatch.setattr(weights, "CHECK_S", 2)
-    monkeypatch.setattr(weights, "__file__", str(program))
-    good, bad = write_weights(tmp_path / "good.h5", 1), tmp_path / "bad.h5"
-    bad.write_bytes(b"BAD")
+convert.set_bounds = fail
+""",
+    )
+    monkeypatch.setattr(convert, "WALL_S", 1 if "SIGSTOP" in failure else 300)
+    monkeypatch.setattr(convert, "CPU_S", 1)
+    good, other = write_weights(tmp_path / "good.h5", 1), tmp_path / "other.h5"
+    write_weights(other, 2, root="model_weights")
+    (tmp_path / "fails").touch()
     served = Served(tmp_path / "served")
     try:
         first = served.counted(good, "client001")
+        before = served.tree()
         for _ in range(2):
             with pytest.raises(grpc.RpcError) as caught:
-                served.send(bad, "client002").result()
-            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-            assert re.search("client002: .*crashed or did not end", caught.value.details())
-        assert served.send(good, "client002").result().value == first.result().value == 1
+                served.send(other, "client002").result()
+            assert caught.value.code().name == code
+            assert re.search(f"client002: .*{sentence}", caught.value.details())
+            assert served.tree() == before
+        (tmp_path / "fails").unlink()
+        assert served.send(other, "client002").result().value == first.result().value == 1
+        assert served.run.holds(("client001", 3, 1), ("client002", 3, 2))
     finally:
         served.close()
 
 
 def test_files_with_a_few_changed_bytes_never_harm(tmp_path):
-    """Whatever the damage: refused, or tensors of the right shape and finite."""
+    """Whatever the damage: refused, or the server's layout with finite numbers."""
     good = write_weights(tmp_path / "good.h5", 5)
-    check, rng, refused = weights.Checker(weights.shapes_of(good)), np.random.default_rng(3), 0
-    for _ in range(150):
+    layout = weights.Layout(good)
+    converters = convert.Converters(layout)
+    rng, refused = np.random.default_rng(3), 0
+    for _ in range(60):
         damage = bytearray(good.read_bytes())
-        for place in rng.integers(len(damage), size=rng.integers(1, 4)):
-            damage[place] = rng.integers(256)
+        for position in rng.integers(len(damage), size=rng.integers(1, 4)):
+            damage[position] = rng.integers(256)
         (tmp_path / "bad.h5").write_bytes(damage)
         try:
-            check(tmp_path / "bad.h5")
-            with h5py.File(tmp_path / "bad.h5") as file:
-                assert all(
-                    np.isfinite(dataset[()]).all() for _, _, dataset in weights.tensors(file)
-                )
+            if not weights.inspect(tmp_path / "bad.h5", layout)[1]:
+                converters.convert("client001", tmp_path / "bad.h5")
+            assert weights.inspect(tmp_path / "bad.h5", layout)[1] is True
         except ValueError as error:
             refused += 1
             assert str(error)
-    assert 3 < refused < 150
+    assert 3 < refused < 60
+
+
+def test_no_file_from_outside_is_opened_with_hdf5_in_the_servers_process(tmp_path, monkeypatch):
+    """Uploads of any layout, good and bad: h5py sees the server's own file only."""
+    served = Served(tmp_path / "served")
+    opened = []
+
+    class Guarded(h5py.File):
+        def __init__(self, path, *arguments, **options):
+            opened.append(str(path))
+            assert str(path) == str(served.run.weights), path
+            super().__init__(path, *arguments, **options)
+
+    own = write_weights(tmp_path / "own.h5", 1)
+    other = write_weights(tmp_path / "other.h5", 2, root="model_weights")
+    (tmp_path / "bad.h5").write_text("hello " * 999)
+    many_names(tmp_path / "hostile.h5")
+    try:
+        monkeypatch.setattr(h5py, "File", Guarded)
+        for path in (tmp_path / "bad.h5", tmp_path / "hostile.h5"):
+            with pytest.raises(grpc.RpcError) as caught:
+                served.send(path, "client002").result()
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        calls = [served.send(own, "client001"), served.send(other, "client002")]
+        assert [call.result().value for call in calls] == [1, 1]
+        monkeypatch.undo()
+        assert served.run.holds(("client001", 3, 1), ("client002", 3, 2))
+        assert set(opened) <= {str(served.run.weights)}
+    finally:
+        served.close()
+
+
+def test_a_repeat_of_a_converted_upload_is_recognised_by_what_was_sent(served, tmp_path):
+    """Its file has other bytes; the same SHA-256 of the same round waits, and gets the answer."""
+    own = write_weights(tmp_path / "own.h5", 1)
+    other = write_weights(tmp_path / "other.h5", 2, root="model_weights")
+    number = served.run.rounds.round
+    first = served.counted(other, "client002")
+    assert served.run.rounds.uploads["client002"]["sha256"] == files.sha256_of(other)
+    stored = served.folder / "server" / "client002" / "client_weights.h5"
+    assert stored.read_bytes() == write_weights(tmp_path / "expected.h5", 2).read_bytes()
+    again = served.counted(other, "client002")
+    assert first.exception().code() == grpc.StatusCode.ABORTED
+    assert served.send(own, "client001").result().value == again.result().value == 1
+    repeat = {"fedml-client": "client002", "fedml-run": "run0", "fedml-round": str(number)}
+    repeat["fedml-sha256"] = files.sha256_of(other)
+    assert served.send(other, "client002", list(repeat.items())).result().value == 1
+    assert served.run.rounds.round == number + 1
+    assert served.run.holds(("client001", 3, 1), ("client002", 3, 2))
 
 
 # --- a full disk, a lame stream -------------------------------------------------------------------
@@ -622,7 +681,7 @@ def test_a_full_disk_ends_the_upload_with_a_sentence_and_the_round_goes_on(
     first = served.counted(good[0], "client001")
     before = served.tree()
 
-    def spool(messages, path, max_bytes):
+    def spool(messages, path, max_bytes, look):
         next(iter(messages))
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -670,20 +729,6 @@ def test_a_stalled_upload_is_ended_and_stops_no_one_else(served, tmp_path, monke
     )
     assert served.send(good[1], "client002").result().value == first.result().value == 1
     assert served.run.holds(("client001", 3, 5), ("client002", 3, 6))
-
-
-def test_streams_that_stand_still_in_their_turns_delay_no_one():
-    all_streams = streams.Streams(print)
-    with ExitStack() as stack:
-        for _ in range(streams.TURNS):
-            stack.enter_context(streams.Stream(all_streams, None, streams.STALL_S).turn())
-        stream = streams.Stream(all_streams, None, streams.STALL_S)
-        started = time.monotonic()
-        assert list(stream.pass_on(range(1, 21))) == list(range(1, 21))
-        took_s = time.monotonic() - started
-    assert streams.TURN_S * 0.9 <= took_s < 4 * streams.TURN_S  # it waited once, not for each piece
-    assert stream.last >= started + streams.TURN_S * 0.9  # and to wait for a turn is not to stall
-    assert all(all_streams.turns.acquire(blocking=False) for _ in range(streams.TURNS))
 
 
 def test_a_new_upload_ends_the_clients_own_half_sent_one(served, tmp_path):

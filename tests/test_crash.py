@@ -98,6 +98,7 @@ STAND_INS = {
     "load": lambda network, path: setattr(network, "tensors", read_weights(path)),
     "evaluate": lambda network, images, labels: metrics(),
     "shapes": lambda network: SHAPES,
+    "tensors": lambda network: network.tensors,
 }
 
 
@@ -143,12 +144,8 @@ def life(script, arguments, folder, code_file, number, how):
     for name, stand_in in STAND_INS.items():
         setattr(model, name, stand_in)
     import todoClient
-    from federation import weights
 
     todoClient.FIRST_PAUSE_S = 0.05
-    weights.Checker = lambda expected: (
-        lambda path: weights.check(path, expected)
-    )  # spares a start of Python a life
     code = 99
     try:
         code = __import__(script).main(arguments)

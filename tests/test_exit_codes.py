@@ -216,7 +216,7 @@ def serve_in_vain(tmp_path, monkeypatch, capsys):
 
     def serve(arguments):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(todoServer, "exit_on_signals", lambda _: None)
+        monkeypatch.setattr(todoServer, "exit_on_signals", lambda *_: None)
         assert todoServer.main(arguments) == 1
         return capsys.readouterr().err
 
@@ -277,7 +277,7 @@ def test_another_model_in_its_place_is_exit_1(serve_in_vain, begun):
 
 def test_a_state_of_the_other_side_is_exit_1(serve_in_vain, begun, monkeypatch, capsys):
     monkeypatch.chdir(begun())
-    monkeypatch.setattr(todoClient, "exit_on_signals", lambda _: None)
+    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
     assert todoClient.main(["--name", "client001", "--client-dir", "server"]) == 1
     said = capsys.readouterr().err
     assert "server/state.json is not a state file of this program" in said
@@ -391,8 +391,9 @@ def test_a_run_whose_last_evaluation_was_interrupted_is_not_called_finished(star
         {**files.load_state(site / "server" / "state.json"), "round": 2, "closing": closing},
     )
     server, _ = start_server(start, site, script=server_script(site))
-    assert server.lines[0] == "server: resuming run run0 at round 1/1 from server/state.json"
-    assert server.lines[1].startswith("server: round 1/1: loss 0.5000")
+    resuming, evaluated, *_ = server.lines
+    assert resuming.endswith(" server: resuming run run0 at round 1/1 from server/state.json")
+    assert " server: round 1/1: loss 0.5000" in evaluated
 
 
 # --- the client ----------------------------------------------------------------------------------
@@ -678,7 +679,11 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
     call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).sendWeight.future(
         half(), timeout=60
     )
-    until(lambda: list((site / "server" / "client002").glob(".*.tmp*")), "the first half is there")
+
+    def arrived():
+        return [path.stat().st_size for path in (site / "server" / "client002").glob(".*.tmp*")]
+
+    until(lambda: arrived() == [10_000], "the first half is there")
     before = {
         path: path.stat().st_mtime_ns
         for name in ("server", "client001")
@@ -690,7 +695,7 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
         start(client_script(site), "--name", "client001", "--server", address, cwd=site),
     ):
         assert second.wait(30) == 1 and len(second.lines) == 1
-        assert re.match(
+        assert re.search(
             r"(server|client001): error: another process works in \1: wait until it ends",
             second.lines[0],
         )

@@ -73,6 +73,43 @@ def test_plain_keras_loads_the_file(tmp_path):
     )
 
 
+def trained_into_the_fetched_file(network, path):
+    """One round as a client does it: load the fetched file, train, write the numbers into it."""
+    model.load(network, path)
+    images = np.random.default_rng(7).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    labels = (np.arange(8) % 2).astype(np.float32)
+    batches = data.TrainingBatches(images, labels, 4, 0, "client001", augment=False)
+    model.train(network, batches, 1, 1, lambda row: None)
+    weights.write_tensors(path, model.tensors(network))
+
+
+def test_numbers_written_into_the_fetched_file_are_what_save_writes(tmp_path):
+    """The same bytes, so a client's upload has the layout of the server's file."""
+    fetched = tmp_path / "client_weights.h5"
+    model.save(model.build("drcnn", 32, 5), fetched)
+    layout, before = weights.Layout(fetched), fetched.read_bytes()
+    network = model.build("drcnn", 32, 6)
+    trained_into_the_fetched_file(network, fetched)
+    model.save(network, tmp_path / "saved.h5")
+    assert fetched.read_bytes() == (tmp_path / "saved.h5").read_bytes() != before
+    assert weights.inspect(fetched, layout)[1] is True
+
+
+def test_a_frozen_network_is_written_into_the_fetched_file_too(tmp_path):
+    """Keras's own save lays a frozen network out otherwise; the order of its tensors stays."""
+    fetched = tmp_path / "client_weights.h5"
+    model.save(model.build("vgg16", 32, 5), fetched)
+    layout, before = weights.Layout(fetched), fetched.read_bytes()
+    network = model.build("vgg16", 32, 6)
+    model.freeze_base(network)
+    trained_into_the_fetched_file(network, fetched)
+    assert weights.inspect(fetched, layout)[1] is True and fetched.read_bytes() != before
+    other = model.build("vgg16", 32, 7)
+    other.load_weights(str(fetched))
+    pairs = zip(network.get_weights(), other.get_weights(), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
 def test_a_file_of_keras_2_layout_is_loaded(tmp_path):
     """Weights at the root and under other layer names, as the thesis demo's TensorFlow 2.0.1 writes them."""
     import h5py

@@ -35,7 +35,7 @@ def test_three_old_clients_complete_three_rounds_one_changing_nothing(tmp_path):
                 for each, size in zip(paths, sizes, strict=True)
             ]
         )
-        return weights.fedavg(paths, sizes, path, path)
+        return weights.fedavg(paths, sizes, weights.Layout(path), path)
 
     def evaluate():
         return dict.fromkeys(("loss", "accuracy", "auc", "sensitivity", "specificity"), 0.5)
@@ -88,7 +88,7 @@ def old_server(site, monkeypatch):
     """
     monkeypatch.chdir(site)
     monkeypatch.setattr(todoClient, "SEED_TASK", {"run": "", "arch": "drcnn", "image_size": 32})
-    monkeypatch.setattr(todoClient, "exit_on_signals", lambda words: None)
+    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
     model.configure(0, 1)
     model.save(model.build("drcnn", 32), site / "first.h5")
 

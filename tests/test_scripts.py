@@ -87,18 +87,20 @@ def test_the_readme_names_every_file():
     assert len(names) > 20 and [name for name in names if name not in readme] == []
 
 
-def test_help_answers_soon():
-    """Before TensorFlow, gRPC or NumPy could be imported: seconds as a ratio to an empty Python."""
+def fastest_s(*command):
+    """Seconds of the fastest of several starts: what else the machine does only adds to them."""
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        assert run(sys.executable, *command).returncode == 0
+        seconds.append(time.monotonic() - started)
+    return min(seconds)
 
-    def fastest_s(*command):
-        seconds = []
-        for _ in range(7):
-            started = time.monotonic()
-            run(sys.executable, *command)
-            seconds.append(time.monotonic() - started)
-        return min(seconds)
 
-    assert fastest_s("todoServer.py", "--help") / fastest_s("-c", "pass") < 15
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_soon(script):
+    """As a ratio to an empty Python: gRPC, NumPy and Pillow cost 10 to 30, TensorFlow 200 more."""
+    assert fastest_s(script, "--help") / fastest_s("-c", "pass") < 60
 
 
 @pytest.mark.parametrize(
@@ -138,8 +140,8 @@ def test_tensorflow_loads_only_when_it_is_needed(module):
 def test_a_missing_package_is_one_sentence_and_exit_1(script):
     shown = run(sys.executable, "-S", script)  # -S: without the environment's packages
     assert shown.returncode == 1 and len(shown.stderr.splitlines()) == 1, shown.stderr
-    assert re.match(
-        rf"{script}: error: .* has no package '\w+': start it with .venv/bin/python", shown.stderr
+    assert re.search(
+        rf" {script}: error: .* has no package '\w+': start it with .venv/bin/python", shown.stderr
     )
 
 

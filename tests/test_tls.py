@@ -20,7 +20,7 @@ from seed_peer import LIMITS, cut
 import todoClient
 import todoServer
 from common import files
-from federation import tls, weights
+from federation import probe, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 
 
@@ -133,7 +133,7 @@ def client_ends(address, *flags):
 @pytest.fixture
 def in_a_site(tmp_path, monkeypatch):
     monkeypatch.chdir(make_data(tmp_path / "site"))
-    monkeypatch.setattr(todoClient, "exit_on_signals", lambda words: None)
+    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
 
 
 WRONG = {  # row: (server's flags, client's flags, sentence)
@@ -141,7 +141,7 @@ WRONG = {  # row: (server's flags, client's flags, sentence)
     "another CA": (
         {},
         {"own": "other/client001"},
-        "does not accept .*other/client001.pem: the server's --tls-ca did not",
+        "does not accept .*other/client001.pem: the CA in .*good/ca.pem did not sign it",
     ),
     "expired": ({}, {"own": "good/expired"}, "does not accept .*expired.pem: it has expired"),
     "another client's name": (
@@ -397,7 +397,7 @@ class Flood:
         host, _, port = address.rpartition(":")
         self.idle = [socket.create_connection((host, int(port)), 10) for _ in range(200)]
         for connection in self.idle[::2]:
-            connection.sendall(tls.CLIENT_PREFACE)
+            connection.sendall(probe.CLIENT_PREFACE)
         self.channels = []
         self.calls = []
         self.over = threading.Event()

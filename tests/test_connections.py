@@ -1,0 +1,89 @@
+"""A client that waits is left alone: one connection, one upload, however long the others take."""
+
+import re
+import socket
+import threading
+from pathlib import Path
+
+import grpc._cython.cygrpc
+import pytest
+from conftest import ROOT, client_script, start_server
+
+WAITS_S = 100  # gRPC's own limit is two pings in five minutes: at 8 s a ping, it shows after 32 s
+OPTION = re.compile(r'"(grpc\.[a-z0-9_.]+)"')
+
+
+def option_names():
+    """{name: file} of all gRPC options that this project gives."""
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("federation/*.py"), *ROOT.glob("benchmarks/*.py")]
+    return {
+        name: path.name
+        for path in scripts
+        for name in OPTION.findall(path.read_text(encoding="utf-8"))
+    }
+
+
+def test_grpc_knows_every_option_that_it_is_given():
+    """It passes over a name that it does not know, in silence."""
+    library = Path(grpc._cython.cygrpc.__file__).read_bytes()
+    names = option_names()
+    assert len(names) > 10
+    # a C text, which is no other one's end
+    known = [rb"(?<![a-z._])" + re.escape(name).encode() + rb"\0" for name in names]
+    unknown = [
+        f"{name} in {file}"
+        for (name, file), text in zip(names.items(), known, strict=True)
+        if not re.search(text, library)
+    ]
+    assert not unknown
+
+
+class Relay:
+    """Passes connections on to HOST:PORT, and counts them."""
+
+    def __init__(self, target):
+        host, _, port = target.rpartition(":")
+        self.target = (host, int(port))
+        self.count = 0
+        self.listener = socket.create_server(("localhost", 0))
+        self.address = f"localhost:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                incoming, _ = self.listener.accept()
+            except OSError:
+                return  # the test is over
+            self.count += 1
+            outgoing = socket.create_connection(self.target)
+            for source, sink in ((incoming, outgoing), (outgoing, incoming)):
+                threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    def _copy(self, source, sink):
+        try:
+            while content := source.recv(1 << 16):
+                sink.sendall(content)
+        except OSError:
+            pass
+        sink.close()
+
+    def close(self):
+        self.listener.close()
+
+
+@pytest.mark.slow
+def test_a_client_that_waits_for_long_uploads_once_on_one_connection(start, begun):
+    site = begun(rounds=1)
+    server, address = start_server(start, site)
+    relay = Relay(address)
+    arguments = ["--name", "client001", "--server", relay.address]
+    client = start(client_script(site), *arguments, cwd=site)
+    server.wait_for("client001 delivered")
+    connections = relay.count  # one for the weights, one for the upload
+    # it says so every 30 s; the fourth time is behind WAITS_S
+    client.wait_for("answer for 12[0-9] s", 2 * WAITS_S)
+    assert (connections, relay.count) == (2, 2), client.output + server.output
+    assert server.output.count("client001 delivered") == 1
+    assert "waiting for the server at" not in client.output
+    relay.close()
