@@ -118,6 +118,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 upload.round_number,
                 context.is_active,
                 file_sha256,
+                upload.metrics,
             )
         # 7. Answer myResponse(value=1).
         return self.calls.answer(context, is_last)
@@ -452,6 +453,7 @@ def card_text(weights_path):
 def listen(arguments, rounds):
     """A started gRPC server."""
     service.raise_descriptor_limit()
+    service.keep_one_heap()
     is_local = tls.is_this_machine(arguments.listen)
     servicer = FedMLServicer(
         rounds,
