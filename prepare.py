@@ -53,7 +53,7 @@ DEFAULTS = {
     "num_train": 900,
     "num_val": 300,
     "num_clients": 3,
-    "split": "iid",
+    "split": None,  # "hospitals" if they are drawn, else "iid"
     "alpha": 0.5,
     "share": 0,
     "balanced": False,
@@ -113,15 +113,16 @@ def prepare(args, choices):
         "ungradable": len(found.ungradable),
         "indexes": {name: counts_of(own) for name, own in records.items()},
         "date": datetime.date.today().isoformat(),
+        "worker_hospitals": worker_hospitals(sets),
     }
     write_indexes(index, records, prepared)
-    show(index, listed, records)
+    show(index, listed, records, prepared["worker_hospitals"])
     show_doubtful(listed, readable, doubts)
     index.tell_moved()
     listed.tell_moved()
 
 
-# --- what was asked for --------------------------------------------------------------------------
+# --- the choices ---------------------------------------------------------------------------------
 
 
 def part(text):
@@ -155,8 +156,9 @@ def parse(argv):
     )
     add(
         "--split",
-        choices=("iid", "noniid", "dirichlet"),
-        help="equal hospitals, the thesis's unequal ones, or by --alpha (iid)",
+        choices=("hospitals", "iid", "noniid", "dirichlet"),
+        help="synthetic: three hospitals that differ in patients and cameras (default there); "
+        "equal hospitals (default for photographs), the thesis's unequal ones, or by --alpha",
     )
     add(
         "--alpha",
@@ -209,6 +211,8 @@ def parse(argv):
     )
     given = vars(parser.parse_args(argv))
     args = argparse.Namespace(**{**DEFAULTS, **given})
+    if args.split is None:
+        args.split = "hospitals" if args.dataset == "synthetic" else "iid"
     refuse_without_effect(parser, args, given)
     check_usage(parser, args)
     return args
@@ -253,6 +257,11 @@ def check_usage(parser, args):
         parser.error(f"--balanced is the thesis's draw from ddr, not from {args.dataset}")
     if args.balanced and args.val_part is not None:
         parser.error("--balanced says itself what validates: leave --val-part out")
+    if args.split == "hospitals" and args.dataset != "synthetic":
+        parser.error(
+            f"--split hospitals is of the drawn hospitals, not of {args.dataset}: use iid, noniid "
+            "or dirichlet"
+        )
     if args.split == "noniid" and args.num_clients != 3:
         parser.error(
             f"--split noniid is for 3 clients, found {args.num_clients}: use --split dirichlet"
@@ -385,15 +394,28 @@ def find_photos(args):
 
 
 def photos_to_draw(args):
-    """A DataSet of Photos without a path, their grades in the proportions of GRADE_SHARES."""
+    """A DataSet of Photos without a path: to train and to validate on, from every hospital.
+
+    The grades are in the proportions of their hospital.
+    """
+    if args.split == "hospitals":
+        hospitals = [(hospital.name, hospital.grade_shares) for hospital in fundus.HOSPITALS]
+    else:
+        hospitals = [("", fundus.GRADE_SHARES)]
     rng = np.random.default_rng([args.seed, 0])
     found = []
-    for part, count in (("train", args.num_train), ("val", args.num_val)):
-        ends = np.round(np.cumsum(fundus.GRADE_SHARES) * count)
-        sorted_grades = np.searchsorted(ends, np.arange(count), side="right")
-        for number, grade in enumerate(rng.permutation(sorted_grades).tolist()):
-            patient = f"{part} {number}"
-            found.append(datasets.Photo(None, grade, patient, part, f"{part}_{number:05d}"))
+    for part, total in (("train", args.num_train), ("val", args.num_val)):
+        number = 0
+        for position, (name, grade_shares) in enumerate(hospitals):
+            # The rest of a total that cannot be divided goes to the first hospitals.
+            count = len(range(position, total, len(hospitals)))
+            ends = np.round(np.cumsum(grade_shares) * count)
+            sorted_grades = np.searchsorted(ends, np.arange(count), side="right")
+            for grade in rng.permutation(sorted_grades).tolist():
+                patient = f"{part} {number}"
+                picture = f"{part}_{number:05d}"
+                found.append(datasets.Photo(None, grade, patient, part, picture, name))
+                number += 1
     return datasets.DataSet(found, "drawing", "each drawn image is of a patient of its own")
 
 
@@ -413,7 +435,7 @@ def tell(found):
     count = f"{len(found.photos):,} images"
     if found.patients:
         count += f" of {num_patients:,} patients"
-    print(f"patients: {found.patients_told}; {count}", flush=True)
+    print(f"patients: {found.patients_sentence}; {count}", flush=True)
     for note in found.notes:
         print(note, flush=True)
 
@@ -503,6 +525,16 @@ def workers_of(sets):
     return [name for name in sets if name.startswith("worker")]
 
 
+def worker_hospitals(sets):
+    """{"worker1": "screening centre", ...} where hospitals were drawn, else {}."""
+    names = {}
+    for worker in workers_of(sets):
+        hospitals = sorted({photo.hospital for photo in sets[worker]} - {""})
+        if hospitals:
+            names[worker] = " and ".join(hospitals)
+    return names
+
+
 def opaque_patients(found, seed):
     """{patient: "p0017"}: numbers in random order, which tell nothing of the patient."""
     patients = sorted({photo.patient for photo in found})
@@ -554,9 +586,14 @@ def write_indexes(index, records, prepared):
         written.write_text(json.dumps(prepared, indent=1) + "\n", encoding="utf-8")
 
 
-def show(index, listed, records):
-    """A table, and two pictures that show what was prepared."""
+def show(index, listed, records, hospitals):
+    """A table, and two pictures that show what was prepared.
+
+    hospitals: what worker_hospitals gives.
+    """
     print(overview.format_table(records))
+    for worker, names in hospitals.items():
+        print(f"{worker}: {names}")
     sheet = listed.folder / "contact_sheet.png"
     with listed.publishing(sheet) as written:
         overview.save_contact_sheet(

@@ -118,6 +118,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 upload.round_number,
                 context.is_active,
                 file_sha256,
+                upload.metrics,
             )
         # 7. Answer myResponse(value=1).
         return self.calls.answer(context, is_last)

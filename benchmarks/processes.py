@@ -89,8 +89,18 @@ class Peak:
 
 def cpu_seconds(process):
     """Processor time of a process so far, in the user's and the kernel's mode."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")")[-1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(_cpu_ticks(process.pid)[:2]) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds_with_children(pid):
+    """The same, with that of its children which have ended."""
+    return sum(_cpu_ticks(pid)) / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_ticks(pid):
+    """utime, stime, cutime and cstime of proc(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()
+    return [int(field) for field in fields[11:15]]
 
 
 def write_indexes(folder):

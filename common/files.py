@@ -26,6 +26,7 @@ RUN_FILES = (
     "state.json",
     "server_weight.h5",
     "server_weight.json",
+    "clients.csv",
     "best_weight.h5",
     "best_weight.json",
     "history.csv",

@@ -154,7 +154,7 @@ def exit_on_signals(who, last_words):
         log.say(who, last_words)
         end_script(128 + number)
 
-    watch_signals((signal.SIGINT, signal.SIGTERM), end)
+    watch_signals([signal.SIGINT, signal.SIGTERM], end)
 
 
 def watch_signals(numbers, on_signal):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import grpc
 
 from common import files
-from federation import convert, streams, tls, weights
+from federation import convert, progress, streams, tls, weights
 from federation.rounds import Refused
 from federation.streams import Stream, Streams
 from generated import todo_pb2, todo_pb2_grpc
@@ -220,6 +220,7 @@ class Upload:
     run: str | None  # as a new peer names it
     round_number: int | None  # named, or last fetched on the same connection; None: unknown
     announced_sha256: str | None
+    metrics: dict  # what the client measured, {} where it says nothing
 
 
 class Calls:
@@ -333,6 +334,9 @@ class Calls:
 
     def send_weights(self, caller, context):
         """The messages of a download: the weights of the open round, once one is open."""
+        if caller.is_new and "fedml-progress" in caller.metadata:
+            self.take_progress(caller, context)
+            return
         with (
             self.thread_for(caller),
             Stream(self.streams, context, "download", caller.client) as stream,
@@ -353,7 +357,8 @@ class Calls:
                     yield message
                     self.rounds.note_progress()
             if caller.is_new and round_number > self.rounds.state.rounds:
-                self.rounds.leave(caller.client)
+                if not self.rounds.will_score_result(caller.client):
+                    self.rounds.leave(caller.client)
 
     def log_fetch(self, caller, round_number):
         who = caller.client or f"a peer without a name ({caller.connection})"
@@ -368,6 +373,37 @@ class Calls:
                 f"weights of --arch {SEED_ARCH} only, and this run's are {arch}"
             )
 
+    def take_progress(self, caller, context):
+        """Note where a client is, and what it measured of the result; tell it the open round.
+
+        That is a call of getWeight without weights: it waits for nothing and ends no other call.
+        """
+        client = caller.client
+        told, problems = progress.parse_progress(caller.metadata["fedml-progress"])
+        self.rounds.note_heard(client, told)
+        metrics_text = caller.metadata.get("fedml-metrics")
+        if metrics_text is not None:
+            metrics, more_problems = progress.parse_metrics(metrics_text)
+            problems += more_problems
+            if self.rounds.done and caller.metadata.get("fedml-run") == self.rounds.state.run:
+                self.rounds.note_result_scores(client, metrics)
+        self.say_problems(client, problems)
+        state = self.rounds.state
+        context.send_initial_metadata([("fedml-run", state.run), ("fedml-round", str(state.round))])
+
+    def metrics_of(self, client, caller):
+        """What a client measured before this upload (dict); {} where it says nothing."""
+        text = caller.metadata.get("fedml-metrics")
+        if text is None:
+            return {}
+        metrics, problems = progress.parse_metrics(text)
+        self.say_problems(client, problems)
+        return metrics
+
+    def say_problems(self, client, problems):
+        for problem in problems[:3]:
+            self.say(f"{client} says what is left out here: {problem}")
+
     def announce(self, round_number, sha256, context):
         """Tell a new peer, before the weights, what they are and what to train with them."""
         state = self.rounds.state
@@ -378,6 +414,7 @@ class Calls:
             ("fedml-sha256", sha256),
             ("fedml-arch", state.arch),
             ("fedml-image-size", str(state.image_size)),
+            ("fedml-progress", "1"),
         ]
         if state.freezes_base:
             initial_metadata.append(("fedml-freeze-base", "1"))
@@ -432,6 +469,7 @@ class Calls:
             run,
             round_number,
             announced_sha256,
+            self.metrics_of(client, caller),
         )
 
     def first_message(self, caller, request_iterator, context):

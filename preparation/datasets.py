@@ -53,6 +53,7 @@ class Photo(NamedTuple):
     patient: str  # the same for all images of a patient; the image's own where nothing is known
     part: str = ""  # "train", "val" or "test" where the published archive says so
     name: str = ""  # of the prepared picture, without extension; unique within the data set
+    hospital: str = ""  # the name of one of fundus.HOSPITALS, where the picture is drawn for one
 
 
 class Columns(NamedTuple):
@@ -69,7 +70,7 @@ class DataSet:
 
     photos: list  # of Photo
     patients: str | None = None  # what tells the patients apart; None: nothing does
-    patients_told: str = ""  # the same as a sentence for the user
+    patients_sentence: str = ""  # the same as a sentence for the user
     ungradable: list = field(default_factory=list)  # (image, cell of its grade)
     missing: list = field(default_factory=list)  # names of Photos without a file
     ambiguous: list = field(default_factory=list)  # names that fit several files
@@ -259,7 +260,9 @@ def ddr(source):
         found.ungradable += [each for each in labels.ungradable if each[1] != "5"]
     if num_left_out:
         found.notes.append(f"{num_left_out:,} ungradable images (grade 5) are left out")
-    found.patients_told = "the names of ddr tell no patient: each image counts as its own patient"
+    found.patients_sentence = (
+        "the names of ddr tell no patient: each image counts as its own patient"
+    )
     return found
 
 
@@ -319,7 +322,7 @@ def idrid(source):
         found.ungradable += labels.ungradable
         found.missing += files.missing
         found.ambiguous += files.ambiguous
-    found.patients_told = "idrid tells no patients: each image counts as its own patient"
+    found.patients_sentence = "idrid tells no patients: each image counts as its own patient"
     return found
 
 
@@ -356,10 +359,10 @@ def folder(source, columns):
     if patient_column:
         found.patients = f"column {patient_column!r}"
         unknown = f"; {num_unknown} images are of an unknown patient each" if num_unknown else ""
-        found.patients_told = f"by {found.patients}{unknown}"
+        found.patients_sentence = f"by {found.patients}{unknown}"
     else:
         names = ", ".join(filter(None, labels.columns))[:300]
-        found.patients_told = (
+        found.patients_sentence = (
             f"no patient column among {names}: each image counts as its own patient "
             "(--patient-column names one)"
         )
@@ -393,8 +396,8 @@ def retinamnist(source, image_size):
                 with unpacked.publishing(path, made_from=made_from) as written:
                     Image.fromarray(image).save(written)
             photos.append(Photo(path, int(label), path.name, part, f"{number:04d}"))
-    told = "retinamnist tells no patients: each image counts as its own patient"
-    return DataSet(photos, None, told)
+    sentence = "retinamnist tells no patients: each image counts as its own patient"
+    return DataSet(photos, None, sentence)
 
 
 def download_retinamnist(name, md5):

@@ -18,8 +18,8 @@ STRAY_LIGHT = 0.15
 SEARCH_PIXELS = 400
 # A surround of another colour than black is flat: so far may its pixels be from its median colour.
 FLAT = 12
-# Circles through three points of the outline that are tried; one in eight is enough in the worst
-# case seen, an eye whose top and bottom are cut.
+# So many circles through three random points of the outline are tried. Where only half of the
+# points lie on the disc's rim, as of an eye that is cut, one circle in eight is right.
 TRIALS = 300
 # The disc counts if the eye fills this part of it, within the cuts ...
 FILLED = 0.9
@@ -40,9 +40,7 @@ class Field(NamedTuple):
     top: float
     right: float
     bottom: float
-    rim: float = (
-        0.0  # width of the outermost pixels that are mixed with a surround of another colour
-    )
+    rim: float = 0.0  # width of the outermost pixels, which are mixed with a coloured surround
 
     def edges(self, y):
         """(left, right) of the field at the heights `y`, an array."""
@@ -66,7 +64,7 @@ def find_field(image):
     if surround is not None:
         field = fit_field(differs_from(pixels, surround))
         if field:
-            field = field._replace(rim=1.5)
+            field = field._replace(rim=1.5)  # of the pixels of the search
     if field is None:
         mask = brighter_than_black(np.asarray(Image.fromarray(pixels).convert("L")))
         if mask.all():

@@ -44,12 +44,17 @@ def count_grades(records):
 
 
 def save_contact_sheet(path, records):
-    """The first pictures of each grade, a row for each grade, as a PNG."""
+    """Pictures of each grade, a row for each grade, as a PNG.
+
+    They are spread over the records, because neighbours are often of one hospital.
+    """
     rows = len(GRADE_NAMES)
     sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_CELL, rows * SHEET_CELL))
     for grade in range(rows):
         of_grade = [record for record in records if record["label"] == grade]
-        for column, record in enumerate(of_grade[:SHEET_COLUMNS]):
+        count = min(SHEET_COLUMNS, len(of_grade))
+        for column in range(count):
+            record = of_grade[column * len(of_grade) // count]
             with Image.open(record["dir"]) as picture:
                 small = picture.convert("RGB").resize((SHEET_CELL, SHEET_CELL))
             sheet.paste(small, (column * SHEET_CELL, grade * SHEET_CELL))

@@ -92,7 +92,7 @@ def stamp(photo, number, choices):
     deciding = [choices["preprocessing"], choices["code"], choices["channels"]]
     deciding.append(choices["image_size"])
     if photo.path is None:
-        deciding += [choices["seed"], number, photo.grade]
+        deciding += [choices["seed"], number, photo.grade, photo.hospital]
     else:
         state = os.stat(photo.path)
         deciding += [os.path.abspath(photo.path), state.st_size, state.st_mtime_ns]
@@ -170,7 +170,8 @@ def make_picture(job):
 def draw(job):
     """A drawn photograph: uint8 (image_size, image_size, 3)."""
     rng = np.random.default_rng([job.choices["seed"], 0, job.number])
-    image, _ = fundus.draw(job.photo.grade, rng, job.choices["image_size"])
+    hospital = fundus.hospital_of(job.photo.hospital)
+    image, _ = fundus.draw(job.photo.grade, rng, job.choices["image_size"], hospital=hospital)
     return image
 
 

@@ -30,10 +30,10 @@ class Patient(NamedTuple):
 
 def group_patients(photos):
     """A list of Patient, in the order of their first photos."""
-    photos_of = {}
+    groups = {}
     for photo in photos:
-        photos_of.setdefault(photo.patient, []).append(photo)
-    return [Patient(max(photo.grade for photo in own), own) for own in photos_of.values()]
+        groups.setdefault(photo.patient, []).append(photo)
+    return [Patient(max(photo.grade for photo in own), own) for own in groups.values()]
 
 
 def photos_of(patients):
@@ -91,8 +91,10 @@ def hold_out(photos, parts, rng):
 
 
 def split(photos, how, num_clients, rng, alpha=0.5, share=0):
-    """Split training photos among clients: "iid", "noniid" or "dirichlet"; a list for each client.
+    """Split training photos among clients; a list for each client.
 
+    how: "hospitals", "iid", "noniid" or "dirichlet". hospitals: by Photo.hospital (see
+    deal_hospitals).
     noniid: the thesis's, for three clients. dirichlet: of each grade, parts from Dirichlet(alpha)
     (Hsu et al. 2019). share: so many images (Zhao et al. 2018), in the grades' proportions, are
     taken out before the split and given to every client; whole patients, so it can be some more or
@@ -140,6 +142,8 @@ def deal_enough(patients, how, num_clients, rng, alpha):
 
 def deal(patients, how, num_clients, rng, alpha):
     """Deal patients, ordered by grade, among clients: a list of Patient for each."""
+    if how == "hospitals":
+        return deal_hospitals(patients, num_clients)
     if how == "iid":
         return deal_evenly(patients, num_clients)
     groups = ((0,), (1, 2, 3, 4)) if how == "noniid" else ((0,), (1,), (2,), (3,), (4,))
@@ -174,4 +178,22 @@ def deal_evenly(patients, num_clients):
         fewest = sizes.index(min(sizes))
         clients[fewest].append(patient)
         sizes[fewest] += len(patient.photos)
+    return clients
+
+
+def deal_hospitals(patients, num_clients):
+    """Deal whole hospitals among clients: a list of Patient for each.
+
+    Clients take the hospitals in turn. Where there are more clients than hospitals, those of the
+    same hospital share its patients; where there are fewer, a client has several hospitals.
+    """
+    # By name, because `patients` come ordered by grade: then chance would order the hospitals.
+    photos = sorted(photos_of(patients), key=lambda photo: photo.name)
+    names = list(dict.fromkeys(photo.hospital for photo in photos))
+    clients = [[] for _ in range(num_clients)]
+    for number, name in enumerate(names):
+        own = [patient for patient in patients if patient.photos[0].hospital == name]
+        owners = clients[number :: len(names)] or [clients[number % num_clients]]
+        for owner, hand in zip(owners, deal_evenly(own, len(owners)), strict=True):
+            owner += hand
     return clients

@@ -49,8 +49,8 @@ def load(files, source):
             "of the pictures"
         )
     named = dict(zip(photos, name_pictures(list(photos.values()), source), strict=True))
-    told = "the thesis's index tells no patients: each image counts as its own patient"
-    found = DataSet(list(named.values()), None, told)
+    sentence = "the thesis's index tells no patients: each image counts as its own patient"
+    found = DataSet(list(named.values()), None, sentence)
     names_of = {name: [named[path].name for path in paths] for name, paths in indexes.items()}
     return found, complete_indexes(names_of, found)
 

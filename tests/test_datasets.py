@@ -372,13 +372,13 @@ def test_a_patient_column_is_found(tmp_path, header):
     patients = [photo.patient for photo in found.photos]
     assert patients[0] == patients[1] and len(set(patients)) == 5  # unknown is nobody
     assert found.patients == f"column {header.lower()!r}"
-    assert "4 images are of an unknown patient each" in found.patients_told
+    assert "4 images are of an unknown patient each" in found.patients_sentence
 
 
 def test_without_a_patient_column_that_is_said_and_one_patient_is_refused(tmp_path):
     found = table(tmp_path, "image,label,eye\none.png,0,left\ntwo.png,1,right\n")
     assert found.patients is None
-    assert "no patient column among image, label, eye: each image counts" in found.patients_told
+    assert "no patient column among image, label, eye: each image counts" in found.patients_sentence
     with pytest.raises(ValueError, match="all 2 images are of one patient by column 'patient'"):
         table(tmp_path, "image,label,patient\none.png,0,7\ntwo.png,1,7\n")
     ignored = datasets.Columns(patient="none")

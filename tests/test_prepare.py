@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import prepare
+from preparation import fundus, overview
 
 ROOT = Path(__file__).parents[1]
 IDRID = ROOT.parent / "shared" / "fundus" / "idrid"
@@ -79,12 +80,68 @@ def test_the_drawn_set_is_what_the_index_says(capsys):
     for record in sets["train_set"] + sets["val_set"]:
         assert Image.open(record["dir"]).size == (32, 32)
         assert record["new_label"] == str(record["label"] == 0)
-    assert [
-        sum(record["label"] == grade for record in sets["train_set"]) for grade in range(5)
-    ] == [12, 1, 9, 0, 2]
+    assert overview.count_grades(sets["worker1"]) == [4, 2, 2, 0, 0]
+    assert overview.count_grades(sets["worker2"]) == [4, 0, 2, 2, 0]
+    assert overview.count_grades(sets["worker3"]) == [4, 0, 0, 1, 3]
+    assert overview.count_grades(sets["val_set"]) == [6, 1, 2, 2, 1]
     out = capsys.readouterr().out
     assert "proliferative  healthy     DR  total" in out and "worker3" in out and "val_set" in out
     assert Image.open("preprocessed/synthetic/contact_sheet.png").size == (12 * 128, 5 * 128)
+
+
+def test_equal_hospitals_have_the_shares_and_the_pictures_of_any_hospital():
+    prepare.main([*SMALL, "--split", "iid"])
+    train = data.read_index("index/train_set.pkl")
+    assert overview.count_grades(train) == [12, 1, 9, 0, 2]
+    for number in (0, 5):
+        rng = np.random.default_rng([0, 0, number])
+        image, _ = fundus.draw(train[number]["label"], rng, 32)
+        assert (np.asarray(Image.open(train[number]["dir"])) == image).all()
+
+
+def test_each_worker_is_one_of_the_drawn_hospitals_and_they_are_named(capsys):
+    prepare.main(SMALL)
+    prepared = json.loads(Path("index/prepared.json").read_text())
+    names = [hospital.name for hospital in fundus.HOSPITALS]
+    assert prepared["worker_hospitals"] == dict(
+        zip(("worker1", "worker2", "worker3"), names, strict=True)
+    )
+    assert f"worker2: {names[1]}" in capsys.readouterr().out
+    # The picture of a patient is that of its hospital: of patients, and by a camera of its own.
+    record = data.read_index("index/worker2.pkl")[0]
+    rng = np.random.default_rng([0, 0, int(record["picture"][6:11])])
+    image, _ = fundus.draw(record["label"], rng, 32, hospital=fundus.HOSPITALS[1])
+    assert (np.asarray(Image.open(record["dir"])) == image).all()
+
+
+@pytest.mark.parametrize(
+    "positions_of_workers",
+    [
+        [[0, 1, 2]],
+        [[0, 2], [1]],
+        [[0], [1], [2], [0]],
+        [[0], [1], [2], [0], [1], [2], [0]],
+    ],
+)
+def test_more_or_fewer_clients_than_hospitals_deal_the_same_pictures(positions_of_workers, capsys):
+    """More: several clients share the patients of one. Fewer: a client has those of several."""
+    num_clients = len(positions_of_workers)
+    prepare.main(SMALL)
+    pictures = snapshot()
+    prepare.main([*SMALL, "--num-clients", str(num_clients)])
+    out = capsys.readouterr().out
+    assert "36 pictures are there, 0 to make" in out
+    workers = json.loads(Path("index/prepared.json").read_text())["worker_hospitals"]
+    for names, positions in zip(workers.values(), positions_of_workers, strict=True):
+        assert names == " and ".join(sorted(fundus.HOSPITALS[i].name for i in positions))
+    dealt = [
+        record["dir"]
+        for number in range(num_clients)
+        for record in data.read_index(f"index/worker{number + 1}.pkl")
+    ]
+    train = [record["dir"] for record in data.read_index("index/train_set.pkl")]
+    assert sorted(dealt) == sorted(train)
+    assert Path("index/val_set.pkl").read_bytes() == pictures["index/val_set.pkl"]
 
 
 def test_the_same_choices_give_the_same_bits_and_another_seed_others():
@@ -104,9 +161,14 @@ def test_the_same_choices_give_the_same_bits_and_another_seed_others():
 def test_finished_pictures_are_kept_while_the_choices_are_the_same(capsys):
     prepare.main(SMALL)
     Path("preprocessed/synthetic/val_00003.png").unlink()
-    prepare.main([*SMALL, "--split", "dirichlet", "--num-clients", "2"])
+    prepare.main([*SMALL, "--num-clients", "2"])
     assert "35 pictures are there, 1 to make" in capsys.readouterr().out
     assert not Path("index/worker3.pkl").exists()
+    # The equal hospitals' pictures are others; how they are dealt does not change them.
+    prepare.main([*SMALL, "--split", "iid"])
+    assert "0 pictures are there, 36 to make" in capsys.readouterr().out
+    prepare.main([*SMALL, "--split", "dirichlet", "--num-clients", "2"])
+    assert "36 pictures are there, 0 to make" in capsys.readouterr().out
     prepare.main(["--num-train", "24", "--num-val", "12", "--image-size", "16"])
     assert "0 pictures are there, 36 to make" in capsys.readouterr().out
     assert Image.open("preprocessed/synthetic/val_00003.png").size == (16, 16)
@@ -121,13 +183,13 @@ def test_prepared_json_tells_what_made_it():
         "seed": 0,
         "image_size": 32,
         "num_clients": 3,
-        "split": "iid",
+        "split": "hospitals",
         "share": 3,
         "num_train": 24,
         "num_val": 12,
         "skipped": [],
     }
-    assert wanted.items() <= made.items()
+    assert {name: made[name] for name in wanted} == wanted
 
 
 def test_check_tells_whether_the_index_is_of_these_choices(capsys):
@@ -341,6 +403,10 @@ def test_the_published_test_part_is_left_alone(tmp_path, capsys):
 @pytest.mark.parametrize("argv, sentence", [
     (["--dataset", "ddr"], "--dataset ddr needs --source"),
     (["--balanced"], "--balanced is the thesis's draw from ddr, not from synthetic"),
+    (
+        ["--dataset", "folder", "--source", ".", "--split", "hospitals"],
+        "--split hospitals is of the drawn hospitals, not of folder: use iid, noniid or dirichlet",
+    ),
     (["--split", "noniid", "--num-clients", "4"], "--split noniid is for 3 clients, found 4"),
     (["--split", "dirichlet", "--alpha", "0"], "--alpha must be above 0"),
     (["--num-clients", "0"], "is not a whole number of at least 1"),

@@ -103,7 +103,7 @@ LAYOUTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(before=LAYOUTS, between=LAYOUTS)
 def test_whatever_the_user_has_there_is_still_somewhere_afterwards(before, between):
     """Files of the user's before the first run, and more of them put over what it wrote."""
