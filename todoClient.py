@@ -598,13 +598,13 @@ class Teller:
             self.round_closed = True
 
     def _tell_until_over(self):
-        while not self.over.is_set():
+        # Not at once: the server has just seen this client fetch, and a round may take a second.
+        while not self.over.wait(progress.TELL_EVERY_S):
             try:
                 with connect(self.site) as channel:
                     self.tell(todo_pb2_grpc.FedMLStub(channel))
             except grpc.RpcError:
                 pass  # a server that is away is missed, and told of, when it is needed
-            self.over.wait(progress.TELL_EVERY_S)
 
     def _show(self, step, steps, loss):
         """Without a launcher, a bar on the terminal; none where the epoch's own line follows."""
@@ -639,6 +639,7 @@ def ClientsendWeight(stub, site):
     round_number = site.state["round"]
     title = f"round {round_number}/{site.state['rounds']}"
     messages, request_metadata = upload_of(site)
+    launcher.tell("waiting", round=round_number, rounds=site.state["rounds"])
     try:
         launcher.tell("waiting", round=round_number, rounds=site.state["rounds"])
         with reporting(site, f"{title}: waiting for the server's answer"):
