@@ -449,8 +449,10 @@ def train(site, task):
             teller.now("loading")
             site.prepare(task)
             model.load(site.network, site.weights)
-            teller.now("scoring")
+            if site.held_out:
+                teller.now("scoring")
             measured = site.scores()
+            teller.now("training")
             site.say(f"{title}: training on {len(site.records)} images")
             rows = train_network(site, task, title, teller)
     except RoundClosed as reason:
@@ -536,7 +538,8 @@ class Teller:
         self.where = {"phase": "loading"}  # of progress.PROGRESS_LIMITS
         self.over = threading.Event()
         self.round_closed = False
-        self.began = self.last_line = self.last_piped = time.monotonic()
+        self.began = None  # training, by time.monotonic()
+        self.last_line = self.last_piped = time.monotonic()
 
     def __enter__(self):
         if self.task["takes_progress"]:
@@ -555,7 +558,7 @@ class Teller:
     def at_step(self, epoch, epochs, step, steps, loss):
         """A batch is trained; step counts from 1. Raises RoundClosed."""
         now = time.monotonic()
-        if self.where["phase"] != "training":
+        if self.began is None:
             self.began = self.last_line = now
         if self.round_closed:
             raise RoundClosed("the round was closed without this client")
