@@ -72,7 +72,7 @@ def save(network, path):
         write_weights(written, network.tensors)
 
 
-def train(network, batches, round_number, epochs, report):
+def train(network, batches, round_number, epochs, report, progress=None):
     rng = np.random.default_rng([batches.seed, batches.client_number, round_number])
     network.tensors = [
         tensor + rng.standard_normal(tensor.shape).astype(np.float32) for tensor in network.tensors
