@@ -36,7 +36,7 @@ if __name__ == "__main__":
 import data
 import model
 from common import files
-from federation import convert, service, tls, weights
+from federation import convert, probe, service, tls, weights
 from federation.rounds import Refused, Rounds, TooFewClients
 from federation.state import RunState, file_sha256_of, new_upload
 from federation.status import StatusFile
@@ -65,6 +65,7 @@ def main(argv=None):
     try:
         with ExitStack() as locks:
             locks.enter_context(files.alone_in(arguments.server_dir))
+            probe.check_server_certificate(arguments)
             validation = data.read_index(arguments.index_dir / "val_set.pkl")
             state = resume(arguments)
             if state is None:
@@ -118,6 +119,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 upload.round_number,
                 context.is_active,
                 file_sha256,
+                upload.metrics,
             )
         # 7. Answer myResponse(value=1).
         return self.calls.answer(context, is_last)
@@ -452,6 +454,7 @@ def card_text(weights_path):
 def listen(arguments, rounds):
     """A started gRPC server."""
     service.raise_descriptor_limit()
+    service.keep_one_heap()
     is_local = tls.is_this_machine(arguments.listen)
     servicer = FedMLServicer(
         rounds,

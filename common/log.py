@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import select
+import shutil
 import sys
 import threading
 import time
@@ -50,6 +51,17 @@ def pass_on(line, to_stderr=False):
     LOGGER.log(level, "%s", line, extra={"as_it_is": True})
 
 
+def show_status(text):
+    """On a terminal, show `text` below the lines, in place of the one before; "" removes it."""
+    for handler in LOGGER.handlers:
+        if isinstance(handler, _Queued) and handler.fd == 1 and os.isatty(1):
+            handler.lines.put(_Status(text))
+
+
+class _Status(str):
+    """A text that is written over by the next one, or by a line."""
+
+
 class _Formatter(logging.Formatter):
     def format(self, record):
         if getattr(record, "as_it_is", False):
@@ -80,6 +92,7 @@ class _Queued(logging.Handler):
         self.lines = queue.SimpleQueue()
         self.dropped = 0  # lines, since that was last told
         self.write_began = None  # time.monotonic(), while the thread writes
+        self.status = ""  # what stands below the lines
         threading.Thread(target=self._write_lines, daemon=True).start()
 
     def emit(self, record):
@@ -119,8 +132,19 @@ class _Queued(logging.Handler):
             self.write_began = time.monotonic()
             if dropped:
                 self._write(f"... {dropped} lines are left out here: nobody read them in time\n")
-            self._write(item)
+            self._write_item(item)
             self.write_began = None
+
+    def _write_item(self, item):
+        remove = ""
+        if self.status:
+            remove = "\r\x1b[K"  # to the beginning of the line, which is erased
+        if isinstance(item, _Status):
+            # a longer one would wrap, and its first part could not be written over
+            self.status = item[: shutil.get_terminal_size().columns - 1]
+            self._write(remove + self.status)
+        else:
+            self._write(remove + item + self.status)
 
     def _write(self, text):
         # A file name on Linux is bytes, not text: what is no UTF-8 is written as \\udc..
