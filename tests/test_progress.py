@@ -230,7 +230,7 @@ def test_where_it_is_goes_to_a_launcher(start, begun):
     client = start(script, "--name", "client001", "--server", address, cwd=site)
     assert client.wait() == 0 == server.wait(), client.output
     told = [json.loads(line) for line in pipe.read_text().splitlines()]
-    assert [each["phase"] for each in told[:2]] == ["loading", "scoring"]
+    assert [each["phase"] for each in told[:2]] == ["loading", "training"]
     last = told[-1]
     assert (last["phase"], last["round"], last["rounds"]) == ("training", 1, 1)
     assert (last["step"], last["steps"], last["loss"]) == (10, 10, 0.5)
