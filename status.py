@@ -90,7 +90,8 @@ def lines_of(status, written):
     ]
     for client in status["clients"]:
         images = "" if client["num_examples"] is None else client["num_examples"]
-        seen = clock(client["last_seen"])
+        heard = client.get("report", {}).get("heard")
+        seen = clock(max(filter(None, [client["last_seen"], heard]), default=None))
         lines.append(f"{client['name'][:20]:<20} {where(client):<31} {images:>8} {seen:>17}")
     if status["history"]:
         lines += ["", " ".join(["round", *(f"{name:>11}" for name in SCORES), "  clients"])]

@@ -18,13 +18,14 @@ REFRESH_S = 10  # it is written again after so long, also where nothing has chan
 def status_of(rounds):
     """The status as a dict; call it with `rounds.changed` held.
 
-    {"run": "1f0c...", "round": 3, "rounds": 10, "phase": "open", "opened": 1764080000.0,
-     "clients": [{"name": "client001", "where": "delivered", "last_seen": 1764080012.0,
+    {"run": "1f0c...", "round": 3, "rounds": 10, "phase": "open", "opened": 1764080000,
+     "clients": [{"name": "client001", "where": "delivered", "last_seen": 1764080012,
                   "num_examples": 300, "report": {...}}, ...],
      "history": [rows of history.csv]}
     """
     state = rounds.state
     since_epoch = time.time() - time.monotonic()  # turns a monotonic time into one of the clock
+    reports = rounds.reports
     clients = []
     for name in state.clients:
         seen = rounds.last_seen.get(name)
@@ -32,12 +33,12 @@ def status_of(rounds):
         client = {
             "name": name,
             "where": where(rounds, name),
-            "last_seen": None if seen is None else round(seen + since_epoch, 1),
+            "last_seen": None if seen is None else round(seen + since_epoch),
             "num_examples": upload["num_examples"] if upload else None,
         }
-        report = getattr(rounds, "reports", {}).get(name)
-        if report:
-            client["report"] = report
+        report = reports.get(name)
+        if report:  # what it says of itself
+            client["report"] = {**report, "heard": round(report["heard"])}
         clients.append(client)
     return {
         "version": STATUS_VERSION,
