@@ -1,5 +1,6 @@
 """server/status.json and status.py: where a run is, while it runs and afterwards."""
 
+import csv
 import json
 import os
 import pty
@@ -58,7 +59,11 @@ def test_it_says_who_is_where_and_the_scores(start, begun):
     assert [row["round"] for row in status["history"]] == [1]
     shown = show(folder, "--once")
     assert "the run is over" in shown.stdout
-    assert re.search(r"^ +1 +0\.500 +0\.750 +0\.875 +1\.000 +0\.500 +2$", shown.stdout, re.M)
+    with open(folder / "server" / "history.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    names = ["loss", "accuracy", "auc", "sensitivity", "specificity"]
+    scores = " +".join(re.escape(f"{float(row[name]):.3f}") for name in names)
+    assert re.search(rf"^ +1 +{scores} +2$", shown.stdout, re.M), shown.stdout
 
     copied = folder / "copied.json"
     copied.write_bytes((folder / "server" / "status.json").read_bytes())
