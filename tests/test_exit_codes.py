@@ -90,7 +90,7 @@ import model
 def evaluate(*_):
     print("holding: evaluate", flush=True)
     while True: time.sleep(0.1)
-model.evaluate = evaluate
+model.predict = evaluate
 model.configure = model.build = model.load = lambda *_: 0
 """
 
