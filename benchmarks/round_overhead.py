@@ -19,7 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import standin
-from processes import STANDIN, Peak, end_together, line_with, start, wait_for_all, write_indexes
+from processes import (
+    STANDIN,
+    Peak,
+    cpu_seconds,
+    end_together,
+    line_with,
+    start,
+    wait_for_all,
+    write_indexes,
+)
 
 BARE = Path(__file__).resolve().parent / "bare.py"
 
@@ -35,9 +44,10 @@ def main(argv=None):
             f"medians of {arguments.rounds} rounds in turn\n"
         )
         print(
-            "| form | seconds a round | the floor | server, MB | client, MB | ratio to the floor |"
+            "| form | seconds a round | the floor | processor seconds | the floor | server, MB "
+            "| client, MB | ratio to the floor |"
         )
-        print("|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|")
         ratios = {}
         for form in arguments.forms.split(","):
             floor = bare_side(folder / f"floor-{form}", weights, arguments)
@@ -45,8 +55,9 @@ def main(argv=None):
             seconds, floor_seconds, ratios[form] = in_turn(ours, floor, arguments.rounds)
             server, client = ours.memory()
             print(
-                f"| {form} | {seconds:.2f} | {floor_seconds:.2f} | {server / 1e6:.0f} | "
-                f"{client / 1e6:.0f} | {ratios[form]:.2f} |",
+                f"| {form} | {seconds:.2f} | {floor_seconds:.2f} | {ours.cpu_s:.2f} "
+                f"| {floor.cpu_s:.2f} | {server / 1e6:.0f} | {client / 1e6:.0f} "
+                f"| {ratios[form]:.2f} |",
                 flush=True,
             )
         print("\nserver: peak above what it takes after the first download; client: above idle\n")
@@ -71,11 +82,13 @@ def parse(argv):
 
 def in_turn(one, other, rounds):
     """Medians: seconds a round of one, of the other, and of one over the other pair by pair."""
-    pairs = []
-    for _ in range(rounds + 1):
-        pairs.append((one.round_s(), other.round_s()))
-    del pairs[0]  # it warmed up
+    one.round_s()
+    other.round_s()
     for side in (one, other):
+        side.warmed_up_s = side.total_cpu_s()
+    pairs = [(one.round_s(), other.round_s()) for _ in range(rounds)]
+    for side in (one, other):
+        side.cpu_s = (side.total_cpu_s() - side.warmed_up_s) / rounds
         side.finish()
     return (
         statistics.median(a for a, _ in pairs),
@@ -90,6 +103,7 @@ class Side:
     def __init__(self, server, clients):
         self.server = server
         self.clients = clients
+        self.cpu_s = None  # a round, of all processes: what else the machine does counts less
         end_together([server, *clients])
         self.server_peak = Peak(server)
         self.client_peaks = [Peak(client) for client in clients]
@@ -107,6 +121,9 @@ class Side:
         for client in self.clients:
             line_with(client, "training now")
         return time.monotonic() - started
+
+    def total_cpu_s(self):
+        return sum(cpu_seconds(process) for process in [self.server, *self.clients])
 
     def finish(self):
         """The last round; then all of them end."""

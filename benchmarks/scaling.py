@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import standin
-from processes import STANDIN, Peak, end_together, line_with, start, wait_for_all, write_indexes
+from processes import (
+    STANDIN,
+    Peak,
+    cpu_seconds,
+    end_together,
+    line_with,
+    start,
+    wait_for_all,
+    write_indexes,
+)
 
 ROUNDS = 5  # that count: the last ones of a run
 GRID = [  # (clients, megabytes, rounds)
@@ -145,12 +154,6 @@ def let_others_begin(peers, memory):
         if "training on" in line and memory.level is None:
             memory.mark()
             peers.stdin.close()
-
-
-def cpu_seconds(process):
-    """Processor time of a process so far, in the user's and the kernel's mode."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")")[-1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def run_clients(address, clients):

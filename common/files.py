@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,7 @@ RUN_FILES = (
     "state.json",
     "server_weight.h5",
     "server_weight.json",
+    "clients.csv",
     "best_weight.h5",
     "best_weight.json",
     "history.csv",
@@ -200,9 +202,13 @@ def alone_in(folder):
 
 
 def clean(folder):
-    """Remove the temporary files that a killed process left in `folder`."""
+    """Remove the temporary files that a killed process left in `folder`.
+
+    Only names that `temporary` makes: a file like .notes.tmp is the user's.
+    """
     for left_over in Path(folder).glob(".*.tmp*"):
-        left_over.unlink(missing_ok=True)
+        if re.fullmatch(r"\..*\.\d+-[0-9a-f]{8}\.tmp(\.\w+)?", left_over.name):
+            left_over.unlink(missing_ok=True)
 
 
 def move_aside(folder):

@@ -7,10 +7,12 @@ A terminal can stand still for hours (Ctrl-S, `| less`, a pipe that nobody reads
 newest MAX_LINES lines; at the end of the process it is waited for FLUSH_S at most.
 """
 
+import atexit
 import logging
 import os
 import queue
 import select
+import shutil
 import sys
 import threading
 import time
@@ -43,9 +45,21 @@ def fail(who, sentence, code=1):
     return code
 
 
-def pass_on(line):
-    """Say a line of another process on stdout, as it is."""
-    LOGGER.info("%s", line, extra={"as_it_is": True})
+def pass_on(line, to_stderr=False):
+    """Say a line of another process as it is, on stdout or on stderr."""
+    level = logging.ERROR if to_stderr else logging.INFO
+    LOGGER.log(level, "%s", line, extra={"as_it_is": True})
+
+
+def show_status(text):
+    """On a terminal, show `text` below the lines, in place of the one before; "" removes it."""
+    for handler in LOGGER.handlers:
+        if isinstance(handler, _Queued) and handler.fd == 1 and os.isatty(1):
+            handler.lines.put(_Status(text))
+
+
+class _Status(str):
+    """A text that is written over by the next one, or by a line."""
 
 
 class _Formatter(logging.Formatter):
@@ -78,6 +92,7 @@ class _Queued(logging.Handler):
         self.lines = queue.SimpleQueue()
         self.dropped = 0  # lines, since that was last told
         self.write_began = None  # time.monotonic(), while the thread writes
+        self.status = ""  # what stands below the lines
         threading.Thread(target=self._write_lines, daemon=True).start()
 
     def emit(self, record):
@@ -117,8 +132,19 @@ class _Queued(logging.Handler):
             self.write_began = time.monotonic()
             if dropped:
                 self._write(f"... {dropped} lines are left out here: nobody read them in time\n")
-            self._write(item)
+            self._write_item(item)
             self.write_began = None
+
+    def _write_item(self, item):
+        remove = ""
+        if self.status:
+            remove = "\r\x1b[K"  # to the beginning of the line, which is erased
+        if isinstance(item, _Status):
+            # a longer one would wrap, and its first part could not be written over
+            self.status = item[: shutil.get_terminal_size().columns - 1]
+            self._write(remove + self.status)
+        else:
+            self._write(remove + item + self.status)
 
     def _write(self, text):
         # A file name on Linux is bytes, not text: what is no UTF-8 is written as \\udc..
@@ -146,6 +172,7 @@ def start():
     out.addFilter(lambda record: record.levelno < logging.WARNING)
     err.setLevel(logging.WARNING)
     _use(out, err)
+    atexit.register(flush)  # for a script that ends by sys.exit, as argparse does
 
 
 def flush():

@@ -1,13 +1,13 @@
 """How scripts begin and end, and types of their arguments. Standard library only."""
 
 import argparse
-import ctypes
 import io
 import os
 import re
 import signal
+import stat
 import sys
-from contextlib import suppress
+import threading
 from pathlib import Path
 
 from common import log
@@ -26,6 +26,7 @@ def start_script():
     # folders are held by one process already (files.alone_in).
     os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
     open_closed_outputs()
+    let_no_one_wait_for_stderr()
     sys.stdout = Output(1)
     sys.stderr = Output(2)
     log.start()
@@ -52,6 +53,24 @@ def open_closed_outputs():
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+
+
+def let_no_one_wait_for_stderr():
+    """Make stderr non-blocking where it is a terminal or a pipe.
+
+    gRPC and TensorFlow write there from threads of their own (each failed handshake is a line):
+    these lines are lost while nobody reads, instead of holding a thread that serves clients. It is
+    opened anew, because a setting of the open file would hold for all who share the terminal.
+    """
+    mode = os.fstat(2).st_mode
+    if not (stat.S_ISFIFO(mode) or os.isatty(2)):
+        return
+    try:
+        own_fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return  # another user's terminal (su), or no /proc: it stays as it is
+    os.dup2(own_fd, 2)
+    os.close(own_fd)
 
 
 class Output(io.TextIOWrapper):
@@ -131,36 +150,37 @@ def exit_on_signals(who, last_words):
     Nothing has to be finished first: every published file is whole at every instant.
     """
 
-    def end(number, frame):
+    def end(number):
         log.say(who, last_words)
         end_script(128 + number)
 
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
+    watch_signals([signal.SIGINT, signal.SIGTERM], end)
 
 
-def keep_heap_small():
-    """Start this script again, as the same process, with memory settings for many threads.
+def watch_signals(numbers, on_signal):
+    """Call on_signal(number) for every signal that arrives, in a thread of its own.
 
-    By itself glibc gives each thread a cache and every few threads a heap, and pieces and tensors
-    leave holes in all of them, so the size would follow the number of clients. glibc reads these
-    settings only when a process starts; a user's own stay, other C libraries ignore them.
+    Python runs a handler only when its main thread gets to it. But of two signals that arrive at
+    once, another thread can take both: the main thread then sleeps on in its system call, and
+    neither is noticed. The wake-up pipe is written by whichever thread the signal meets.
     """
-    if "GLIBC_TUNABLES" in os.environ:
-        return
-    settings = {
-        "arena_max": 1,
-        "tcache_count": 0,
-        "mmap_threshold": 32 << 20,
-        "trim_threshold": 4 << 20,
-    }
-    os.environ["GLIBC_TUNABLES"] = ":".join(
-        f"glibc.malloc.{name}={value}" for name, value in settings.items()
-    )
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
 
+    def forget():
+        # A forked process has no such thread, and would write its signals into our pipe.
+        signal.set_wakeup_fd(-1)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
-def trim_heap():
-    """Give the memory of the heap's holes back to the operating system."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    def watch():
+        while True:
+            number = os.read(reading, 1)[0]
+            if number in numbers:
+                on_signal(number)
+
+    os.register_at_fork(after_in_child=forget)
+    threading.Thread(target=watch, daemon=True).start()

@@ -115,7 +115,8 @@ def proxy_of(server):
 
 
 def _first_set(*variables):
-    return next((os.environ[name] for name in variables if os.environ.get(name)), "")
+    # to gRPC, a variable that is set to nothing is set
+    return next((os.environ[name] for name in variables if name in os.environ), "")
 
 
 def connect(server, proxy=None):
@@ -255,6 +256,15 @@ def _why_hung_up(arguments):
             f"{arguments.tls_ca}, or the server's clock wrong"
         )
     return f"{server} does not accept {certificate}: {reason}"
+
+
+def check_server_certificate(arguments):
+    """Raise ValueError where no client will accept --tls-cert: such a server serves nobody."""
+    if not arguments.tls_cert:
+        return
+    fault = own_certificate_fault(arguments, of_server=True)
+    if fault:
+        raise ValueError(f"no client will accept --tls-cert {arguments.tls_cert}: {fault}")
 
 
 def own_certificate_fault(arguments, of_server=False):

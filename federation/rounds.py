@@ -7,16 +7,20 @@ in, so nothing here knows about weights or images.
 What is published in which order, and what a start does after a crash, stands in `federation.state`.
 """
 
+import errno
 import threading
 import time
 
 from common.files import publish, publish_rows, sha256_of
+from federation import progress
 from federation.state import file_sha256_of, new_upload
 
 HISTORY_COLUMNS = (
     "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds"
 ).split(",")
 REPORT_EVERY_S = 30  # how often the server says for whom it waits
+RETRY_S = 1  # how soon a step is tried again for which no file could be opened
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # of this process, of this machine
 
 
 class Refused(Exception):
@@ -74,6 +78,7 @@ class Rounds:
         self.uploads = self._uploads_on_disk()  # client -> its accepted upload for the open round
         self.waiting = {}  # client -> a token of its newest waiting call: only that one is answered
         self.last_seen = {}  # client -> time.monotonic()
+        self.heard = {}  # client -> (time.monotonic(), progress), what it said of itself
         self.finished = set()  # clients that have the result, or all that they can use of it
         self.over = None  # a Refused for everyone, once no round can be closed any more
         self.opened = time.monotonic()  # when the round opened, or the server started again
@@ -143,6 +148,7 @@ class Rounds:
             self._evaluate()
         # The crash may have come between the last state and its history.csv.
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, self.state.history)
+        self._publish_scores()
 
     def run(self):
         """Close one round after the other until the last.
@@ -153,8 +159,8 @@ class Rounds:
         try:
             while not self.done:
                 self._wait_for_clients()
-                self._merge_and_commit()
-                self._evaluate()
+                for step in (self._freeze, self._merge_and_commit, self._evaluate):
+                    self._do(step)
         except TooFewClients as error:
             self.stop("UNAVAILABLE", str(error))
             raise
@@ -174,7 +180,7 @@ class Rounds:
             self.changed.notify_all()
 
     def _wait_for_clients(self):
-        """Wait for all clients, or for enough of them at the time limit; then freeze the round."""
+        """Wait for all clients, or for enough of them at the time limit."""
         self.opened = time.monotonic()
         reported = self.opened
         limit = float("inf")
@@ -194,10 +200,30 @@ class Rounds:
                     reported = now
                 next_event = min(reported + REPORT_EVERY_S, limit)
                 self.changed.wait(max(0.01, next_event - now))
-            # From here on the set is fixed, and a crash cannot change it. Of a replaced upload only
-            # the entry that holds is kept.
+
+    def _do(self, step):
+        """step(), and once more where this machine is out of open files, until they come back.
+
+        That is nobody's fault in this run, and each step can be repeated: a crash may interrupt it
+        as well.
+        """
+        while True:
+            try:
+                return step()
+            except OSError as error:
+                if error.errno not in OUT_OF_FILES:
+                    raise
+                self.say(f"round {self.answered + 1}: {error}; trying again until there are some")
+            with self.changed:
+                if self.changed.wait_for(lambda: self.over, RETRY_S):
+                    raise self.over
+
+    def _freeze(self):
+        """From here on the set is fixed, and a crash cannot change it."""
+        with self.changed:
             self._save(
                 frozen=sorted(self.uploads),
+                # Of a replaced upload only the entry that holds is kept.
                 uploads={client: [upload] for client, upload in self.uploads.items()},
             )
 
@@ -221,6 +247,12 @@ class Rounds:
         return f"{have}; waiting for {'; '.join(map(self._when_seen, missing))}"
 
     def _when_seen(self, client):
+        if client in self.heard:
+            heard, told = self.heard[client]
+            quiet_s = time.monotonic() - heard
+            if quiet_s > progress.QUIET_S:
+                return f"{client} (not heard for {progress.duration(quiet_s)})"
+            return f"{client} ({progress.in_words(told)}, heard {quiet_s:.0f} s ago)"
         seen = self.last_seen.get(client)
         if seen is None:
             return f"{client}, not seen yet"
@@ -247,7 +279,19 @@ class Rounds:
             counted = dict(self.state.counted)
             for name, upload in self.uploads.items():
                 counted[name] = {"round": number, **upload}
+                # The next round's waiting is not told by what a client said in this one.
+                self.heard.pop(name, None)
+            client_scores = [
+                *self.state.client_scores,
+                # A client scores the weights that it fetched, the result of the round before.
+                *(
+                    _scores_row(number - 1, name, upload)
+                    for name, upload in sorted(self.uploads.items())
+                    if upload.get("metrics")
+                ),
+            ]
             self._save(
+                client_scores=client_scores,
                 round=number + 1,
                 weights_sha256=weights_sha256,
                 closing=closing,
@@ -256,7 +300,15 @@ class Rounds:
                 counted=counted,
             )
             self.uploads = {}
+            self._publish_scores()
             self.changed.notify_all()
+
+    def _publish_scores(self):
+        """server/clients.csv, whole from the state; none where no client measures anything."""
+        if self.state.client_scores:
+            publish_rows(
+                self.folder / "clients.csv", progress.SCORES_COLUMNS, self.state.client_scores
+            )
 
     def _evaluate(self):
         """Evaluate the merged weights, write the row of the history; then answer everyone."""
@@ -321,7 +373,16 @@ class Rounds:
                 self._is_repeat(client, run, round_number, sha256)
 
     def deliver(
-        self, client, num_examples, sha256, written, run, round_number, alive, file_sha256=None
+        self,
+        client,
+        num_examples,
+        sha256,
+        written,
+        run,
+        round_number,
+        alive,
+        file_sha256=None,
+        metrics=None,
     ):
         """Accept a complete, checked upload that lies in the file `written`; wait for its round.
 
@@ -329,6 +390,7 @@ class Rounds:
         file_sha256        of what lies in the file, where that was converted
         run, round_number  as the peer names them; None where unknown
         alive              alive() says whether someone still waits for the answer
+        metrics            what the client measured (dict), as progress.METRICS_LIMITS names it
         Returns whether that was the last of all rounds. Raises Refused.
         """
         with self.changed:
@@ -341,7 +403,7 @@ class Rounds:
                     # A late upload of a lost connection. The one that it would replace is newer:
                     # the client sent that one again and waits for its answer.
                     raise Refused("CANCELLED", f"{client} went away; its earlier upload stays")
-                upload = new_upload(num_examples, sha256, file_sha256 or sha256)
+                upload = new_upload(num_examples, sha256, file_sha256 or sha256, metrics)
                 self._accept(client, upload, written)
             self._wait_for_answer(client, round_number, alive)
             done = self.done
@@ -367,6 +429,36 @@ class Rounds:
             if self.over:
                 raise self.over
             self.changed.wait()
+
+    def note_heard(self, client, told):
+        """A client said where it is. told: from progress.parse_progress."""
+        with self.changed:
+            self.heard[client] = (time.monotonic(), told)
+            self.note_progress()
+
+    def will_score_result(self, client):
+        """Whether a client that has fetched the result will say how it scores it.
+
+        Whoever scored what it fetched before its last upload does.
+        """
+        has_scored = "examples" in self.state.counted.get(client, {}).get("metrics", {})
+        return has_scored and not self._has_scored_result(client)
+
+    def _has_scored_result(self, client):
+        last = self.state.rounds
+        return any(
+            row["client"] == client and row["round"] == last for row in self.state.client_scores
+        )
+
+    def note_result_scores(self, client, metrics):
+        """A client says how the result scores on its own images: all that it stayed for."""
+        with self.changed:
+            if metrics and not self._has_scored_result(client):
+                row = _scores_row(self.state.rounds, client, {"metrics": metrics})
+                self._save(client_scores=[*self.state.client_scores, row])
+                self._publish_scores()
+                self.say(f"{client} scored the result: {_in_words(metrics)}")
+            self.leave(client)
 
     def leave(self, client):
         """A client has all that it came for: the result, or of an old peer its last answer."""
@@ -469,3 +561,15 @@ class Rounds:
             f"round {self.round}: {client} delivered {upload['num_examples']} examples{again}; "
             f"{self.describe()}"
         )
+
+
+def _scores_row(round_number, client, upload):
+    """A row of clients.csv; what was not measured is empty."""
+    empty = dict.fromkeys(progress.SCORES_COLUMNS, "")
+    row = {"round": round_number, "client": client, "num_examples": upload.get("num_examples", "")}
+    return {**empty, **row, **upload["metrics"]}
+
+
+def _in_words(metrics):
+    """'examples 60, loss 0.31, auc 0.9'."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -44,14 +44,16 @@ from common import files
 
 # Fields that a state file may lack: of a run without a merge, or one that an older version began.
 # Whoever adds a field adds its name here and gives it a default, so that older runs still resume.
-OPTIONAL_FIELDS = {"weights", "closing", "best"}
+OPTIONAL_FIELDS = {"weights", "closing", "best", "client_scores"}
 
 
-def new_upload(num_examples, sha256, file_sha256):
-    """The entry of an upload in the state."""
+def new_upload(num_examples, sha256, file_sha256, metrics=None):
+    """The entry of an upload in the state. metrics: what the client measured, or nothing."""
     upload = {"num_examples": num_examples, "sha256": sha256}
     if file_sha256 != sha256:
         upload["file_sha256"] = file_sha256
+    if metrics:
+        upload["metrics"] = metrics
     return upload
 
 
@@ -111,6 +113,10 @@ class RunState:
     # One row (dict) for each evaluated round: `closing`, its metrics and seconds. history.csv is
     # written whole from it, so a crash neither doubles nor drops a row.
     history: list = field(default_factory=list)
+
+    # What the clients measured (progress.SCORES_COLUMNS), one row (dict) a round and client, oldest
+    # first; clients.csv is written whole from it. `round` is the one whose result was scored.
+    client_scores: list = field(default_factory=list)
 
     # The best round so far: {"round": 7, "auc": 0.98, "sha256": of best_weight.h5}. None before the
     # first, and in a run that an older version began.

@@ -16,8 +16,8 @@ SLOWEST_BYTES_PER_S = 10_000
 EXTRA_S = 60
 # An upload comes in pieces of 75 kB (the thesis demo) or more. Each message costs some time of the
 # server's processor, however small it is, so their number is limited as well as their bytes.
-SMALLEST_PIECE_BYTES = 1000
-EXTRA_MESSAGES = 1000
+SMALLEST_PIECE_BYTES = 10_000
+EXTRA_MESSAGES = 100
 
 # After a stream that failed the client's next one of its kind waits, PAUSE_FACTOR times as long as
 # the failed one lasted: so failing on purpose takes a fifth of a thread. A client that lost its

@@ -32,6 +32,8 @@ BLOB_BYTES = 1 << 20  # of one message: the fastest here, 256 KiB and 4 MiB are 
 SEED_CHARACTERS = 100_000
 SEED_EXTRA_BYTES = 45
 SEED_FILE_NAME = "client_weights.h5"
+# The thesis's text has the name without its extension.
+SEED_FILE_NAMES = (SEED_FILE_NAME, "client_weights")
 
 SLAB_ELEMENTS = 1 << 16  # tensors are read in slabs: memory does not follow the model's size
 MOST_NAMES = 10_000  # of layers, of one layer's weights and of all tensors, that a file may list
@@ -85,11 +87,16 @@ def _opened(path_or_file):
 
 
 def client_of(clientname):
-    """'client001' from the wire's 'client001' or the demo's 'client001/client_weights.h5'.
+    """'client001' from the wire's 'client001', or from what peers of 2020 send.
 
+    They send a path on the server: 'client001/client_weights.h5' as the thesis's code has it,
+    'client001/client_weights' as its text, and either of them behind './'.
     Raises ValueError for anything else: the name is also the name of a folder.
     """
-    name = clientname.removesuffix("/" + SEED_FILE_NAME)
+    name = clientname
+    folder, slash, file_name = clientname.removeprefix("./").partition("/")
+    if slash and file_name in SEED_FILE_NAMES:
+        name = folder
     if not CLIENT_NAME.fullmatch(name):
         raise ValueError(
             f"client name {clientname[:80]!r} ({len(clientname)} characters) is refused: expected "
@@ -237,7 +244,10 @@ def tensors(file):
         if not isinstance(group, h5py.Group):
             raise ValueError(f"layer {layer!r} is not a group")
         for weight in _names(group, "weight_names"):
-            found.append((layer, weight, _member(group, weight)))
+            dataset = _member(group, weight)
+            if not isinstance(dataset, h5py.Dataset):
+                raise ValueError(f"layer {layer[:80]!r} ({weight[:80]!r}) is not a dataset")
+            found.append((layer, weight, dataset))
             # a list may name the same group again and again: a small file of very many tensors
             if len(found) > MOST_NAMES:
                 raise ValueError(f"the file lists more than {MOST_NAMES:,} tensors")
@@ -273,9 +283,7 @@ def _member(group, path):
         if not isinstance(group, h5py.Group) or name in ("", ".", "..") or name not in group:
             raise ValueError(f"{path!r} is named but not in the file")
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise ValueError(
-                f"{path!r} is a link to another place: expected the weights themselves"
-            )
+            raise ValueError(f"{path!r} is a link: expected the weights themselves")
         group = group[name]
     return group
 
@@ -312,8 +320,6 @@ def check(path, expected):
 
 
 def _check_storage(where, dataset, shape):
-    if not isinstance(dataset, h5py.Dataset):
-        raise ValueError(f"{where} is not a dataset")
     if dataset.dtype != np.dtype("<f4"):
         raise ValueError(f"{where} has dtype {dataset.dtype}, expected float32")
     if dataset.shape != tuple(shape):
@@ -410,11 +416,11 @@ class Inspection:
         self.position = 0  # bytes seen so far
         self.differs = False  # outside the tensors
         self.not_finite = None  # (layer name, value) of the first such number
-        self._parts = self._in_order()
+        self._parts = self._all_parts()
         self._part = next(self._parts)
         self._begun_number = b""  # the bytes of a number that the last piece ended in
 
-    def _in_order(self):
+    def _all_parts(self):
         """(end, expected bytes or None, layer name or None) of all parts of the file, in order."""
         tensors = iter(self.layout.in_file_order())
         for begin, expected in self.layout.outside:
@@ -593,6 +599,6 @@ def fedavg(paths, num_examples, layout, target):
 
 
 def _read(file, offset, numbers):
-    """Fill the array `numbers` from this place of a file that was checked before."""
+    """Fill the array `numbers` from a file that was checked before."""
     if os.preadv(file.fileno(), [numbers], offset) != numbers.nbytes:
         raise OSError(f"{file.name} is shorter than it was when it was checked")

@@ -1,26 +1,48 @@
 """One function for each published data set: from its folder, as its archive unpacks, to Photos.
 
-Only the labels are read here. Whether a picture is there and whole shows when it is prepared.
-All raise ValueError, one sentence, where a file, a column or a grade is not what the archive has.
+Only the labels are read here, and it is looked up which photographs are there. Whether a photograph
+is whole shows when it is prepared. All raise ValueError, one sentence, where a table is not what
+the archive has.
 """
 
-import csv
+import hashlib
+import os
 import re
+import unicodedata
 import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from common.files import replacing
-from data import INDEX_COLUMNS
+from preparation.tables import few, read_labels
+from preparation.written import WrittenFiles
 
 RETINAMNIST_URL = "https://zenodo.org/records/10519652/files/{name}?download=1"
 RETINAMNIST_MD5 = {
     128: "e48e916a24454daf90583d4e6efb1a18",
     224: "eae7e3b6f3fcbda4ae613ebdcbe35348",
 }
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"}
+# Names of a column of patients, in lower case and without blanks and signs between the words.
+PATIENT_COLUMNS = {
+    "patient", "patientid", "patientno", "patientnr", "patientnumber", "patientcode", "patientname",
+    "pid", "ptid", "mrn", "person", "personid", "subject", "subjectid", "participant",
+    "participantid",
+}  # fmt: skip
+# What stands in such a column where the patient is not known.
+NOBODY = {"", "-", "--", "?", "na", "n/a", "nan", "none", "null", "unk", "unknown"}
+# What a column `part` may say.
+PARTS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+# A file name may have 255 bytes on most file systems; a temporary one has some more than this.
+MOST_NAME_BYTES = 180
 
 
 class Photo(NamedTuple):
@@ -31,10 +53,32 @@ class Photo(NamedTuple):
     patient: str  # the same for all images of a patient; the image's own where nothing is known
     part: str = ""  # "train", "val" or "test" where the published archive says so
     name: str = ""  # of the prepared picture, without extension; unique within the data set
+    hospital: str = ""  # the name of one of fundus.HOSPITALS, where the picture is drawn for one
 
 
-def load(dataset, source, image_size=128):
-    """Read a data set by its name, a key of LOADERS, into a list of Photo.
+class Columns(NamedTuple):
+    """The columns of a user's own table, as --image-column ... name them."""
+
+    image: str = "image"
+    label: str = "label"
+    patient: str = ""  # "": look for one; "none": there is none
+
+
+@dataclass
+class DataSet:
+    """What was found of a data set."""
+
+    photos: list  # of Photo
+    patients: str | None = None  # what tells the patients apart; None: nothing does
+    patients_sentence: str = ""  # the same as a sentence for the user
+    ungradable: list = field(default_factory=list)  # (image, cell of its grade)
+    missing: list = field(default_factory=list)  # names of Photos without a file
+    ambiguous: list = field(default_factory=list)  # names that fit several files
+    notes: list = field(default_factory=list)  # other lines for the user
+
+
+def load(dataset, source, image_size=128, columns=None):
+    """Find a data set by its name, a key of LOADERS.
 
     source: its folder; for retinamnist None, or where the downloaded file lies.
     """
@@ -43,161 +87,317 @@ def load(dataset, source, image_size=128):
         raise ValueError(
             f"{source} is no folder: --source must be the folder of the data set {dataset!r}"
         )
-    photos = {}
-    for photo in LOADERS[dataset](source, image_size):
-        name = picture_name(photo)
-        if name in photos:
-            raise ValueError(
-                f"{source} lists {photo.path} twice, or another image of that name: leave one of "
-                "the two"
-            )
-        photos[name] = photo._replace(name=name)
-    if not photos:
+    if dataset == "retinamnist":
+        found = retinamnist(source, image_size)
+    elif dataset == "folder":
+        found = folder(source, columns or Columns())
+    else:
+        found = LOADERS[dataset](source)
+    if not found.photos:
+        ungradable = f" but {len(found.ungradable)} ungradable ones" if found.ungradable else ""
         raise ValueError(
-            f"{source} has no graded image: is it the folder of the data set {dataset!r}, fully "
-            "unpacked?"
+            f"{source} has no graded image{ungradable}: is it the folder of the data set "
+            f"{dataset!r}, fully unpacked?"
         )
-    return list(photos.values())
+    refuse_repeated(source, found.photos)
+    found.photos = name_pictures(found.photos, source)
+    num_patients = len({photo.patient for photo in found.photos})
+    if found.patients and num_patients == 1 and len(found.photos) > 1:
+        raise ValueError(
+            f"{source}: all {len(found.photos)} images are of one patient by {found.patients}, "
+            "expected several: give another --patient-column, or --patient-column none if the "
+            "table does not tell patients"
+        )
+    return found
+
+
+def refuse_repeated(source, photos):
+    """Raise ValueError if a photograph is listed twice."""
+    counts = Counter(photo.path for photo in photos)
+    repeated = [str(path) for path, count in counts.items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{source} lists {few([f'{path} twice' for path in repeated])}: leave one of the two"
+        )
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def name_pictures(photos, source):
+    """The photos with a name for the prepared picture; no two have the same."""
+    names = [picture_name(photo) for photo in photos]
+    counts = Counter(name.casefold() for name in names)  # some file systems do not see the case
+    named = []
+    for photo, name in zip(photos, names, strict=True):
+        too_long = len(name.encode()) > MOST_NAME_BYTES
+        if too_long or counts[name.casefold()] > 1:
+            # Two names that become one differ in what was replaced. A hash of the whole path keeps
+            # them apart, and is the same at every start.
+            digest = hashlib.sha256(relative(photo.path, source).encode()).hexdigest()[:10]
+            short = name.encode()[:MOST_NAME_BYTES].decode(errors="ignore")
+            name = f"{short}_{digest}"
+        named.append(photo._replace(name=name))
+    return named
 
 
 def picture_name(photo):
     """A file name for the prepared picture: all but letters, digits, "_" and "-" becomes "_"."""
     words = f"{photo.part}_{photo.name or photo.path.stem}"
-    return re.sub(r"[^\w-]+", "_", words).strip("_")
+    return re.sub(r"[^\w-]+", "_", unicodedata.normalize("NFC", words)).strip("_")
 
 
-def read_labels(table, image_column, grade_column, highest=4, **layout):
-    """Read a CSV file: [(image, grade, line), ...]; a line is a dict, its keys in lower case.
+def relative(path, source):
+    """The path from the folder `source`, or as it is where it does not lie there; with slashes."""
+    if source and path.is_relative_to(source):
+        path = path.relative_to(source)
+    return path.as_posix()
 
-    highest: the highest grade. layout: what csv.DictReader needs to know of an unusual table.
+
+class PhotoFinder:
+    """Finds the files of one folder by the names that a table gives them.
+
+    A name that is no file may be loose: without extension, in another case, with backslashes, with
+    accents that are composed otherwise, or without the folders before it. It counts if only one
+    file fits.
     """
-    columns, lines = read_table(table, layout)
-    for column in (image_column, grade_column):
-        if column not in columns:
-            found = ", ".join(filter(None, columns)) or "nothing"
-            raise ValueError(f"{table} has no column {column!r}: found {found}")
-    labels = []
-    for line in lines:
-        image = line[image_column]
-        cell = line[grade_column]
-        if not image and not cell:
-            continue  # an empty line, as at the end of many tables
-        if cell not in [str(grade) for grade in range(highest + 1)]:
-            raise ValueError(
-                f"{table} gives {image!r} the grade {cell!r}, expected a whole number 0 to "
-                f"{highest}"
-            )
-        labels.append((image, int(cell), line))
-    return labels
+
+    def __init__(self, source):
+        self.source = source
+        self.missing = []
+        self.ambiguous = []
+        self.files = None  # loose name -> list of paths; made when it is needed first
+
+    def find(self, name, suffix=""):
+        """The path of the photograph `name` (+ suffix); where it would be if it is missing."""
+        path = self.source / f"{name}{suffix}"
+        if os.path.isfile(path):
+            return path
+        if self.files is None:
+            self.files = loose_names(self.source)
+        fitting = self.files.get(loose(name), [])
+        if len(fitting) == 1:
+            return fitting[0]
+        (self.ambiguous if fitting else self.missing).append(f"{name}{suffix}")
+        return path
 
 
-def read_table(table, layout):
-    """Read a CSV file: the names of its columns, in lower case, and its lines as dicts."""
-    if not table.is_file():
-        raise ValueError(
-            f"{table} is missing: is --source the folder into which the archive was unpacked?"
-        )
-    # utf-8-sig: spreadsheets put a byte order mark first. Other bytes are no reason to fail: what
-    # is needed, image and grade, is in ASCII in all published tables.
-    with open(table, encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file, restval="", skipinitialspace=True, **layout)
-        try:
-            columns = [name.strip().lower() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            lines = [{name: str(cell).strip() for name, cell in line.items()} for line in reader]
-        except csv.Error as error:
-            raise ValueError(f"{table} is no CSV file: {error}") from None
-    return columns, lines
+def loose(name):
+    """A name without all that loose names may differ in, but with its extension."""
+    text = unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+    return "/".join(part for part in text.split("/") if part not in ("", "."))
 
 
-def ddr(source, _):
+def loose_names(source):
+    """{loose name: list of paths} of all pictures in the folder `source`.
+
+    A picture has up to four such names: with and without extension, with and without its folders.
+    """
+    files = {}
+    for directory, folders, names in os.walk(source):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(directory) / name
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            whole = loose(path.relative_to(source).as_posix())
+            for key in {whole, loose(name)}:
+                files.setdefault(key, []).append(path)
+                files.setdefault(key[: -len(path.suffix)], []).append(path)
+    return files
+
+
+# --- patients ------------------------------------------------------------------------------------
+
+
+def find_patient_column(table, columns, wanted):
+    """The column of patients among `columns` (in lower case), or None.
+
+    wanted: what --patient-column says: "" to look for one, "none" for none.
+    """
+    if wanted.lower() == "none":
+        return None
+    if wanted:
+        if wanted.strip().lower() not in columns:
+            found = ", ".join(filter(None, columns))[:300]
+            raise ValueError(f"{table} has no column {wanted!r}: found {found}")
+        return wanted.strip().lower()
+    for column in columns:
+        if re.sub(r"[\W_]+", "", column) in PATIENT_COLUMNS:
+            return column
+    return None
+
+
+def read_patient(cell):
+    """The patient that a cell names, the same however it is written; "" if it names nobody."""
+    text = unicodedata.normalize("NFC", cell).strip().casefold()
+    if text in NOBODY:
+        return ""
+    return re.sub(r"^(\d+)\.0$", r"\1", text)  # a spreadsheet makes 17 to 17.0
+
+
+# --- the data sets -------------------------------------------------------------------------------
+
+
+def ddr(source):
     """OIA-DDR (Li et al. 2019): three tables without a header, lines like `007-0004-000.jpg 0`.
 
-    Such a name is hospital, patient, image; other names tell no patient. Grade 5 is ungradable.
+    Grade 5 is ungradable. The names tell no patient: of 12,522 none has a beginning in common with
+    another that would say so.
     """
-    layout = {"fieldnames": ("image", "grade"), "delimiter": " "}
-    photos = []
+    files = PhotoFinder(source)
+    found = DataSet([], missing=files.missing, ambiguous=files.ambiguous)
+    num_left_out = 0
     for part, name in (("train", "train"), ("val", "valid"), ("test", "test")):
-        table = source / f"{name}.txt"
-        for image, grade, _ in read_labels(table, "image", "grade", highest=5, **layout):
-            if grade == 5:
-                continue
-            patient = re.sub(r"^(\d+-\d+)-\d+\.\w+$", r"\1", image)
-            photos.append(Photo(source / name / image, grade, patient, part))
-    return photos
+        layout = {"fieldnames": ("image", "grade"), "delimiter": " "}
+        labels = read_labels(source / f"{name}.txt", "image", "grade", **layout)
+        for label in labels.graded:
+            path = files.find(f"{name}/{label.image}")
+            found.photos.append(Photo(path, label.grade, label.image, part))
+        # That is a class of the published set, and no fault of the table.
+        published = [image for image, cell in labels.ungradable if cell == "5"]
+        num_left_out += len(published)
+        found.ungradable += [each for each in labels.ungradable if each[1] != "5"]
+    if num_left_out:
+        found.notes.append(f"{num_left_out:,} ungradable images (grade 5) are left out")
+    found.patients_sentence = (
+        "the names of ddr tell no patient: each image counts as its own patient"
+    )
+    return found
 
 
-def aptos(source, _):
+def aptos(source):
     """APTOS 2019 (Kaggle); the set tells no patients."""
+    files = PhotoFinder(source)
     labels = read_labels(source / "train.csv", "id_code", "diagnosis")
-    return [
-        Photo(source / "train_images" / f"{image}.png", grade, image) for image, grade, _ in labels
+    photos = [
+        Photo(files.find(f"train_images/{label.image}", ".png"), label.grade, label.image)
+        for label in labels.graded
     ]
+    return DataSet(
+        photos,
+        None,
+        "aptos tells no patients: each image counts as its own patient",
+        labels.ungradable,
+        files.missing,
+        files.ambiguous,
+    )
 
 
-def eyepacs(source, _):
+def eyepacs(source):
     """EyePACS (Kaggle 2015); 10_left and 10_right are of patient 10."""
+    files = PhotoFinder(source)
     labels = read_labels(source / "trainLabels.csv", "image", "level")
-    return [
-        Photo(source / "train" / f"{image}.jpeg", grade, re.sub("_(left|right)$", "", image))
-        for image, grade, _ in labels
-    ]
+    photos = []
+    for label in labels.graded:
+        path = files.find(f"train/{label.image}", ".jpeg")
+        photos.append(Photo(path, label.grade, re.sub("_(left|right)$", "", label.image)))
+    return DataSet(
+        photos,
+        "the file name",
+        "by the file name: 10_left and 10_right are of patient 10",
+        labels.ungradable,
+        files.missing,
+        files.ambiguous,
+    )
 
 
-def idrid(source, _):
+def idrid(source):
     """IDRiD, disease grading (Porwal et al. 2018).
 
-    Both parts use the same file names for different eyes, so a patient is part and name.
+    Both parts use the same file names for different eyes, so an image's own patient is part and
+    name.
     """
     root = source / "B. Disease Grading"
     if not root.is_dir():
         root = source  # that folder itself was given
-    photos = []
+    found = DataSet([])
     for part, letter, title in (("train", "a", "Training"), ("val", "b", "Testing")):
         table = root / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{title} Labels.csv"
-        images = root / "1. Original Images" / f"{letter}. {title} Set"
-        for image, grade, _ in read_labels(table, "image name", "retinopathy grade"):
-            photos.append(Photo(images / f"{image}.jpg", grade, f"{part} {image}", part))
-    return photos
+        files = PhotoFinder(root / "1. Original Images" / f"{letter}. {title} Set")
+        labels = read_labels(table, "image name", "retinopathy grade")
+        for label in labels.graded:
+            path = files.find(label.image, ".jpg")
+            found.photos.append(Photo(path, label.grade, f"{part} {label.image}", part))
+        found.ungradable += labels.ungradable
+        found.missing += files.missing
+        found.ambiguous += files.ambiguous
+    found.patients_sentence = "idrid tells no patients: each image counts as its own patient"
+    return found
 
 
-def folder(source, _):
-    """Any pictures with a labels.csv: image (path from the folder), label (grade), or patient too."""
-    photos = []
-    for image, grade, line in read_labels(source / "labels.csv", "image", "label"):
+def folder(source, columns):
+    """Any pictures with a labels.csv: image (path from the folder), label (grade), or patient too.
+
+    A column `part` (train, val) says who validates.
+    """
+    table = source / "labels.csv"
+    image_column, label_column = (name.strip().lower() for name in columns[:2])
+    labels = read_labels(
+        table, image_column, label_column, flags=("--image-column", "--label-column")
+    )
+    patient_column = find_patient_column(table, labels.columns, columns.patient)
+    has_parts = "part" in labels.columns
+    files = PhotoFinder(source)
+    found = DataSet([], None, "", labels.ungradable, files.missing, files.ambiguous)
+    wrong_parts = []
+    num_unknown = 0
+    for label in labels.graded:
+        patient = read_patient(label.line[patient_column]) if patient_column else ""
+        num_unknown += not patient
         # The prefix keeps a patient "7" and an image "7" apart.
-        patient = f"patient {line['patient']}" if line.get("patient") else image
-        photos.append(Photo(source / image, grade, patient, name=image))
-    return photos
+        patient = f"patient {patient}" if patient else label.image
+        part = label.line["part"].lower() if has_parts else ""
+        if has_parts and part not in PARTS:
+            wrong_parts.append(f"{label.image!r} the part {part!r}")
+        path = files.find(label.image)
+        found.photos.append(
+            Photo(path, label.grade, patient, PARTS.get(part, ""), name=label.image)
+        )
+    if wrong_parts:
+        raise ValueError(f"{table} gives {few(wrong_parts)}, expected train, val or test")
+    if patient_column:
+        found.patients = f"column {patient_column!r}"
+        unknown = f"; {num_unknown} images are of an unknown patient each" if num_unknown else ""
+        found.patients_sentence = f"by {found.patients}{unknown}"
+    else:
+        names = ", ".join(filter(None, labels.columns))[:300]
+        found.patients_sentence = (
+            f"no patient column among {names}: each image counts as its own patient "
+            "(--patient-column names one)"
+        )
+    return found
 
 
 def retinamnist(source, image_size):
-    """RetinaMNIST+ (Yang et al. 2023; CC BY 4.0), of 128 or 224 pixels, unpacked beside its archive.
+    """RetinaMNIST+ (Yang et al. 2023; CC BY 4.0), of 128 or 224 pixels.
 
-    Downloaded once where there is no source.
+    Downloaded once where there is no source, and unpacked into preprocessed/, which is ours.
     """
     pixels = 128 if image_size <= 128 else 224
     name = f"retinamnist_{pixels}.npz"
     if source is None:
         source = download_retinamnist(name, RETINAMNIST_MD5[pixels])
     archive = source / name if source.is_dir() else source
-    unpacked = archive.with_suffix("")
     parts = read_retinamnist(archive, name)
-    unpacked.mkdir(exist_ok=True)
+    unpacked = WrittenFiles(Path("preprocessed") / archive.stem)
+    state = archive.stat()
+    made_from = [str(archive.resolve()), state.st_size, state.st_mtime_ns]
     photos = []
     for part, (images, labels) in parts.items():
         for number, (image, label) in enumerate(zip(images, labels.ravel(), strict=True)):
-            path = unpacked / f"{part}_{number:04d}.png"
-            # A picture that is older than the archive is of an older archive.
-            if not path.exists() or path.stat().st_mtime < archive.stat().st_mtime:
-                with replacing(path) as written:
-                    Image.fromarray(image).save(written)
+            path = unpacked.folder / f"{part}_{number:04d}.png"
             if label not in range(5):
                 raise ValueError(
                     f"{archive} gives {path.name} the grade {label}, expected a whole number 0 to 4"
                 )
+            entry = unpacked.entry(path)
+            if not entry or entry.get("made_from") != made_from:
+                with unpacked.publishing(path, made_from=made_from) as written:
+                    Image.fromarray(image).save(written)
             photos.append(Photo(path, int(label), path.name, part, f"{number:04d}"))
-    return photos
+    sentence = "retinamnist tells no patients: each image counts as its own patient"
+    return DataSet(photos, None, sentence)
 
 
 def download_retinamnist(name, md5):
@@ -229,65 +429,6 @@ def read_retinamnist(archive, name):
             f"{archive} is no RetinaMNIST archive ({error}): download {name} from zenodo.org"
         ) from None
     return parts
-
-
-def thesis_index(files, source):
-    """The thesis's index files, pickled pandas DataFrames: a Photo a row, `part` the file's name.
-
-    A pickle is code: give only files that the user trusts. source: the folder of the pictures;
-    None where `dir` leads to them.
-    """
-    try:
-        import pandas
-    except ImportError:
-        raise ValueError(
-            "--index-from reads pandas DataFrames and needs pandas: pip install pandas"
-        ) from None
-    check_index_names(files)
-    seen = {}
-    photos = []
-    for file in map(Path, files):
-        try:
-            rows = list(pandas.read_pickle(file)[list(INDEX_COLUMNS)].itertuples(index=False))
-        except Exception as error:  # reading a pickle can raise anything
-            raise ValueError(
-                f"{file} is no DataFrame with the columns {', '.join(INDEX_COLUMNS)} ({error!r})"
-            ) from None
-        for picture, grade, dir_, healthy in rows:
-            is_grade = str(grade) in ("0", "1", "2", "3", "4")
-            if not is_grade or str(healthy) != str(str(grade) == "0"):
-                raise ValueError(
-                    f"{file}: the grade {grade} of {picture} and healthy {healthy} do not fit "
-                    "together"
-                )
-            path = Path(source).expanduser() / picture if source else Path(dir_)
-            if not path.exists():
-                raise ValueError(
-                    f"{file}: {path} is missing: --source must be the folder of the pictures"
-                )
-            photo = Photo(path, int(grade), picture, file.stem, Path(picture).stem)
-            # The same image may be in several indexes, but a name stands for one image of one grade.
-            first = seen.setdefault(photo.name, photo)
-            if (first.path, first.grade) != (photo.path, photo.grade):
-                raise ValueError(
-                    f"{file}: {path} and {first.path} have one name, or two grades: rename one of "
-                    "them"
-                )
-            photos.append(photo)
-    return photos
-
-
-def check_index_names(files):
-    """Raise ValueError unless the files are named worker1 ... workerN, val_set, maybe train_set."""
-    names = {Path(file).stem for file in files}
-    num_workers = len(names - {"train_set", "val_set"})
-    workers = {f"worker{number}" for number in range(1, num_workers + 1)}
-    if not workers or names - {"train_set"} != workers | {"val_set"}:
-        found = ", ".join(sorted(names))
-        raise ValueError(
-            f"--index-from got {found}; expected worker1, worker2 ..., val_set and perhaps "
-            "train_set"
-        )
 
 
 LOADERS = {loader.__name__: loader for loader in (idrid, ddr, aptos, eyepacs, folder, retinamnist)}

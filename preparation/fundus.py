@@ -15,6 +15,7 @@ Conventions, for the whole module:
                field of view (the round part of the picture that shows retina), and the field's
                radius is 1, the unit of all lengths. A product with exp(i angle) is a rotation.
     field      the radius of the field of view in pixels
+    scale      pixels of a length of 1: the field, times the camera's magnification
     picture    reflectances, float32 (3, size, size): red, green, blue, mostly in 0..1
     alpha      how much of a pixel something covers, float32 (size, size) in 0..1
     image      what a camera stores, uint8 (size, size, 3)
@@ -28,15 +29,15 @@ from PIL import Image, ImageDraw, ImageFilter
 # The shares of grades 0 to 4, as in OIA-DDR (Li et al., Information Sciences 501, 2019).
 GRADE_SHARES = (0.50, 0.05, 0.36, 0.02, 0.07)
 
-# How many of each lesion an eye has: (fewest, most) for grades 0 to 4.
+# How many of each lesion an eye has, by grade: (fewest, most). A grade that is not named has none.
 LESIONS = {
-    "microaneurysms": ((0, 0), (4, 9), (6, 14), (6, 14), (6, 14)),
-    "blots": ((0, 0), (0, 0), (4, 10), (20, 30), (12, 24)),
-    "flames": ((0, 0), (0, 0), (0, 2), (3, 7), (2, 6)),
-    "exudate clusters": ((0, 0), (0, 0), (0, 3), (1, 4), (1, 4)),
-    "cotton wool spots": ((0, 0), (0, 0), (0, 1), (2, 5), (2, 5)),
-    "new vessels": ((0, 0), (0, 0), (0, 0), (0, 0), (2, 4)),
-    "preretinal haemorrhages": ((0, 0), (0, 0), (0, 0), (0, 0), (0, 2)),
+    "microaneurysms": {1: (4, 9), 2: (6, 14), 3: (6, 14), 4: (6, 14)},
+    "blots": {2: (4, 10), 3: (20, 30), 4: (12, 24)},
+    "flames": {2: (0, 2), 3: (3, 7), 4: (2, 6)},
+    "exudate clusters": {2: (0, 3), 3: (1, 4), 4: (1, 4)},
+    "cotton wool spots": {2: (0, 1), 3: (2, 5), 4: (2, 5)},
+    "new vessels": {4: (2, 4)},
+    "preretinal haemorrhages": {4: (0, 2)},
 }
 
 # Pillow draws lines and polygons without smooth edges. So shapes are drawn this many times finer
@@ -74,6 +75,96 @@ DARKER = rgb(0.14, 0.17, 0.17)
 MOTTLED = rgb(0.3, 0.9, 0.9)
 
 
+class Camera(NamedTuple):
+    """How a fundus camera differs from the plain one, which these defaults describe."""
+
+    gain: tuple = (1.0, 1.0, 1.0)  # factors of red, green and blue
+    gamma: float = 1.0  # below 1 lightens the shadows, above 1 darkens them
+    blur: float = 0.0  # added to the radius of the lens's blur, in pixels at 128 pixels a side
+    noise: float = 0.0  # added to the deviation of the sensor's noise, in grey levels
+    magnification: float = 1.0  # above 1 a narrower view of a larger retina
+    sensor_heights: tuple = (0.85, 1.0, 1.0)  # one is chosen; below 1 it cuts the circle
+
+
+class Hospital(NamedTuple):
+    """Who comes to a hospital, and what photographs them."""
+
+    name: str
+    grade_shares: tuple  # of grades 0 to 4
+    lesions: dict  # like LESIONS; what is not named is never seen there
+    camera: Camera
+
+
+# What every hospital is where hospitals are equal.
+EQUAL_HOSPITAL = Hospital("any hospital", GRADE_SHARES, LESIONS, Camera())
+
+# Three hospitals that differ as hospitals do: other patients come to them, and other cameras
+# photograph them. Half of the patients of each are healthy. A network that was trained at one
+# hospital alone has never seen the lesions of the others' patients, and misses them. The cameras
+# differ mildly: with strong differences the scores of the hospitals differ, too, and no single
+# threshold serves all of them. benchmarks/story.py measures what federation brings.
+SCREENING_CENTRE = Hospital(
+    # Finds early disease: a few points of blood, little else. A plain, well-kept camera.
+    "screening centre",
+    grade_shares=(0.5, 0.2, 0.3, 0.0, 0.0),
+    lesions={
+        "microaneurysms": {1: (4, 9), 2: (6, 14)},
+        "blots": {2: (4, 10)},
+    },
+    camera=Camera(sensor_heights=(1.0,)),
+)
+MACULA_CLINIC = Hospital(
+    # Treats what threatens the macula: swelling, and the fat that it leaves. Its patients have
+    # fewer points of blood than lesions of other kinds, and many have none. Its camera looks
+    # closer, and its light is colder.
+    "macula clinic",
+    grade_shares=(0.5, 0.0, 0.3, 0.2, 0.0),
+    lesions={
+        "microaneurysms": {2: (0, 2), 3: (0, 3)},
+        "blots": {3: (0, 1)},
+        "exudate clusters": {2: (1, 4), 3: (2, 5)},
+        "cotton wool spots": {2: (0, 2), 3: (1, 4)},
+    },
+    camera=Camera(
+        gain=(0.96, 1.02, 1.06),
+        gamma=0.96,
+        noise=0.3,
+        magnification=1.05,
+        sensor_heights=(0.85,),
+    ),
+)
+REFERRAL_CLINIC = Hospital(
+    # Gets the eyes that others send: much blood, and vessels that should not be there. An old
+    # camera, warm, soft and noisy, with a wide view.
+    "referral clinic",
+    grade_shares=(0.5, 0.0, 0.0, 0.15, 0.35),
+    lesions={
+        "microaneurysms": {3: (6, 14), 4: (6, 14)},
+        "blots": {3: (20, 30), 4: (12, 24)},
+        "flames": {3: (3, 7), 4: (2, 6)},
+        "new vessels": {4: (2, 4)},
+        "preretinal haemorrhages": {4: (0, 2)},
+    },
+    camera=Camera(
+        gain=(1.04, 0.97, 0.94),
+        gamma=1.06,
+        blur=0.12,
+        noise=0.6,
+        magnification=0.97,
+        sensor_heights=(1.0, 0.93),
+    ),
+)
+HOSPITALS = (SCREENING_CENTRE, MACULA_CLINIC, REFERRAL_CLINIC)
+
+
+def hospital_of(name):
+    """The one of HOSPITALS with that name; EQUAL_HOSPITAL for any other, as for ""."""
+    for hospital in HOSPITALS:
+        if hospital.name == name:
+            return hospital
+    return EQUAL_HOSPITAL
+
+
 class Eye(NamedTuple):
     """What is where in an eye; lesions and vessels are drawn around it."""
 
@@ -91,13 +182,14 @@ class Shape(NamedTuple):
     ink: float = 1.0  # the alpha to draw with, 0..1
 
 
-def draw(grade, rng, image_size=128, lesions=True):
+def draw(grade, rng, image_size=128, lesions=True, hospital=EQUAL_HOSPITAL):
     """Draw one eye: an image, uint8 (image_size, image_size, 3), and the mask of its lesions.
 
     grade       0 to 4
     rng         np.random.Generator. The same state gives the same bits, and the generator moves
                 on by the same amount whatever the grade.
     lesions     False draws the same eye and the same photograph without the lesions
+    hospital    whose patient it is, and whose camera
 
     The mask is bool (image_size, image_size). Raises ValueError for any other grade.
     """
@@ -106,28 +198,33 @@ def draw(grade, rng, image_size=128, lesions=True):
     eye_rng, camera_rng, lesion_rng = [
         np.random.default_rng(seed) for seed in rng.integers(2**63, size=3)
     ]
+    camera = hospital.camera
     field = image_size / 2 * camera_rng.uniform(0.90, 0.99)
+    scale = field * camera.magnification
     eye = choose_eye(eye_rng)
-    retina = draw_background(eye, eye_rng, image_size, field)
+    retina = draw_background(eye, eye_rng, image_size, scale)
 
-    vein_shapes, artery_shapes = draw_vessels(eye, eye_rng)
-    veins = render(vein_shapes, image_size, field)
-    arteries = render(artery_shapes, image_size, field)
+    vein_shapes, artery_shapes = draw_vessels(eye, eye_rng, reach=1.02 / camera.magnification)
+    veins = render(vein_shapes, image_size, scale)
+    arteries = render(artery_shapes, image_size, scale)
     retina = absorb(retina, arteries, ARTERY)
     retina = absorb(retina, veins, VEIN)
 
+    counts = {}
+    for kind in LESIONS:
+        counts[kind] = hospital.lesions.get(kind, {}).get(grade if lesions else 0, (0, 0))
     blood_shapes, exudate_shapes, cotton_wool_shapes = draw_lesions(
-        grade if lesions else 0, eye, veins + arteries, lesion_rng, field
+        counts, eye, veins + arteries, lesion_rng, scale
     )
-    blood = render(blood_shapes, image_size, field, blur=0.005)
-    exudates = render(exudate_shapes, image_size, field)
-    cotton_wool = render(cotton_wool_shapes, image_size, field, blur=0.02)
+    blood = render(blood_shapes, image_size, scale, blur=0.005)
+    exudates = render(exudate_shapes, image_size, scale)
+    cotton_wool = render(cotton_wool_shapes, image_size, scale, blur=0.02)
     # Blood comes last because it lies above the deposits.
     retina = cover(retina, cotton_wool, COTTON_WOOL)
     retina = cover(retina, exudates, EXUDATE)
     retina = absorb(retina, blood, BLOOD)
     mask = np.maximum(np.maximum(blood, exudates), cotton_wool) > 0.2
-    return take_photograph(retina, camera_rng, field), mask
+    return take_photograph(retina, camera, camera_rng, field), mask
 
 
 def choose_eye(rng):
@@ -151,12 +248,12 @@ def cover(picture, alpha, colour):
     return picture + alpha * (colour - picture)
 
 
-def distances(image_size, field, point=0j, stretch=1.0):
+def distances(image_size, scale, point=0j, stretch=1.0):
     """The distance of each pixel from a point, float32 (size, size).
 
     A `stretch` above 1 makes lines of equal distance ellipses that are higher than wide.
     """
-    axis = (np.arange(image_size) + 0.5 - image_size / 2) / field
+    axis = (np.arange(image_size) + 0.5 - image_size / 2) / scale
     right = np.float32(axis - point.real)
     down = np.float32((axis - point.imag) / stretch)
     return np.hypot(right, down[:, None])
@@ -170,20 +267,20 @@ def smooth_noise(rng, image_size, bumps):
     return np.asarray(fine) * np.float32(1.3)
 
 
-def render(shapes, image_size, field, blur=0.0):
+def render(shapes, image_size, scale, blur=0.0):
     """The alpha of a list of Shape; `blur` is the radius of a Gaussian, in lengths."""
     image = Image.new("L", (image_size * FINENESS, image_size * FINENESS))
     pen = ImageDraw.Draw(image)
     centre = image_size * FINENESS / 2 * (1 + 1j)
-    scale = field * FINENESS
+    fine_scale = scale * FINENESS
     for points, width, ink in shapes:
         # Complex numbers lie in memory as x, y, x, y ..., which is what Pillow wants.
-        xy = (points * scale + centre).view(np.float64).tolist()
+        xy = (points * fine_scale + centre).view(np.float64).tolist()
         if width:
-            pen.line(xy, round(255 * ink), max(1, round(width * scale)), "curve")
+            pen.line(xy, round(255 * ink), max(1, round(width * fine_scale)), "curve")
         else:
             pen.polygon(xy, round(255 * ink))
-    soft = image.reduce(FINENESS).filter(ImageFilter.GaussianBlur(blur * scale / FINENESS))
+    soft = image.reduce(FINENESS).filter(ImageFilter.GaussianBlur(blur * fine_scale / FINENESS))
     return np.asarray(soft, np.float32) / 255
 
 
@@ -199,7 +296,7 @@ def spot(rng, point, radius, length=1.0, direction=0.0):
 # --- the healthy eye ----------------------------------------------------------------------------
 
 
-def draw_background(eye, rng, image_size, field):
+def draw_background(eye, rng, image_size, scale):
     """The retina without vessels: pigment, macula and optic disc; a picture."""
     base = FAIR - rng.uniform() * DARKER
     # Mottled in the very colours of the lesions, and as large. Else the mean colour of a region
@@ -212,28 +309,28 @@ def draw_background(eye, rng, image_size, field):
     cast = np.stack([smooth_noise(rng, image_size, 5) for _ in range(3)])
     retina = base * (1 + mottle * MOTTLED + 0.02 * cast)
 
-    from_fovea = distances(image_size, field, eye.fovea)
+    from_fovea = distances(image_size, scale, eye.fovea)
     wide_shade = rng.uniform(0.25, 0.45) * np.exp(-((from_fovea / 0.20) ** 2))
     dark_centre = 0.2 * np.exp(-((from_fovea / 0.06) ** 2))
     retina = absorb(retina, wide_shade + dark_centre, MACULA)
 
     # The layer of nerve fibres is thickest around the disc, and shines.
-    from_disc = distances(image_size, field, eye.disc, stretch=1.12)
+    from_disc = distances(image_size, scale, eye.disc, stretch=1.12)
     retina = retina * (1 + 0.15 * np.exp(-((from_disc / 0.35) ** 2)))
     # tanh is a step with a soft edge: the disc covers what is within its radius.
     disc = 0.47 + 0.47 * np.tanh((eye.disc_radius - from_disc) / 0.015)
     retina = cover(retina, disc, DISC)
-    from_cup = distances(image_size, field, eye.disc + 0.02 * eye.temporal, stretch=1.12)
+    from_cup = distances(image_size, scale, eye.disc + 0.02 * eye.temporal, stretch=1.12)
     cup_radius = eye.disc_radius * rng.uniform(0.35, 0.6)
     cup = 0.4 + 0.4 * np.tanh((cup_radius - from_cup) / 0.02)
     return cover(retina, cup, CUP)
 
 
-def draw_vessels(eye, rng):
+def draw_vessels(eye, rng, reach):
     """Four pairs of a vein and an artery leave the disc, branch and thin: (veins, arteries).
 
     Both are lists of Shape. Above and below, one pair runs in an arcade around the macula, and a
-    thinner one runs to the nasal side.
+    thinner one runs to the nasal side. They end at `reach` from the centre.
     """
     veins = []
     arteries = []
@@ -251,11 +348,11 @@ def draw_vessels(eye, rng):
                 headings = forward + vertical * eye.temporal * angles
                 width = width * rng.uniform(0.85, 1.15) * thinner
                 bend_here = bend * rng.uniform(0.8, 1.25)
-                grow(shapes, eye, rng, start, headings, bend_here, width, length=1.9)
+                grow(shapes, eye, rng, reach, start, headings, bend_here, width, length=1.9)
     return veins, arteries
 
 
-def grow(shapes, eye, rng, start, headings, bend, width, length, depth=0):
+def grow(shapes, eye, rng, reach, start, headings, bend, width, length, depth=0):
     """Add a vessel and its branches to `shapes`.
 
     It turns from headings[0] to headings[1] (radians, from the x axis) within about `bend`.
@@ -271,7 +368,7 @@ def grow(shapes, eye, rng, start, headings, bend, width, length, depth=0):
     widths = width * (1 - 0.6 * way / length)
 
     # It ends outside the field of view, or at the fovea, which has no vessels.
-    beyond = (np.abs(points) > 1.02) | (np.abs(points - eye.fovea) < 0.16)
+    beyond = (np.abs(points) > reach) | (np.abs(points - eye.fovea) < 0.16)
     end = int(np.argmax(beyond)) if beyond.any() else len(points)
     # Pillow draws a line in one width, so a vessel that thins is drawn in pieces. The thinner, the
     # paler. Neighbouring pieces share a point, or there would be gaps.
@@ -284,9 +381,11 @@ def grow(shapes, eye, rng, start, headings, bend, width, length, depth=0):
     while depth < 2 and at < end - 3:
         fork, drift, thinner, shorter = rng.uniform(size=4)
         branch = heading[at] + side * np.array([0.6 + 0.5 * fork, 0.1 + 0.5 * drift])
-        reach = (0.35 + 0.5 * shorter) * (1.0 if depth == 0 else 0.55)
+        branch_length = (0.35 + 0.5 * shorter) * (1.0 if depth == 0 else 0.55)
         branch_width = widths[at] * (0.5 + 0.22 * thinner)
-        grow(shapes, eye, rng, points[at], branch, 0.2, branch_width, reach, depth + 1)
+        grow(
+            shapes, eye, rng, reach, points[at], branch, 0.2, branch_width, branch_length, depth + 1
+        )
         side = -side  # branches leave to the left and to the right in turn
         at += int(rng.integers(6, 13))
 
@@ -294,15 +393,16 @@ def grow(shapes, eye, rng, start, headings, bend, width, length, depth=0):
 # --- lesions ------------------------------------------------------------------------------------
 
 
-def draw_lesions(grade, eye, vessels, rng, field):
-    """The lesions of a grade: the shapes of blood, of exudates and of cotton wool spots.
+def draw_lesions(counts, eye, vessels, rng, scale):
+    """The lesions of an eye: the shapes of blood, of exudates and of cotton wool spots.
 
+    counts      how many of each kind: (fewest, most)
     vessels     alpha of all vessels; small lesions keep off them, or nobody could see them
     """
 
     def choose_points(lesion, reach=0.86, around=0j):
-        count = rng.integers(*LESIONS[lesion][grade], endpoint=True)
-        return choose_visible_points(rng, count, eye, vessels, field, reach, around)
+        count = rng.integers(*counts[lesion], endpoint=True)
+        return choose_visible_points(rng, count, eye, vessels, scale, reach, around)
 
     cotton_wool = draw_spots(rng, choose_points("cotton wool spots"), (0.030, 0.055))
     blood = draw_spots(rng, choose_points("microaneurysms"), (0.017, 0.022))
@@ -321,7 +421,7 @@ def draw_lesions(grade, eye, vessels, rng, field):
     return blood, exudates, cotton_wool
 
 
-def choose_visible_points(rng, count, eye, vessels, field, reach, around):
+def choose_visible_points(rng, count, eye, vessels, scale, reach, around):
     """At most `count` points within `reach` of the point `around`, off the disc and the vessels."""
     # Twenty candidates for each point: so many are drawn however few are kept, and one is nearly
     # always good. The square root spreads them evenly over the area.
@@ -329,8 +429,8 @@ def choose_visible_points(rng, count, eye, vessels, field, reach, around):
     points = around + radii * np.exp(2j * np.pi * rng.random(20 * count))
     points = points[(np.abs(points) < 0.86) & (np.abs(points - eye.disc) > 0.2)]
     middle = vessels.shape[0] / 2
-    columns = (points.real * field + middle).astype(int)
-    rows = (points.imag * field + middle).astype(int)
+    columns = (points.real * scale + middle).astype(int)
+    rows = (points.imag * scale + middle).astype(int)
     return points[vessels[rows, columns] < 0.2][:count]
 
 
@@ -387,7 +487,7 @@ def draw_preretinal_haemorrhage(rng, point):
 # --- the camera ---------------------------------------------------------------------------------
 
 
-def take_photograph(retina, rng, field):
+def take_photograph(retina, camera, rng, field):
     """Light, lens and sensor: a picture of reflectances becomes an image."""
     image_size = retina.shape[1]
     # The light is never quite centred, and falls off towards the rim.
@@ -404,12 +504,13 @@ def take_photograph(retina, rng, field):
     inside = np.clip((1 - radius) * field + 0.5, 0, 1)
     # Some sensors are lower than the circle, and cut it off above and below.
     axis = np.arange(image_size) + 0.5 - image_size / 2
-    inside[np.abs(axis) > rng.choice((0.85, 1.0, 1.0)) * field] = 0
+    inside[np.abs(axis) > rng.choice(camera.sensor_heights) * field] = 0
 
-    pixels = (255 * np.clip(picture * inside, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
+    seen = np.clip(picture * rgb(*camera.gain) * inside, 0, 1) ** np.float32(camera.gamma)
+    pixels = (255 * seen).astype(np.uint8).transpose(1, 2, 0)
     # Lens and sensor are described for 128 pixels a side.
-    lens = ImageFilter.GaussianBlur(rng.uniform(0, 0.6) * image_size / 128)
+    lens = ImageFilter.GaussianBlur((rng.uniform(0, 0.6) + camera.blur) * image_size / 128)
     soft = np.asarray(Image.fromarray(pixels).filter(lens), np.float32)
-    noise_level = rng.uniform(1, 4)  # in grey levels
+    noise_level = rng.uniform(1, 4) + camera.noise  # in grey levels
     noise = noise_level * rng.standard_normal(pixels.shape, np.float32) * inside[..., None]
     return np.clip(soft + noise, 0, 255).astype(np.uint8)

@@ -3,22 +3,32 @@
 The figure is drawn like figure 3 of the thesis.
 """
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from common.files import replacing
+from preparation.photos import open_image
 
 GRADE_NAMES = ("none", "mild", "moderate", "severe", "proliferative")
 SHEET_COLUMNS = 12  # pictures in a row of the contact sheet ...
 SHEET_CELL = 128  # ... and pixels a side of each
+CHECK_CELLS = 60  # photographs on the sheet of those to be checked
 
 
 def format_table(sets):
-    """Text: a row for each of `sets`, a dict from a name to a list of records."""
-    headings = (*GRADE_NAMES, "healthy", "DR", "total")
+    """Text: a row for each of `sets`, a dict from a name to a list of records.
+
+    With the number of patients where the records tell them.
+    """
+    headings = [*GRADE_NAMES, "healthy", "DR", "total"]
+    with_patients = all("patient" in record for records in sets.values() for record in records)
+    if with_patients:
+        headings.append("patients")
     lines = [f"{'':12}" + "".join(f"  {heading:>5}" for heading in headings)]
     for name, records in sets.items():
         none, *dr = count_grades(records)
-        numbers = (none, *dr, none, sum(dr), len(records))
+        numbers = [none, *dr, none, sum(dr), len(records)]
+        if with_patients:
+            numbers.append(len({record["patient"] for record in records}))
         cells = [
             f"  {number:{max(5, len(heading))}}"
             for heading, number in zip(headings, numbers, strict=True)
@@ -34,15 +44,44 @@ def count_grades(records):
 
 
 def save_contact_sheet(path, records):
-    """The first pictures of each grade, a row for each grade, as a PNG."""
+    """Pictures of each grade, a row for each grade, as a PNG.
+
+    They are spread over the records, because neighbours are often of one hospital.
+    """
     rows = len(GRADE_NAMES)
     sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_CELL, rows * SHEET_CELL))
     for grade in range(rows):
         of_grade = [record for record in records if record["label"] == grade]
-        for column, record in enumerate(of_grade[:SHEET_COLUMNS]):
+        count = min(SHEET_COLUMNS, len(of_grade))
+        for column in range(count):
+            record = of_grade[column * len(of_grade) // count]
             with Image.open(record["dir"]) as picture:
                 small = picture.convert("RGB").resize((SHEET_CELL, SHEET_CELL))
             sheet.paste(small, (column * SHEET_CELL, grade * SHEET_CELL))
+    with replacing(path) as written:
+        sheet.save(written)
+
+
+def save_check_sheet(path, doubtful):
+    """Photographs whose field of view is implausible, each beside its prepared picture, as a PNG.
+
+    doubtful: [(path of the photograph, path of the picture, why), ...]; the first CHECK_CELLS of
+    them.
+    """
+    shown = doubtful[:CHECK_CELLS]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    width, height = 2 * SHEET_CELL + 44, SHEET_CELL + 40
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (photograph, picture, why) in enumerate(shown):
+        x, y = number % columns * width + 4, number // columns * height + 4
+        pen.text((x, y), f"{photograph.name[:44]}\n{why[:44]}", fill="black")
+        small = open_image(photograph, shortest_side=SHEET_CELL)
+        small.thumbnail((SHEET_CELL + 32, SHEET_CELL))
+        sheet.paste(small, (x, y + 32))
+        with Image.open(picture) as prepared:
+            sheet.paste(prepared.resize((SHEET_CELL, SHEET_CELL)), (x + SHEET_CELL + 36, y + 32))
     with replacing(path) as written:
         sheet.save(written)
 

@@ -1,8 +1,9 @@
-"""Make the pictures of a data set in preprocessed/, several at a time, and keep those that are there.
+"""Make the pictures of a data set, several at a time, and keep those that are there.
 
 Started again after a crash, it goes on with the pictures that are missing.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -10,71 +11,96 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from common.files import clean, publish_text, replacing
+from common.files import temporary
 from preparation import fundus, photos
+from preparation.written import publish_listed
 
-# What decides how a picture looks. A drawn picture follows from its seed and its number, too.
-DECIDING = ("source", "index_from", "image_size", "code")
-DECIDING_DRAWN = (*DECIDING, "seed", "num_train", "num_val")
 # For fewer pictures than this, starting processes takes longer than it saves.
 FEWEST_FOR_PROCESSES = 51
 
 
-def make_pictures(found, choices, folder):
-    """Make folder/NAME.png of every Photo in `found` that has none yet.
+class Job(NamedTuple):
+    """A picture to make."""
+
+    photo: object  # datasets.Photo
+    number: int  # of the photo in the data set; a drawing's random numbers follow from it
+    target: object  # path
+    choices: dict  # what prepare.py was told
+    made_from: str  # see `stamp`
+
+
+class Made(NamedTuple):
+    """What became of a Job."""
+
+    name: str
+    problem: str = ""  # why the photograph could not be used
+    doubt: str = ""  # why its field of view is implausible
+    warnings: tuple = ()  # sentences of Pillow
+    entry: dict | None = None  # of WrittenFiles
+
+
+def make_pictures(found, choices, listed):
+    """Make NAME.png of every Photo in `found` that has none yet, in the folder of `listed`.
 
     choices: a dict of all that decides the result, as prepare.py keeps it in prepared.json.
-    Returns {name: what is wrong with the photograph} for those that could not be read.
+    listed: WrittenFiles. Returns ({name: what is wrong with the photograph}, {name: doubt}).
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    clean(folder)
-    remove_outdated(folder, choices)
-    # An imported data set lists an image once for each index that it is in.
-    unique = {photo.name: photo for photo in found}
     jobs = []
-    for number, photo in enumerate(unique.values()):
-        target = folder / f"{photo.name}.png"
-        if not is_made(photo, target):
-            jobs.append((photo, target, choices, number))
-    num_kept = len(unique) - len(jobs)
-    print(f"{folder}: {num_kept} pictures are there, {len(jobs)} to make", flush=True)
-    return run_jobs(jobs)
+    doubts = {}
+    targets = set()
+    for number, photo in enumerate(found):
+        target = listed.folder / f"{photo.name}.png"
+        targets.add(target.name)
+        made_from = stamp(photo, number, choices)
+        entry = listed.entry(target)
+        if entry and entry.get("made_from") == made_from:
+            doubts[photo.name] = entry.get("doubt", "")
+        else:
+            jobs.append(Job(photo, number, target, choices, made_from))
+    for job in jobs:
+        listed.clear(job.target)
+    for name in [name for name in listed.entries if name not in targets]:
+        if listed.entry(listed.folder / name):
+            listed.clear(listed.folder / name)  # a picture of ours, of other choices
+    num_kept = len(found) - len(jobs)
+    print(f"{listed.folder}: {num_kept} pictures are there, {len(jobs)} to make", flush=True)
+    problems = {}
+    for made in run_jobs(jobs):
+        for sentence in made.warnings:
+            print(f"warning: {sentence}", file=sys.stderr)
+        if made.problem:
+            problems[made.name] = made.problem
+        else:
+            doubts[made.name] = made.doubt
+            listed.add(made.entry)
+    return problems, {name: doubt for name, doubt in doubts.items() if doubt}
 
 
-def remove_outdated(folder, choices):
-    """Remove the pictures in `folder` if they were made from other choices."""
-    drawn = choices["preprocessing"] == "drawn"
-    deciding = DECIDING_DRAWN if drawn else DECIDING
-    made_from = json.dumps([choices.get(name) for name in deciding])
-    stamp = folder / "made_from.json"
-    if stamp.exists() and stamp.read_text() == made_from:
-        return
-    for old in folder.glob("*.png"):
-        old.unlink()
-    publish_text(stamp, made_from)
+def stamp(photo, number, choices):
+    """What a picture is made from, as a short text: if anything of it changes, the text changes.
 
-
-def is_made(photo, target):
-    """Whether the picture `target` is there, and was made from the photograph as it is now."""
-    if not target.exists():
-        return False
+    Of a photograph: path, size and time of the last change in nanoseconds. The text is a hash: a
+    path may hold a patient's name.
+    """
+    deciding = [choices["preprocessing"], choices["code"], choices["channels"]]
+    deciding.append(choices["image_size"])
     if photo.path is None:
-        return True
-    return photo.path.exists() and modified_s(photo.path) == modified_s(target)
-
-
-def modified_s(path):
-    """The time of the last change of a file, in whole seconds since 1970."""
-    return int(path.stat().st_mtime)
+        deciding += [choices["seed"], number, photo.grade, photo.hospital]
+    else:
+        state = os.stat(photo.path)
+        deciding += [os.path.abspath(photo.path), state.st_size, state.st_mtime_ns]
+    return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]
 
 
 def run_jobs(jobs):
-    """Run make_picture on every job, with a line of progress. Returns all its problems as a dict."""
+    """Run make_picture on every job, with a line of progress. Yields what became of each."""
     if len(jobs) < FEWEST_FOR_PROCESSES:
         pool = ThreadPoolExecutor(1)
     else:
@@ -83,13 +109,11 @@ def run_jobs(jobs):
             mp_context=multiprocessing.get_context("spawn"),
             initializer=end_with_parent,
         )
-    problems = {}
     started = time.monotonic()
     with pool:
-        for done, problem in enumerate(pool.map(make_picture, jobs, chunksize=8), start=1):
-            problems.update(problem)
+        for done, made in enumerate(pool.map(make_picture, jobs, chunksize=8), start=1):
             show_progress(done, len(jobs), time.monotonic() - started)
-    return problems
+            yield made
 
 
 def show_progress(done, total, seconds):
@@ -115,23 +139,46 @@ def end_with_parent():
 
 
 def make_picture(job):
-    """Make one picture. Returns {}, or {name: what is wrong with the photograph}."""
-    photo, target, choices, number = job
+    """Make one picture. Returns a Made."""
+    name = job.photo.name
+    doubt = ""
+    with warnings.catch_warnings(record=True) as caught:
+        # Pillow warns of odd files; whoever reads it must know of which.
+        warnings.simplefilter("always")
+        try:
+            if job.photo.path is None:
+                image = draw(job)
+            elif job.choices["preprocessing"] == "imported":
+                image = import_picture(job.photo.path, job.choices["channels"])
+            else:
+                image, doubt = photos.prepare_photograph(job.photo.path, job.choices["image_size"])
+        except ValueError as error:
+            return Made(name, problem=str(error))
+    sentences = tuple(dict.fromkeys(f"{job.photo.path}: {each.message}" for each in caught))
+    written = temporary(job.target)
     try:
-        if photo.path is None:
-            rng = np.random.default_rng([choices["seed"], 0, number])
-            image, _ = fundus.draw(photo.grade, rng, choices["image_size"])
-        elif choices["preprocessing"] == "imported":
-            image = np.asarray(photos.open_image(photo.path))
-        else:
-            image = photos.preprocess(photos.open_image(photo.path), choices["image_size"])
-    except ValueError as error:
-        return {photo.name: str(error)}
-    with replacing(target) as written:
         Image.fromarray(image).save(written)
-        if photo.path is not None:
-            # The picture has the date of its photograph. A photograph with another date, be it
-            # older or newer, is another photograph.
-            date = modified_s(photo.path)
-            os.utime(written, (date, date))
-    return {}
+        facts = {"made_from": job.made_from}
+        if doubt:
+            facts["doubt"] = doubt
+        entry = publish_listed(written, job.target, facts)
+    finally:
+        written.unlink(missing_ok=True)
+    return Made(name, doubt=doubt, warnings=sentences, entry=entry)
+
+
+def draw(job):
+    """A drawn photograph: uint8 (image_size, image_size, 3)."""
+    rng = np.random.default_rng([job.choices["seed"], 0, job.number])
+    hospital = fundus.hospital_of(job.photo.hospital)
+    image, _ = fundus.draw(job.photo.grade, rng, job.choices["image_size"], hospital=hospital)
+    return image
+
+
+def import_picture(path, channels):
+    """A picture of the thesis as it is: uint8 (height, width, 3).
+
+    channels: "exchanged" puts red and blue right; OpenCV wrote them in the other order.
+    """
+    image = np.asarray(photos.open_image(path))
+    return np.ascontiguousarray(image[..., ::-1]) if channels == "exchanged" else image

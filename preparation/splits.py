@@ -1,14 +1,18 @@
 """Who gets which image: training or validation, and which hospital.
 
-Everything here takes and gives lists of datasets.Photo.
+Everything here takes and gives lists of datasets.Photo, and deals whole patients: the two eyes of
+one patient are alike, so that one to train on would tell the network about the other. A patient
+counts by the worst grade.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
-# Part of the images of grades 0..4 that is held out where the published set has no validation part.
-VALIDATION = (0.2, 0.2, 0.2, 0.2, 0.2)
+# Part of the images that is held out where the published set has no validation part.
+VALIDATION = 0.2
 # The thesis draws its training set from 6,266 healthy and 6,256 diseased images of OIA-DDR:
-# 5,060 and 4,940 are left to train on.
+# 5,060 and 4,940 are left to train on. So it holds out these parts of grades 0..4.
 BALANCED = (1 - 5060 / 6266,) + (1 - 4940 / 6256,) * 4
 # Its non-IID split deals these parts of them to workers 1, 2 and 3.
 THESIS_HEALTHY = np.array([3000, 1000, 1060]) / 5060
@@ -17,20 +21,42 @@ THESIS_DISEASED = np.array([500, 300, 4140]) / 4940
 DIRICHLET_ATTEMPTS = 1000
 
 
-def choose_validation(photos, balanced, rng):
+class Patient(NamedTuple):
+    """All photos of one patient."""
+
+    grade: int  # the worst
+    photos: list
+
+
+def group_patients(photos):
+    """A list of Patient, in the order of their first photos."""
+    groups = {}
+    for photo in photos:
+        groups.setdefault(photo.patient, []).append(photo)
+    return [Patient(max(photo.grade for photo in own), own) for own in groups.values()]
+
+
+def photos_of(patients):
+    """All photos of a list of Patient."""
+    return [photo for patient in patients for photo in patient.photos]
+
+
+def choose_validation(photos, balanced, rng, val_part=None):
     """(train, val): the published parts where there are any, else a part of each grade.
 
-    No patient is in both. balanced: the thesis's draw, which mixes the published parts.
-    Raises ValueError where one of the two is without images.
+    No patient is in both. balanced: the thesis's draw, which mixes the published parts. val_part:
+    the part to hold out, 0..1, whatever is published; of 0 and 1 one of the two is empty. Raises
+    ValueError where one of the two is without images otherwise.
     """
     has_parts = any(photo.part for photo in photos)
-    if has_parts and not balanced:
+    if has_parts and not balanced and val_part is None:
         train, val = published_parts(photos)
     else:
-        held_out = hold_out(photos, BALANCED if balanced else VALIDATION, rng)
+        parts = BALANCED if balanced else (VALIDATION if val_part is None else val_part,) * 5
+        held_out = hold_out(photos, parts, rng)
         train = [photo for photo in photos if photo.patient not in held_out]
         val = [photo for photo in photos if photo.patient in held_out]
-    if not train or not val:
+    if (not train and val_part != 1) or (not val and val_part != 0):
         raise ValueError(
             f"found {len(train)} images to train on and {len(val)} to validate: expected some of "
             "each"
@@ -49,84 +75,125 @@ def published_parts(photos):
 
 
 def hold_out(photos, parts, rng):
-    """The set of patients who make up parts[grade] of the images of each grade.
-
-    A patient counts by the worst grade.
-    """
-    grades_of = {}
-    for photo in photos:
-        grades_of.setdefault(photo.patient, []).append(photo.grade)
+    """The set of patients (their names) who make up parts[grade] of the images of each grade."""
+    patients = group_patients(photos)
     chosen = set()
     due = 0.0  # images still to be held out; what rounding leaves over is carried to the next grade
     for grade, part in enumerate(parts):
-        group = [patient for patient, grades in grades_of.items() if max(grades) == grade]
-        due += part * sum(len(grades_of[patient]) for patient in group)
+        group = [patient for patient in patients if patient.grade == grade]
+        due += part * len(photos_of(group))
         for i in rng.permutation(len(group)):
             if due < 0.5:
                 break
-            chosen.add(group[i])
-            due -= len(grades_of[group[i]])
+            chosen.add(group[i].photos[0].patient)
+            due -= len(group[i].photos)
     return chosen
 
 
 def split(photos, how, num_clients, rng, alpha=0.5, share=0):
-    """Split training photos among clients: "iid", "noniid" or "dirichlet"; a list for each client.
+    """Split training photos among clients; a list for each client.
 
+    how: "hospitals", "iid", "noniid" or "dirichlet". hospitals: by Photo.hospital (see
+    deal_hospitals).
     noniid: the thesis's, for three clients. dirichlet: of each grade, parts from Dirichlet(alpha)
-    (Hsu et al. 2019). share: so many images (Zhao et al. 2018), in the grades' proportions, are taken
-    out before the split and given to every client.
-    Raises ValueError where a client would get too few.
+    (Hsu et al. 2019). share: so many images (Zhao et al. 2018), in the grades' proportions, are
+    taken out before the split and given to every client; whole patients, so it can be some more or
+    less. Raises ValueError where a client would get too few.
     """
-    if share + num_clients > len(photos):
+    patients = group_patients(photos)
+    num_shared = round(share * len(patients) / len(photos))
+    if num_shared + num_clients > len(patients):
+        of_patients = f" of {len(patients)} patients" if len(patients) < len(photos) else ""
         raise ValueError(
-            f"{len(photos)} training images are too few for {share} shared ones and {num_clients} "
-            "clients"
+            f"{len(photos)} training images{of_patients} are too few for {share} shared ones and "
+            f"{num_clients} clients"
         )
     # Shuffled, then ordered by grade: every n-th one of these is a fair sample.
-    shuffled = [photos[i] for i in rng.permutation(len(photos))]
-    by_grade = sorted(shuffled, key=lambda photo: photo.grade)
-    common = set(np.linspace(0, len(photos) - 1, share).round().astype(int).tolist())
-    shared = [by_grade[i] for i in sorted(common)]
-    own = [photo for i, photo in enumerate(by_grade) if i not in common]
+    shuffled = [patients[i] for i in rng.permutation(len(patients))]
+    by_grade = sorted(shuffled, key=lambda patient: patient.grade)
+    common = set(np.linspace(0, len(patients) - 1, num_shared).round().astype(int).tolist())
+    shared = photos_of(by_grade[i] for i in sorted(common))
+    own = [patient for i, patient in enumerate(by_grade) if i not in common]
     clients = deal_enough(own, how, num_clients, rng, alpha)
-    return [client + shared for client in clients]
+    return [photos_of(client) + shared for client in clients]
 
 
-def deal_enough(photos, how, num_clients, rng, alpha):
+def deal_enough(patients, how, num_clients, rng, alpha):
     """What `deal` gives, if every client has enough of it; ValueError otherwise."""
+    num_photos = len(photos_of(patients))
     if how != "dirichlet":
-        clients = deal(photos, how, num_clients, rng, alpha)
+        clients = deal(patients, how, num_clients, rng, alpha)
         if [] in clients:
             raise ValueError(
-                f"worker{clients.index([]) + 1} would get none of {len(photos)} images: take fewer "
+                f"worker{clients.index([]) + 1} would get none of {num_photos} images: take fewer "
                 "clients"
             )
         return clients
-    fewest = min(10, max(1, len(photos) // (4 * num_clients)))
+    fewest = min(10, max(1, num_photos // (4 * num_clients)))
     for _ in range(DIRICHLET_ATTEMPTS):
-        clients = deal(photos, how, num_clients, rng, alpha)
-        if min(map(len, clients)) >= fewest:
+        clients = deal(patients, how, num_clients, rng, alpha)
+        if min(len(photos_of(client)) for client in clients) >= fewest:
             return clients
     raise ValueError(
-        f"alpha {alpha} leaves a client with fewer than {fewest} images {DIRICHLET_ATTEMPTS} times: "
-        "take a larger one"
+        f"alpha {alpha} leaves a client with fewer than {fewest} images {DIRICHLET_ATTEMPTS} "
+        "times: take a larger one"
     )
 
 
-def deal(photos, how, num_clients, rng, alpha):
-    """Deal photos, ordered by grade, among clients: a list for each."""
+def deal(patients, how, num_clients, rng, alpha):
+    """Deal patients, ordered by grade, among clients: a list of Patient for each."""
+    if how == "hospitals":
+        return deal_hospitals(patients, num_clients)
     if how == "iid":
-        return [photos[first::num_clients] for first in range(num_clients)]
+        return deal_evenly(patients, num_clients)
     groups = ((0,), (1, 2, 3, 4)) if how == "noniid" else ((0,), (1,), (2,), (3,), (4,))
     clients = [[] for _ in range(num_clients)]
     for grades in groups:
-        group = [photo for photo in photos if photo.grade in grades]
+        group = [patient for patient in patients if patient.grade in grades]
         if how == "dirichlet":
             parts = rng.dirichlet([alpha] * num_clients)
         else:
             parts = THESIS_HEALTHY if grades == (0,) else THESIS_DISEASED
-        ends = np.round(np.cumsum(parts)[:-1] * len(group)).astype(int)
-        hands = np.split(rng.permutation(len(group)), ends)
-        for client, hand in zip(clients, hands, strict=True):
-            client += [group[i] for i in hand]
+        shuffled = [group[i] for i in rng.permutation(len(group))]
+        # Cut where the images, not the patients, are the parts.
+        num_photos = np.cumsum([len(patient.photos) for patient in shuffled])
+        total = num_photos[-1] if len(group) else 0
+        wanted = np.round(np.cumsum(parts)[:-1] * total)
+        cuts = np.searchsorted(num_photos, wanted, side="right")
+        starts = [0, *cuts]
+        ends = [*cuts, len(shuffled)]
+        for client, start, end in zip(clients, starts, ends, strict=True):
+            client += shuffled[start:end]
+    return clients
+
+
+def deal_evenly(patients, num_clients):
+    """Each patient to the client with the fewest images so far, the first of those that have.
+
+    Where every patient has one image, that is every n-th patient to each.
+    """
+    clients = [[] for _ in range(num_clients)]
+    sizes = [0] * num_clients
+    for patient in patients:
+        fewest = sizes.index(min(sizes))
+        clients[fewest].append(patient)
+        sizes[fewest] += len(patient.photos)
+    return clients
+
+
+def deal_hospitals(patients, num_clients):
+    """Deal whole hospitals among clients: a list of Patient for each.
+
+    Clients take the hospitals in turn. Where there are more clients than hospitals, those of the
+    same hospital share its patients; where there are fewer, a client has several hospitals.
+    """
+    # By name, because `patients` come ordered by grade: then chance would order the hospitals.
+    photos = sorted(photos_of(patients), key=lambda photo: photo.name)
+    names = list(dict.fromkeys(photo.hospital for photo in photos))
+    clients = [[] for _ in range(num_clients)]
+    for number, name in enumerate(names):
+        own = [patient for patient in patients if patient.photos[0].hospital == name]
+        owners = clients[number :: len(names)] or [clients[number % num_clients]]
+        for owner, hand in zip(owners, deal_evenly(own, len(owners)), strict=True):
+            owner += hand
     return clients

@@ -205,7 +205,7 @@ class Index:
 class Hdf5:
     """The converter on damaged weight files: in a process for each, with its bounds set."""
 
-    CPU_S = 3
+    CPU_S = 1
     MEMORY_BYTES = 256 << 20
 
     def __init__(self, folder):

@@ -212,13 +212,13 @@ FILES = {  # row: (maker, sentence); all are INVALID_ARGUMENT
     "objects": (replaced(W, shape=(2, 1), dtype=h5py.string_dtype()), "dtype object"),
     "references": (replaced(W, shape=(2, 1), dtype=h5py.ref_dtype), "dtype object"),
     "records": (replaced(W, shape=(2, 1), dtype=[("a", "f4"), ("b", "f4")]), "dtype"),
-    "an external link": (linked(h5py.ExternalLink("/etc/passwd", "x")), "link to another place"),
+    "an external link": (linked(h5py.ExternalLink("/etc/passwd", "x")), "is a link"),
     "an external link to a good file": (
         linked(h5py.ExternalLink("../client001/client_weights.h5", W)),
-        "link to another",
+        "is a link",
     ),
-    "a soft link": (linked(h5py.SoftLink("/norm1/norm1/weight0")), "link to another place"),
-    "a dangling link": (linked(h5py.SoftLink("/nowhere")), "link to another place|not in the file"),
+    "a soft link": (linked(h5py.SoftLink("/norm1/norm1/weight0")), "is a link"),
+    "a dangling link": (linked(h5py.SoftLink("/nowhere")), "is a link|not in the file"),
     "external storage": (
         replaced(W, shape=(2, 1), dtype="f4", external=[("/etc/passwd", 0, 8)]),
         "outside the file",
@@ -790,6 +790,38 @@ def test_a_client_that_goes_away_after_a_complete_upload_counts(served, tmp_path
         and served.run.rounds.round == number + 1
     )
     assert served.run.holds(("client001", 3, 11), ("client002", 3, 12))
+
+
+@pytest.mark.parametrize(
+    ("form", "seeds"),  # others each time: equal bytes would be a repeat
+    [("{}/client_weights", (15, 16)), ("./{}/client_weights.h5", (17, 18))],
+)
+def test_a_peer_of_2020_names_itself_by_a_path_in_any_of_its_forms(served, tmp_path, form, seeds):
+    good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in seeds]
+    first = served.counted(good[0], "client001")
+    content = good[1].read_bytes()
+    message = todo_pb2.modelWeight(
+        model=base64.b64encode(content), clientname=form.format("client002"), clientsize=3
+    )
+    assert served.stub.sendWeight(iter([message]), timeout=60).value == first.result().value == 1
+    assert served.run.holds(("client001", 3, seeds[0]), ("client002", 3, seeds[1]))
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "drcnn"])
+def test_what_a_peer_without_a_name_fetches_is_logged(served, monkeypatch, arch):
+    monkeypatch.setattr(served.run.rounds, "state", served.run.rounds.state.changed(arch=arch))
+    before = len(served.run.said)
+    assert list(served.stub.getWeight(todo_pb2.void(), timeout=60))
+    said = served.run.said[before:]
+    number = served.run.rounds.round
+    assert re.fullmatch(
+        rf"a peer without a name \(ipv\d:.*\) fetches the weights of round {number}", said[0]
+    )
+    warned = any(
+        "can load the weights of --arch vgg16 only, and this run's are drcnn" in line
+        for line in said
+    )
+    assert warned == (arch == "drcnn")
 
 
 def test_a_second_server_on_the_port_is_refused(served):

@@ -53,7 +53,9 @@ def three_clients(folder):
 def test_wrong_usage_is_a_sentence(compare, flags, tmp_path):
     process = compare(*flags)
     assert process.wait() == 2
-    assert re.match(r"compare: error: .+$", process.output) and process.output.count("\n") == 0
+    assert (
+        re.match(r"\S+ \S+ compare: error: .+$", process.output) and process.output.count("\n") == 0
+    )
     assert not list(tmp_path.glob("compare-*"))
 
 

@@ -8,12 +8,17 @@ from preparation import fundus
 from reporting import metrics
 
 
-def drawn_set(count, seed, image_size=128, lesions=True):
-    """`count` images in the grades' proportions: uint8 (n, size, size, 3), and grades int (n,)."""
+def drawn_set(count, seed, image_size=128, lesions=True, hospitals=(fundus.EQUAL_HOSPITAL,)):
+    """`count` images, of each hospital in turn: uint8 (n, size, size, 3), and grades int (n,)."""
     rng = np.random.default_rng(seed)
-    grades = rng.choice(5, count, p=fundus.GRADE_SHARES)
-    images = [fundus.draw(int(grade), rng, image_size, lesions)[0] for grade in grades]
-    return np.stack(images), grades
+    images = []
+    grades = []
+    for number in range(count):
+        hospital = hospitals[number % len(hospitals)]
+        grade = int(rng.choice(5, p=hospital.grade_shares))
+        images.append(fundus.draw(grade, rng, image_size, lesions, hospital)[0])
+        grades.append(grade)
+    return np.stack(images), np.array(grades)
 
 
 def healthy_image(seed, image_size=128):
@@ -99,6 +104,94 @@ def test_left_and_right_eyes_are_drawn():
     assert 15 < disc_on_the_right < 45
 
 
+@pytest.mark.parametrize("hospital", fundus.HOSPITALS, ids=lambda hospital: hospital.name)
+def test_a_hospital_is_described_without_a_slip(hospital):
+    assert sum(hospital.grade_shares) == pytest.approx(1)
+    assert hospital.grade_shares[0] == 0.5
+    assert fundus.hospital_of(hospital.name) is hospital
+    # A misspelt kind would be drawn by nobody, and no one would notice.
+    assert set(hospital.lesions) <= set(fundus.LESIONS)
+    for grade, share in enumerate(hospital.grade_shares):
+        kinds = [kind for kind, counts in hospital.lesions.items() if grade in counts]
+        assert bool(kinds) == (grade > 0 and share > 0)
+
+
+def test_every_grade_comes_to_some_hospital_and_no_hospital_sees_all_of_them():
+    seen = [
+        {grade for grade, share in enumerate(hospital.grade_shares) if share}
+        for hospital in fundus.HOSPITALS
+    ]
+    assert set.union(*seen) == {0, 1, 2, 3, 4}
+    assert all(len(grades) < 5 for grades in seen)
+
+
+def lesion_lightness(hospital, grade, seed):
+    """How much the lesions change the green of their pixels: below 0 blood, above 0 deposits."""
+    sick, mask = fundus.draw(grade, np.random.default_rng(seed), hospital=hospital)
+    without, _ = fundus.draw(grade, np.random.default_rng(seed), lesions=False, hospital=hospital)
+    return (sick.astype(int) - without)[mask][:, 1]
+
+
+def test_hospitals_see_other_lesions():
+    screening, macula, referral = fundus.HOSPITALS
+    for seed in range(8):
+        for hospital, grade in ((screening, 1), (screening, 2), (referral, 3), (referral, 4)):
+            change = lesion_lightness(hospital, grade, seed)
+            assert (change < 0).mean() > 0.9, "blood, and nothing else"
+        change = np.concatenate([lesion_lightness(macula, grade, seed) for grade in (2, 3)])
+        assert (change > 0).mean() > 0.5, "deposits before all"
+    # The macula clinic is no caricature: some of its patients bleed, too.
+    change = np.concatenate([lesion_lightness(macula, 3, seed) for seed in range(8)])
+    assert (change < -10).any()
+    areas = {}
+    for hospital, grade in ((screening, 1), (referral, 4)):
+        rng = np.random.default_rng(0)
+        masks = [fundus.draw(grade, rng, 64, hospital=hospital)[1] for _ in range(20)]
+        areas[hospital.name] = np.mean(masks)
+    assert areas["referral clinic"] > 3 * areas["screening centre"]
+
+
+def test_the_cameras_of_the_hospitals_differ():
+    """The same eyes, photographed in each hospital."""
+    reds_per_blue = []
+    disc_distances = []
+    for hospital in fundus.HOSPITALS:
+        images = []
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            images.append(fundus.draw(0, rng, hospital=hospital)[0].astype(float))
+        images = np.stack(images)
+        middle = images[:, 40:88, 40:88]
+        reds_per_blue.append(middle[..., 0].mean() / middle[..., 2].mean())
+        # The disc is the brightest blob of green in a row about the middle.
+        profiles = images[:, 54:74, 8:120, 1].mean(axis=1)
+        disc_distances.append(np.abs(profiles.argmax(axis=1) - 55.5).mean())
+        cut = images[:, :6].max() < 30
+        assert cut == (hospital.name == "macula clinic"), "its sensor is lower than the circle"
+    screening, macula, referral = reds_per_blue
+    assert macula < 0.95 * screening and referral > 1.05 * screening
+    assert disc_distances[1] > disc_distances[0] > disc_distances[2], "the macula clinic is closer"
+
+
+def test_a_hospital_does_not_move_the_random_stream():
+    next_numbers = set()
+    for hospital in (fundus.EQUAL_HOSPITAL, *fundus.HOSPITALS):
+        rng = np.random.default_rng(3)
+        fundus.draw(3, rng, 32, hospital=hospital)
+        next_numbers.add(int(rng.integers(2**60)))
+    assert len(next_numbers) == 1
+
+
+def test_the_same_seed_gives_the_same_bits_in_every_hospital_and_each_its_own():
+    images = set()
+    for hospital in (fundus.EQUAL_HOSPITAL, *fundus.HOSPITALS):
+        image, _ = fundus.draw(0, np.random.default_rng(7), 64, hospital=hospital)
+        same, _ = fundus.draw(0, np.random.default_rng(7), 64, hospital=hospital)
+        assert (image == same).all()
+        images.add(image.tobytes())
+    assert len(images) == 4
+
+
 def fit_logistic_regression(features, target, penalty):
     """The weights of a ridge-penalised logistic regression, by Newton's method: (n,)."""
     weights = np.zeros(features.shape[1])
@@ -111,10 +204,11 @@ def fit_logistic_regression(features, target, penalty):
 
 
 @pytest.mark.parametrize("count, size", [(300, 32), pytest.param(900, 128, marks=pytest.mark.slow)])
-def test_colour_thumbnails_do_not_tell_the_grade(count, size):
+@pytest.mark.parametrize("hospitals", [[fundus.EQUAL_HOSPITAL], fundus.HOSPITALS])
+def test_colour_thumbnails_do_not_tell_the_grade(count, size, hospitals):
     """8 x 8 pixels are too few to see a lesion: who can tell the grade there has seen something
     else that should not be there."""
-    images, grades = drawn_set(count, seed=1, image_size=size)
+    images, grades = drawn_set(count, 1, size, hospitals=hospitals)
     fitting = count * 2 // 3  # the rest is to test with
     blocks = images.reshape(count, 8, size // 8, 8, size // 8, 3)
     thumbnails = blocks.mean(axis=(2, 4)).reshape(count, -1)

@@ -12,6 +12,7 @@ import launch
 import model
 from preparation import datasets
 
+DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 SCRIPTS = {
     "prepare": "prepare.py",
     "server": "todoServer.py",
@@ -50,7 +51,8 @@ def test_a_flag_goes_to_every_script_that_knows_it(script_flags):
 
 
 def test_networks_and_data_sets_are_those_of_the_scripts():
-    assert launch.IMAGE_SIZES == model.ARCHS
+    assert launch.IMAGE_SIZES == {name: arch.image_size for name, arch in model.ARCHS.items()}
+    assert launch.PRETRAINED == [name for name, arch in model.ARCHS.items() if arch.features]
     assert launch.DATASETS == ["synthetic", *datasets.LOADERS]
 
 
@@ -70,6 +72,19 @@ def test_only_given_flags_are_passed_on():
     assert launch.flags_for("client", flags) == ["--seed", "0", "--freeze-base"]
     command, flags = launch.parse(["compare"])
     assert command == "compare" and flags == {}
+
+
+def test_central_training_freezes_what_the_clients_freeze():
+    """A server that begins from ImageNet with lite0 tells its clients to."""
+    _, flags = launch.parse(["run", "--arch", "lite0"])
+    assert launch.flags_for("server", flags)[-2:] == ["--weights", "imagenet"]
+    assert launch.flags_for("client", flags) == []
+    assert launch.central_flags(flags)[-2:] == ["--freeze-base", "--no-augmentation"]
+    _, flags = launch.parse(["run", "--arch", "lite0", "--no-freeze-base"])
+    assert launch.flags_for("client", flags) == ["--no-freeze-base"]
+    assert launch.central_flags(flags)[-1] == "imagenet"
+    _, flags = launch.parse(["run", "--arch", "lite0", "--weights", "none"])
+    assert launch.central_flags(flags)[-1] == "none"
 
 
 def test_paths_are_relative_to_where_the_user_is(tmp_path, monkeypatch):
@@ -92,11 +107,13 @@ WRONG = [
     (["--dataset", "idrid", "--source", "nowhere"], "there is no folder"),
     (["--source", "."], "--source without --dataset"),
     (["--weights", "nothing.h5"], "expected none, imagenet or a file; there is no"),
-    (["--weights", "imagenet"], "are for --arch vgg16"),
-    (["--freeze-base"], "are for --arch vgg16"),
+    (["--weights", "imagenet"], "are for --arch vgg16 and lite0"),
+    (["--arch", "lite0", "--freeze-base", "--no-freeze-base"], "contradict each other"),
+    (["--freeze-base"], "are for --arch vgg16 and lite0"),
     (["--balanced"], "--balanced is the thesis's draw from ddr, not from synthetic"),
 ]
 WRONG_RUN = [
+    (["--split", "hospitals", "--dataset", "retinamnist"], "--split hospitals is of the drawn"),
     (["--num-clients", "0"], "'0' is not a whole number of at least 1"),
     (["--split", "noniid", "--num-clients", "4"], "--split noniid is for 3 clients"),
 ]
@@ -120,7 +137,8 @@ def test_wrong_usage_is_one_line_before_anything_is_installed(command, flags, se
     )
     assert shown.returncode == 2 and shown.stdout == ""
     who = command.removesuffix(".sh")
-    assert re.fullmatch(rf"{who}: error: .*; \./{command} --help names the flags\n", shown.stderr)
+    ending = rf"{who}: error: .*; \./{command} --help names the flags\n"
+    assert re.fullmatch(DATE + ending, shown.stderr)
     assert sentence in shown.stderr
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -264,3 +264,17 @@ def test_a_model_that_must_not_be_used(score, grades, sentence):
     assessed = metrics.assess(1 - score, records_of(grades))
     assert sentence in assessed["warning"]
     json.dumps(assessed, allow_nan=False)
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_so_few_images_that_none_is_left_to_report_on(num_images):
+    """Every patient chooses: the card says that nothing can be judged, and no round fails."""
+    records = [
+        {"picture": f"{n}.png", "dir": f"{n}.png", "label": 2 * n, "new_label": str(n == 0)}
+        for n in range(num_images)
+    ]
+    found = metrics.assess(np.linspace(0.25, 0.75, num_images), records)
+    assert found["num_reporting_images"] == 0
+    assert found["warning"].startswith("it cannot be judged")
+    measured = found["tasks"]["any DR"]["measured"]
+    assert set(measured) == set(metrics.METRICS) and measured["auc"] == [None, None, None]

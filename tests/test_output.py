@@ -10,13 +10,22 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
 import time
 
 import pytest
-from conftest import ROOT, client_script, free_port, server_script, start_server, until
+from conftest import (
+    ROOT,
+    client_script,
+    free_port,
+    port_is_free,
+    server_script,
+    start_server,
+    until,
+)
 
 from common import files, log
 
@@ -201,6 +210,35 @@ def test_one_closed_output(begun, start, stream):
     done = subprocess.run(["bash", "-c", command], cwd=site, capture_output=True, text=True)
     assert done.returncode == 0 == server.wait()
     assert ("the run is over" in done.stdout) == (stream == "2>&-")
+
+
+def test_grpcs_own_lines_hold_no_thread(running, start, begun, tmp_path):
+    """gRPC says on stderr, from the threads that serve, why a handshake failed."""
+    certs = tmp_path / "certs"
+    subprocess.run([ROOT / "make_certs.sh", certs, "localhost", "client001"], check=True)
+    site = begun(clients=["client001"], rounds=1)
+    port = free_port()
+
+    def flags(name):
+        given = {
+            "ca": certs / "ca.pem",
+            "cert": certs / f"{name}.pem",
+            "key": certs / f"{name}.key",
+        }
+        return [word for kind, path in given.items() for word in (f"--tls-{kind}", path)]
+
+    with full_pipe() as (_, err):
+        command = [server_script(site), "--listen", f"localhost:{port}", *flags("server")]
+        server = running(command, cwd=site, stdout=subprocess.DEVNULL, stderr=err)
+        until(lambda: not port_is_free(port), "the server listens")
+        for _ in range(50):
+            with socket.create_connection(("localhost", port)) as stranger:
+                stranger.sendall(b"no TLS at all\r\n\r\n")
+                stranger.recv(100)
+        arguments = ["--name", "client001", "--server", f"localhost:{port}", *flags("client001")]
+        client = start(client_script(site), *arguments, cwd=site)
+        assert client.wait() == 0, client.output
+        assert server.ends()[0] == 0
 
 
 # --- the log by itself ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""overview: the table counts right, the contact sheet shows a row a grade, the figure comes where matplotlib is."""
+"""overview: the table counts right, a row a grade on the sheet, a figure where matplotlib is."""
 
 import sys
 

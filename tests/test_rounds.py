@@ -624,6 +624,40 @@ def test_nobody_is_answered_when_the_history_could_not_be_written(make_run, monk
     assert (run.folder / "history.csv").read_text().count("\n") == 2
 
 
+@pytest.mark.parametrize("step", ["merge", "evaluate", "_freeze"])
+def test_a_server_out_of_open_files_goes_on_when_they_come_back(make_run, monkeypatch, step):
+    monkeypatch.setattr(rounds, "RETRY_S", 0.01)
+    run, failures = make_run(clients=["client001", "client002"]), [24, 23, 24]  # EMFILE, ENFILE
+    owner = run.rounds if step == "_freeze" else run
+    inner = getattr(owner, step)
+
+    def out_of_files(*arguments):
+        if failures:
+            raise OSError(failures.pop(), "Too many open files")
+        return inner(*arguments)
+
+    setattr(owner, step, out_of_files)
+    for call in [run.deliver("client001", 1), run.deliver("client002", 2)]:
+        call.result()
+    assert not failures and run.holds(("client001", 1, 1), ("client002", 1, 2))
+    assert sum("Too many open files; trying again" in line for line in run.said) == 3
+
+
+def test_a_signal_ends_a_server_that_is_out_of_open_files(make_run, monkeypatch):
+    run = make_run(clients=["client001"])
+
+    def out_of_files(*_):
+        raise OSError(24, "Too many open files")
+
+    run.merge = out_of_files
+    call = run.deliver("client001", 1)
+    until(lambda: any("trying again" in line for line in run.said), "it tries again")
+    run.rounds.stop("UNAVAILABLE", "the server is stopping")
+    refused(call, "UNAVAILABLE")
+    with pytest.raises(Refused):
+        run.coordinator.result()
+
+
 @pytest.mark.parametrize("name", ["state.json", "client_weights.h5"])
 def test_an_upload_that_could_not_be_stored_leaves_the_round_unharmed(make_run, monkeypatch, name):
     run = make_run(clients=["client001", "client002"])

@@ -1,5 +1,6 @@
 """./run_local.sh as a newcomer runs it: in a copy of the project, for real, on a small set."""
 
+import csv
 import json
 import os
 import pty
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT, Started, processes_in, until
 
 NUM_IMAGES = 90
-CHOICES = ["--num-clients", "2", "--image-size", "32", "--num-train", "60", "--num-val", "30"]
+DATA = ["--num-clients", "2", "--image-size", "32", "--num-train", "60", "--num-val", "30"]
 WITH_PACKAGES = {"PYTHON": sys.executable}  # this environment in place of a fresh .venv
 
 
@@ -28,7 +29,7 @@ def copy_of_project(folder):
 
 
 def command(*flags):
-    return ["bash", "run_local.sh", *CHOICES, *flags]
+    return ["bash", "run_local.sh", *DATA, *flags]
 
 
 def run(project, *flags):
@@ -67,7 +68,7 @@ def interrupted_run(first_run, tmp_path_factory):
         beside = run(project, *flags)
         assert beside.returncode == 1 and beside.stdout == ""
         assert re.fullmatch(
-            "run_local: error: another process works in server: wait until it ends.*\n",
+            r"\S+ \S+ run_local: error: another process works in server: wait until it ends.*\n",
             beside.stderr,
         )
     assert (project / "run_local.log").read_text().startswith(log)
@@ -102,6 +103,38 @@ def test_a_run_ends_with_a_table_a_report_and_the_model(first_run):
 
 
 @pytest.mark.slow
+def test_each_client_alone_is_compared_with_the_federation(first_run, tmp_path):
+    project, shown = first_run
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    with open(project / "alone" / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [
+        "federated",
+        "client001 alone (referral clinic and screening centre)",
+        "client002 alone (macula clinic)",
+    ]
+    assert [(row["series"], row["round"]) for row in rows] == [
+        (name, number) for name in names for number in "12"
+    ]
+    for name, images in (("client001", "40"), ("client002", "20")):
+        with open(project / "alone" / name / "history.csv", newline="") as file:
+            assert [row["num_examples"] for row in csv.DictReader(file)] == [images, images]
+    assert 'id="comparison"' in (project / "server" / "report.html").read_text()
+    assert re.search(r"^ *client002 alone \(macula clinic\) +2 +\d\.\d{3} ", shown.stdout, re.M)
+
+    interrupted = tmp_path / "project"
+    shutil.copytree(project, interrupted)
+    (interrupted / "alone" / "compare.csv").unlink()
+    weights = (interrupted / "server" / "server_weight.h5").read_bytes()
+    again = run(interrupted, "--rounds", "2")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "each client alone is still to come" in again.stdout
+    assert "server: listening" not in again.stdout
+    assert (interrupted / "alone" / "compare.csv").exists()
+    assert (interrupted / "server" / "server_weight.h5").read_bytes() == weights
+
+
+@pytest.mark.slow
 def test_after_a_finished_run_a_new_one_gives_the_same_bits_without_drawing_again(
     first_run, tmp_path
 ):
@@ -114,8 +147,9 @@ def test_after_a_finished_run_a_new_one_gives_the_same_bits_without_drawing_agai
         if path.name != "contact_sheet.png"
     ]
     drawn = [path.stat().st_mtime_ns for path in pictures]
-    second = run(project, "--rounds", "2")
+    second = run(project, "--rounds", "2", "--no-alone")
     assert second.returncode == 0, second.stdout + second.stderr
+    assert "_alone: " not in second.stdout
     assert "a new run; the old one's files are moved aside" in second.stdout
     assert f"{len(drawn)} pictures are there, 0 to make" in second.stdout
     assert len(drawn) == NUM_IMAGES
@@ -136,7 +170,7 @@ def test_an_interrupted_run_refuses_other_data(interrupted):
 def test_an_interrupted_run_is_resumed(interrupted):
     project, finished = interrupted
     rounds = finished + 2
-    resumed = run(project, "--rounds", str(rounds))
+    resumed = run(project, "--rounds", str(rounds), "--no-alone")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "resuming the unfinished run" in resumed.stdout
     assert f"round {rounds}/{rounds}: loss" in resumed.stdout
@@ -151,7 +185,7 @@ def test_a_damaged_state_is_a_sentence_and_fresh_begins_a_new_run(interrupted):
     damaged = run(project)
     assert damaged.returncode == 1
     assert damaged.stderr.count("\n") == 1 and "--fresh" in damaged.stderr
-    afresh = run(project, "--fresh", "--rounds", "1")
+    afresh = run(project, "--fresh", "--rounds", "1", "--no-alone")
     assert afresh.returncode == 0, afresh.stdout + afresh.stderr
     assert "the old run's files are in server/old-2" in afresh.stdout
 
@@ -174,7 +208,7 @@ def test_one_that_fails_stops_the_others(project):
 def drawn(project):
     """The project, with its pictures and indexes already made."""
     made = subprocess.run(
-        [sys.executable, "prepare.py", *CHOICES], cwd=project, capture_output=True, text=True
+        [sys.executable, "prepare.py", *DATA], cwd=project, capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
     return project
@@ -198,7 +232,7 @@ def test_sigterm_ends_all_with_143(project):
     (drawn(project) / "todoClient.py").write_text(WAITING_CLIENT)
     process = Started(command(), project, WITH_PACKAGES)
     for name in ("client001", "client002"):
-        process.wait_for(f"{name}: I am here")
+        process.wait_for(f"{name}: I am here", 200)
     assert len(processes_in(project)) == 4
     process.signal(signal.SIGTERM)
     assert process.wait(20) == 143

@@ -2,10 +2,10 @@
 
 import functools
 import re
+import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, start_server
@@ -104,18 +104,6 @@ def test_help_answers_soon(script):
 
 
 @pytest.mark.parametrize(
-    "given, kept",
-    [
-        ({}, "glibc.malloc.tcache_count=0"),
-        ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "GLIBC_TUNABLES=glibc.malloc.check=0\0"),
-    ],
-)
-def test_the_server_runs_with_a_small_heap_or_the_users_own_settings(start, begun, given, kept):
-    server, _ = start_server(start, begun(), env=given)
-    assert kept in Path(f"/proc/{server.pid}/environ").read_text() + "\0"
-
-
-@pytest.mark.parametrize(
     "module",
     [
         "todoServer",
@@ -183,3 +171,14 @@ def test_a_missing_file_is_one_sentence_and_exit_1(arguments, sentence, tmp_path
     shown = run(sys.executable, ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
     assert shown.returncode == 1 and sentence in shown.stderr and "Traceback" not in shown.stderr
     assert len(shown.stderr.splitlines()) == 1
+
+
+def test_two_signals_at_once_end_a_server(start, begun):
+    """Ctrl-C reaches the server by the terminal, and run_local.sh ends it too: both within a blink."""
+    folder = begun()
+    for _ in range(8):
+        server, _ = start_server(start, folder)
+        server.signal(signal.SIGINT)
+        server.signal(signal.SIGTERM)
+        assert server.wait(10) in (130, 143)
+        assert "what has arrived is kept" in server.lines[-1]

@@ -1,4 +1,4 @@
-"""splits: whole patients on one side, published parts respected, hospitals as unequal as asked for."""
+"""splits: whole patients on one side, published parts kept, hospitals as unequal as wanted."""
 
 import numpy as np
 import pytest
@@ -139,3 +139,63 @@ def test_too_few_images_are_refused():
         splits.split(make_photos([0, 0, 3, 0, 0]), "noniid", 3, rng())
     with pytest.raises(ValueError, match="alpha 0.001 leaves a client with fewer than"):
         splits.split(make_photos([30, 0, 0, 0, 0]), "dirichlet", 3, rng(), alpha=0.001)
+
+
+PAIRS = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(1, 3)), min_size=24, max_size=60
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PAIRS, st.sampled_from(["iid", "noniid", "dirichlet"]), st.integers(0, 9))
+def test_a_patient_is_at_one_hospital_only(patients, how, share):
+    """Both eyes of a patient at one hospital, whatever the split; shared patients are at all."""
+    photos = []
+    for number, (left, right, count) in enumerate(patients):
+        for eye, grade in enumerate([left, right, left][:count]):
+            photos.append(Photo(None, grade, f"patient {number}", "", f"{number}_{eye}"))
+    try:
+        clients = splits.split(photos, how, 3, rng(), alpha=1.0, share=share)
+    except ValueError as error:
+        assert "would get none" in str(error) or "times: take a larger one" in str(error)
+        return
+    at = [{photo.patient for photo in client} for client in clients]
+    shared = at[0] & at[1] & at[2]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert at[one] & at[other] == shared
+    assert set().union(*at) == {photo.patient for photo in photos}
+    num_shared = sum(photo.patient in shared for photo in photos)
+    assert abs(num_shared - share) <= 3 * max(1, share)
+    for client in clients:  # all photos of a patient, and each once
+        assert len(set(client)) == len(client)
+        own = {photo.patient for photo in client}
+        assert len(client) == sum(photo.patient in own for photo in photos)
+
+
+def test_a_patient_counts_by_the_worst_grade():
+    pairs = [(0, 4)] * 30 + [(0, 0)] * 30
+    photos = [
+        Photo(None, grade, f"{number}", "", f"{number}_{eye}")
+        for number, pair in enumerate(pairs)
+        for eye, grade in enumerate(pair)
+    ]
+    clients = splits.split(photos, "iid", 3, rng())
+    assert [grades_of(client) for client in clients] == [[30, 0, 0, 0, 10]] * 3
+    train, val = splits.choose_validation(photos, False, rng())
+    assert grades_of(val) == [18, 0, 0, 0, 6] and len(train) == 96
+
+
+@pytest.mark.parametrize("val_part, count", [(0.0, 0), (0.25, 25), (0.5, 50), (1.0, 100)])
+def test_the_part_to_validate_on_is_what_was_meant(val_part, count):
+    for part in ("", "train"):
+        photos = make_photos([50, 10, 20, 10, 10], part=part)
+        train, val = splits.choose_validation(photos, False, rng(), val_part)
+        assert (len(train), len(val)) == (100 - count, count)
+
+
+def test_fewer_patients_than_clients_are_refused():
+    photos = make_photos([4, 0, 4, 0, 0], per_patient=4)
+    with pytest.raises(
+        ValueError, match="8 training images of 2 patients are too few for 0 shared ones and 3 cl"
+    ):
+        splits.split(photos, "iid", 3, rng())

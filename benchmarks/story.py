@@ -1,0 +1,150 @@
+"""What federation brings on the drawn hospitals: federated, central, and each hospital alone.
+
+    python3 benchmarks/story.py                     # seeds 0, 1, 2: some ten minutes on two cores
+    python3 benchmarks/story.py --seeds 0 --by-round
+
+For each seed prepare.py draws three hospitals that differ. All models begin with the same weights
+and train for the same number of passes over their images: the project's own training and FedAvg,
+in one process, without a network. All are measured on the same patients, of all three hospitals.
+Sensitivity and specificity are for any DR, at the threshold that half of the validation patients
+choose, on the other half.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+import model
+from common.script import at_least
+from federation import weights
+from reporting import metrics
+
+CLIENTS = ("client001", "client002", "client003")
+IMAGE_SIZE = 128
+COLUMNS = ("auc", "accuracy", "sensitivity", "specificity")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="(0 1 2)")
+    add("--rounds", type=at_least(1), default=10, help="(10)")
+    add("--epochs", type=at_least(1), default=1, help="passes over the images in a round (1)")
+    add("--batch-size", type=at_least(1), default=16, help="(16)")
+    add("--threads", type=at_least(0), default=0, help="of TensorFlow (0: all cores)")
+    add("--by-round", action="store_true", help="also print each round of the federation")
+    add(
+        "prepare_flags",
+        nargs="*",
+        metavar="-- FLAGS OF PREPARE.PY",
+        help="for instance: -- --num-train 450",
+    )
+    arguments = parser.parse_args(argv)
+    model.configure(0, arguments.threads)
+    here = Path.cwd()
+    gains = []
+    for seed in arguments.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)  # the paths in an index begin where prepare.py ran
+            gains.append(tell_story(seed, arguments))
+            os.chdir(here)
+    print(f"\n{'':12}  over the mean of those alone  over the best alone  below central")
+    for seed, (over_mean, over_best, below_central) in zip(arguments.seeds, gains, strict=True):
+        name = f"seed {seed}"
+        print(f"{name:12}  {over_mean:28.3f}  {over_best:19.3f}  {below_central:13.3f}")
+
+
+def tell_story(seed, arguments):
+    """Draw, train and measure with one seed. Returns three differences of the federated AUC."""
+    prepare = [sys.executable, str(ROOT / "prepare.py"), "--seed", str(seed)]
+    prepare += ["--image-size", str(IMAGE_SIZE), *arguments.prepare_flags]
+    subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+    val = data.read_index("index/val_set.pkl")
+    val_images = data.load_images(val, IMAGE_SIZE)
+    batches = {}
+    for client in CLIENTS:
+        batches[client] = batches_of(data.worker_index(client), client, seed, arguments)
+    batches["central"] = batches_of("index/train_set.pkl", "central", seed, arguments)
+    network = model.build("drcnn", IMAGE_SIZE, seed)
+    model.save(network, "begin.h5")
+
+    def measure(title):
+        measured = measure_network(network, val_images, val)
+        numbers = "  ".join(f"{measured[name]:11.3f}" for name in COLUMNS)
+        print(f"{title:18}  {numbers}", flush=True)
+        return measured["auc"]
+
+    print(f"\n{f'seed {seed}':18}  " + "  ".join(f"{name:>11}" for name in COLUMNS))
+    report_round = measure if arguments.by_round else (lambda title: None)
+    train_federated(network, batches, arguments, report_round)
+    federated = measure("federated")
+    train_alone(network, batches["central"], arguments)
+    central = measure("central")
+    alone = []
+    for client in CLIENTS:
+        train_alone(network, batches[client], arguments)
+        alone.append(measure(f"{client} alone"))
+    return federated - np.mean(alone), federated - max(alone), central - federated
+
+
+def batches_of(index, client, seed, arguments):
+    records = data.read_index(index)
+    images = data.load_images(records, IMAGE_SIZE)
+    labels = data.healthy(records)
+    return data.TrainingBatches(images, labels, arguments.batch_size, seed, client)
+
+
+def train_federated(network, batches, arguments, report_round):
+    """FedAvg from begin.h5; afterwards the network has the merged weights of the last round."""
+    model.load(network, "begin.h5")
+    model.save(network, "merged.h5")
+    uploads = [f"{client}.h5" for client in CLIENTS]
+    num_examples = [len(batches[client].images) for client in CLIENTS]
+    for round_number in range(1, arguments.rounds + 1):
+        for client, upload in zip(CLIENTS, uploads, strict=True):
+            model.load(network, "merged.h5")
+            model.train(network, batches[client], round_number, arguments.epochs, ignore)
+            model.save(network, upload)
+        layout = weights.Layout("merged.h5")
+        weights.fedavg(uploads, num_examples, layout, "merged.h5")
+        model.load(network, "merged.h5")
+        report_round(f"  round {round_number}")
+
+
+def train_alone(network, own_batches, arguments):
+    """As many passes, in one place, from begin.h5."""
+    model.load(network, "begin.h5")
+    for round_number in range(1, arguments.rounds + 1):
+        model.train(network, own_batches, round_number, arguments.epochs, ignore)
+
+
+def ignore(row):
+    """The history row of an epoch: the story is told by validation."""
+
+
+def measure_network(network, images, records):
+    """AUC and accuracy at 0.5 of all patients; the rest of the half that does not choose."""
+    p_healthy = model.predict(network, images)
+    measured = metrics.scores(p_healthy, data.healthy(records))
+    any_dr = metrics.assess(p_healthy, records)["tasks"]["any DR"]["measured"]
+    return {
+        "auc": measured["auc"],
+        "accuracy": measured["accuracy"],
+        "sensitivity": any_dr["sensitivity"][0],
+        "specificity": any_dr["specificity"][0],
+    }
+
+
+if __name__ == "__main__":
+    main()

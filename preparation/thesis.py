@@ -1,0 +1,137 @@
+"""The indexes and pictures of the thesis's own repository (Thesis2020, folder DR) become ours.
+
+Its index files are pickled pandas DataFrames: worker1.pkl ..., val_set.pkl (or iid_valid.pkl),
+train_set.pkl; and in assign_noniid/ share_data.pkl, the images that every worker gets, with
+new_trainset.pkl, the others. A pickle is code: only files that the user trusts.
+"""
+
+from pathlib import Path, PureWindowsPath
+
+from data import INDEX_COLUMNS
+from preparation.datasets import DataSet, Photo, name_pictures
+from preparation.tables import few
+
+# Names of one and the same index in several folders of the thesis.
+SAME_INDEX = {"iid_valid": "val_set"}
+
+
+def load(files, source):
+    """Read index files, and find their pictures.
+
+    source: the folder of the pictures, or one above it; None where `dir` leads to them, from here
+    or from the folders above the index file. Returns (DataSet, {index: [names of its Photos]}).
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise ValueError(
+            "--index-from reads pandas DataFrames and needs pandas: pip install pandas"
+        ) from None
+    source = Path(source).expanduser() if source else None
+    photos = {}  # by path: the same image is in several indexes
+    indexes = {}
+    missing = []
+    for name, file in name_files(files).items():
+        indexes[name] = []
+        for picture, grade, directory, healthy in read_rows(pandas, file):
+            check_row(file, picture, grade, healthy)
+            path = find_picture(file, str(picture), str(directory), source)
+            if path is None:
+                missing.append(f"{directory} of {file}")
+                continue
+            photo = photos.setdefault(path, Photo(path, int(grade), str(picture)))
+            if photo.grade != int(grade):
+                raise ValueError(f"{file}: {path} has two grades, {photo.grade} and {grade}")
+            indexes[name].append(path)
+    if missing:
+        raise ValueError(
+            f"{len(missing):,} pictures are missing: {few(missing)}: --source must be the folder "
+            "of the pictures"
+        )
+    named = dict(zip(photos, name_pictures(list(photos.values()), source), strict=True))
+    sentence = "the thesis's index tells no patients: each image counts as its own patient"
+    found = DataSet(list(named.values()), None, sentence)
+    names_of = {name: [named[path].name for path in paths] for name, paths in indexes.items()}
+    return found, complete_indexes(names_of, found)
+
+
+def name_files(files):
+    """{name of the index: file}. Raises ValueError where the set of names makes no sense."""
+    named = {}
+    for file in map(Path, files):
+        name = SAME_INDEX.get(file.stem, file.stem)
+        if name in named:
+            raise ValueError(f"--index-from got {named[name]} and {file}: both are {name}")
+        named[name] = file
+    others = {"train_set", "val_set", "share_data", "new_trainset"}
+    workers = {f"worker{number}" for number in range(1, len(named.keys() - others) + 1)}
+    if not workers or named.keys() - others != workers:
+        found = ", ".join(sorted(named))
+        raise ValueError(
+            f"--index-from got {found}; expected worker1, worker2 ..., val_set, and perhaps "
+            "train_set or share_data and new_trainset"
+        )
+    return named
+
+
+def read_rows(pandas, file):
+    """The rows of a pickled DataFrame, each (picture, label, dir, new_label)."""
+    columns = list(INDEX_COLUMNS)
+    try:
+        return list(pandas.read_pickle(file)[columns].itertuples(index=False))
+    except Exception as error:  # reading a pickle can raise anything
+        raise ValueError(
+            f"{file} is no DataFrame with the columns {', '.join(columns)} ({error!r})"
+        ) from None
+
+
+def check_row(file, picture, grade, healthy):
+    """Raise ValueError if a row is none of a graded image."""
+    is_grade = str(grade) in ("0", "1", "2", "3", "4")
+    if not is_grade or str(healthy) != str(str(grade) == "0"):
+        raise ValueError(
+            f"{file}: the grade {grade} of {picture} and healthy {healthy} do not fit together"
+        )
+
+
+def find_picture(file, picture, directory, source):
+    """The path of a picture, or None.
+
+    `directory` is like preprocessed/train/x.jpg, from the thesis's folder DR. A user may give that
+    folder, preprocessed/, or preprocessed/train/.
+    """
+    # Read as a Windows path, both kinds of slashes part the folders.
+    parts = [part for part in PureWindowsPath(directory).parts if part not in ("/", "\\", "..")]
+    if source:
+        candidates = [source.joinpath(*parts[start:]) for start in range(len(parts))]
+        candidates.append(source / picture)
+    else:
+        bases = [Path(), *file.resolve().parents[:3]]
+        candidates = [Path(directory), *(base.joinpath(*parts) for base in bases)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    return None
+
+
+def complete_indexes(indexes, found):
+    """The indexes with share_data dealt to every worker, and a train_set if there is none.
+
+    Tells in found.notes what was done.
+    """
+    workers = [name for name in indexes if name.startswith("worker")]
+    shared = indexes.pop("share_data", [])
+    others = indexes.pop("new_trainset", [])
+    if shared:
+        found.notes.append(f"share_data: every worker gets its {len(shared)} images")
+        for name in workers:
+            indexes[name] = list(dict.fromkeys(indexes[name] + shared))
+    if "train_set" not in indexes:
+        dealt = [name for worker in workers for name in indexes[worker]]
+        indexes["train_set"] = list(dict.fromkeys(dealt + others))
+    if "val_set" not in indexes:
+        found.notes.append(
+            "no val_set.pkl (iid_valid.pkl) was given: there will be none, and a server needs one "
+            "to score by"
+        )
+    return indexes
