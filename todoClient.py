@@ -449,8 +449,10 @@ def train(site, task):
             teller.now("loading")
             site.prepare(task)
             model.load(site.network, site.weights)
-            teller.now("scoring")
+            if site.held_out:
+                teller.now("scoring")
             measured = site.scores()
+            teller.now("training")
             site.say(f"{title}: training on {len(site.records)} images")
             rows = train_network(site, task, title, teller)
     except RoundClosed as reason:
@@ -536,7 +538,8 @@ class Teller:
         self.where = {"phase": "loading"}  # of progress.PROGRESS_LIMITS
         self.over = threading.Event()
         self.round_closed = False
-        self.began = self.last_line = self.last_piped = time.monotonic()
+        self.began = None  # training, by time.monotonic()
+        self.last_line = self.last_piped = time.monotonic()
 
     def __enter__(self):
         if self.task["takes_progress"]:
@@ -555,7 +558,7 @@ class Teller:
     def at_step(self, epoch, epochs, step, steps, loss):
         """A batch is trained; step counts from 1. Raises RoundClosed."""
         now = time.monotonic()
-        if self.where["phase"] != "training":
+        if self.began is None:
             self.began = self.last_line = now
         if self.round_closed:
             raise RoundClosed("the round was closed without this client")
@@ -598,13 +601,13 @@ class Teller:
             self.round_closed = True
 
     def _tell_until_over(self):
-        while not self.over.is_set():
+        # Not at once: the server has just seen this client fetch, and a round may take a second.
+        while not self.over.wait(progress.TELL_EVERY_S):
             try:
                 with connect(self.site) as channel:
                     self.tell(todo_pb2_grpc.FedMLStub(channel))
             except grpc.RpcError:
                 pass  # a server that is away is missed, and told of, when it is needed
-            self.over.wait(progress.TELL_EVERY_S)
 
     def _show(self, step, steps, loss):
         """Without a launcher, a bar on the terminal; none where the epoch's own line follows."""
@@ -639,6 +642,7 @@ def ClientsendWeight(stub, site):
     round_number = site.state["round"]
     title = f"round {round_number}/{site.state['rounds']}"
     messages, request_metadata = upload_of(site)
+    launcher.tell("waiting", round=round_number, rounds=site.state["rounds"])
     try:
         launcher.tell("waiting", round=round_number, rounds=site.state["rounds"])
         with reporting(site, f"{title}: waiting for the server's answer"):

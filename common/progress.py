@@ -36,6 +36,7 @@ def _write(what):
     if fd is None:
         return
     try:
+        os.set_blocking(int(fd), False)  # a launcher that is stopped stops no training
         # Less than a pipe takes in one piece, so that lines of one script never mix.
         os.write(int(fd), (json.dumps(what) + "\n").encode())
     except (OSError, ValueError):
