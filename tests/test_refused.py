@@ -90,11 +90,11 @@ def test_a_client_killed_between_two_rejections_counts_both(start, begun):
 
 SLOW_SECOND = """
 real_train = standin.train
-def train(*arguments):
+def train(*arguments, **options):
     if trained:
         print("training for long", flush=True)
         time.sleep(1000)
-    return real_train(*arguments)
+    return real_train(*arguments, **options)
 standin.train = train
 import todoClient"""
 
