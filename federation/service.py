@@ -34,7 +34,6 @@ IDLE_S = 60
 IDLE_WITH_SEED_PEERS_S = 3600
 # Connections leave so many descriptors for files, and for what the libraries open.
 SPARE_DESCRIPTORS = 64
-
 DESCRIPTORS_PER_CLIENT = 4  # a download, two uploads, and its upload in the merge
 MESSAGE_BYTES = 2 << 20  # of one message
 METADATA_BYTES = 8 << 10  # of one call

@@ -255,18 +255,6 @@ class Measured(NamedTuple):
     high: float
 
 
-# What `measure` finds of each task.
-METRICS = (
-    "auc",
-    "sensitivity",
-    "specificity",
-    "accuracy",
-    "sensitivity_at_90",
-    "specificity_at_90",
-    "always_same",
-)
-
-
 def measure(score, positive, patients, threshold=0.5, seed=0):
     """{name: Measured} of one task at one threshold, with a bootstrap over patients.
 
@@ -278,8 +266,9 @@ def measure(score, positive, patients, threshold=0.5, seed=0):
     replacement. Where all of them agree at 0 or 1, that range has no width, but our knowledge is
     not perfect: it is then Wilson's, or Newcombe's for the AUC, with the number of patients.
     """
-    if len(score) == 0:  # so few validation patients that all of them choose
-        return dict.fromkeys(METRICS, Measured(np.nan, np.nan, np.nan))
+    if not len(score):
+        nothing = Measured(float("nan"), *NO_INTERVAL)
+        return dict.fromkeys(MEASURED, nothing)
     names, patient_numbers = np.unique(np.array(patients, str), return_inverse=True)
     values = weighted_metrics(score, positive, threshold, np.ones((1, len(score))))
     draws = {name: [] for name in values}

@@ -305,10 +305,11 @@ def main(argv=None):
         for number in range(arguments.inputs):
             rng = random.Random(f"{arguments.seed} {number}")
             key = rng.choices(list(targets), [SHARES[key] for key in targets])[0]
-            started = time.monotonic()
-            if started - began > arguments.seconds:
+            if time.monotonic() - began > arguments.seconds:
                 break
-            faulthandler.dump_traceback_later(60, exit=True)
+            # processor time, because the machine may be busy; what waits for ever ends here
+            started = time.process_time()
+            faulthandler.dump_traceback_later(200, exit=True)
             try:
                 targets[key](rng)
                 counts[key, "accepted"] += 1
@@ -317,7 +318,7 @@ def main(argv=None):
             except BaseException:
                 print(f"--seed {arguments.seed}, input {number} ({key})", flush=True)
                 raise
-            slowest[key] = max(slowest[key], time.monotonic() - started)
+            slowest[key] = max(slowest[key], time.process_time() - started)
             assert slowest[key] < INPUT_S, f"input {number} ({key}) took {slowest[key]:.1f} s"
             if number % 1000 == 0:
                 assert (

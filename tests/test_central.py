@@ -117,7 +117,10 @@ def test_one_workers_index_is_a_client_alone(here, monkeypatch):
 
 def test_freezing_is_for_vgg16(here, capsys):
     assert run("--freeze-base") == 1
-    assert "--freeze-base and ImageNet weights are for --arch vgg16" in capsys.readouterr().err
+    assert (
+        "--freeze-base and ImageNet weights are for --arch vgg16 and lite0"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_missing_index_is_one_sentence(here, capsys):

@@ -256,6 +256,8 @@ def test_what_a_card_says_of_a_model():
         (np.repeat([0.9, 0.1], 20), np.repeat([0, 2], 20), "contains 0.5 or lies below it"),
         (np.linspace(0, 1, 40), np.zeros(40, int), "cannot be judged"),
         (np.linspace(0, 1, 40), np.repeat([0, 1], 20), "cannot be judged"),
+        (np.array([0.2, 0.9]), np.array([0, 2]), "cannot be judged"),
+        (np.array([0.2]), np.array([0]), "cannot be judged"),
     ],
 )
 def test_a_model_that_must_not_be_used(score, grades, sentence):
