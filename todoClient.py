@@ -11,7 +11,6 @@ Killed at any instant and started again with the same command, it takes part aga
 import argparse
 import json
 import math
-import os
 import random
 import re
 import threading
@@ -37,9 +36,10 @@ import grpc
 
 import data
 import model
-from common import files, log
+from common import files
 from common import progress as launcher
-from federation import probe, progress, tls, weights
+from federation import probe, tls, weights
+from federation.telling import RoundClosed, Teller
 from generated import todo_pb2, todo_pb2_grpc
 from reporting import card as cards
 from reporting import metrics
@@ -63,10 +63,6 @@ LONGEST_PAUSE_S = 10
 CONNECT_S = 10  # what gRPC may take to connect
 SERVED_S = 2 * CONNECT_S  # a call that lasted longer had a server at its other end
 MAX_REJECTIONS = 3  # of one round's uploads, for whatever reasons
-
-PIPE_EVERY_S = 0.2
-LINE_EVERY_S = 60  # within a long epoch
-BAR_CHARACTERS = 20
 
 MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
@@ -445,12 +441,14 @@ def train(site, task):
     """
     title = f"round {task['round']}/{task['rounds']}"
     try:
-        with Teller(site, task, title) as teller:
+        with teller_of(site, task, title) as teller:
             teller.now("loading")
             site.prepare(task)
             model.load(site.network, site.weights)
-            teller.now("scoring")
+            if site.held_out:
+                teller.now("scoring")
             measured = site.scores()
+            teller.now("training")
             site.say(f"{title}: training on {len(site.records)} images")
             rows = train_network(site, task, title, teller)
     except RoundClosed as reason:
@@ -482,6 +480,11 @@ def train(site, task):
     return True
 
 
+def teller_of(site, task, title):
+    """What tells the server, and whoever looks on, where this client is while it works."""
+    return Teller(site.name, task, title, lambda: connect(site), site.say)
+
+
 def train_network(site, task, title, teller):
     """model.train, with a line an epoch. Returns the rows of the history; raises RoundClosed."""
     epochs = site.arguments.epochs
@@ -504,7 +507,7 @@ def train_network(site, task, title, teller):
 
 def tell_scores_of_result(stub, site, task):
     """Score the result on the held-out images and tell the server, which waits for it."""
-    with Teller(site, task, "the result") as teller:
+    with teller_of(site, task, "the result") as teller:
         teller.now("scoring")
         site.prepare(task)
         model.load(site.network, site.result)
@@ -515,108 +518,6 @@ def tell_scores_of_result(stub, site, task):
         teller.tell(stub, (("fedml-metrics", json.dumps(measured)),))
     except grpc.RpcError as error:
         site.say(f"the server was not told ({error.code().name})")
-
-
-class RoundClosed(Exception):
-    """The round that this client trains for was closed without it."""
-
-
-class Teller:
-    """Tells where this client is, while it works: the server, a launcher, and the log.
-
-    The server is told by a thread, every TELL_EVERY_S and only where it takes that; each time on a
-    connection of its own, because routers and proxies drop silent ones. A launcher on this machine
-    is told each change by a pipe (common/progress.py).
-    """
-
-    def __init__(self, site, task, title):
-        self.site = site
-        self.task = task
-        self.title = title
-        self.where = {"phase": "loading"}  # of progress.PROGRESS_LIMITS
-        self.over = threading.Event()
-        self.round_closed = False
-        self.began = self.last_line = self.last_piped = time.monotonic()
-
-    def __enter__(self):
-        if self.task["takes_progress"]:
-            threading.Thread(target=self._tell_until_over, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.over.set()
-        log.show_status("")
-
-    def now(self, phase):
-        """This client is in another phase."""
-        self.where = {"phase": phase}
-        self._pipe(self.where)
-
-    def at_step(self, epoch, epochs, step, steps, loss):
-        """A batch is trained; step counts from 1. Raises RoundClosed."""
-        now = time.monotonic()
-        if self.where["phase"] != "training":
-            self.began = self.last_line = now
-        if self.round_closed:
-            raise RoundClosed("the round was closed without this client")
-        done = ((epoch - 1) * steps + step) / (epochs * steps)
-        left_s = (now - self.began) * (1 - done) / done
-        self.where = {
-            "phase": "training",
-            "epoch": epoch,
-            "epochs": epochs,
-            "seconds_left": round(left_s),
-        }
-        if now - self.last_piped >= PIPE_EVERY_S or step == steps:
-            self.last_piped = now
-            self._pipe({**self.where, "step": step, "steps": steps, "loss": loss})
-            self._show(step, steps, loss)
-        if now - self.last_line >= LINE_EVERY_S:
-            self.last_line = now
-            self.site.say(
-                f"{self.title}: {progress.in_words(self.where)} ({step}/{steps} steps of this "
-                f"epoch, loss {loss:.4f})"
-            )
-
-    def tell(self, stub, more_metadata=()):
-        """Tell the server once; notes whether the round is still open. Raises grpc.RpcError."""
-        request_metadata = (
-            ("fedml-client", self.site.name),
-            ("fedml-run", self.task["run"]),
-            ("fedml-progress", json.dumps(self.where)),
-            *more_metadata,
-        )
-        call = stub.getWeight(
-            todo_pb2.void(), metadata=request_metadata, timeout=progress.TELL_EVERY_S
-        )
-        answer = dict(call.initial_metadata())
-        for _ in call:  # no message, but the call's end
-            pass
-        same_run = answer.get("fedml-run") == self.task["run"]
-        open_round = answer.get("fedml-round", "")
-        if same_run and open_round.isdecimal() and int(open_round) > self.task["round"]:
-            self.round_closed = True
-
-    def _tell_until_over(self):
-        while not self.over.is_set():
-            try:
-                with connect(self.site) as channel:
-                    self.tell(todo_pb2_grpc.FedMLStub(channel))
-            except grpc.RpcError:
-                pass  # a server that is away is missed, and told of, when it is needed
-            self.over.wait(progress.TELL_EVERY_S)
-
-    def _show(self, step, steps, loss):
-        """Without a launcher, a bar on the terminal; none where the epoch's own line follows."""
-        if launcher.VARIABLE in os.environ:
-            return
-        filled = BAR_CHARACTERS * step // steps
-        bar = filled * "#" + (BAR_CHARACTERS - filled) * "."
-        text = f"{self.title}: {progress.in_words(self.where)}  [{bar}]  loss {loss:.4f}"
-        log.show_status("" if step == steps else text)
-
-    def _pipe(self, content):
-        launcher.tell(round=self.task["round"], rounds=self.task["rounds"], **content)
 
 
 def not_finite(site, what):

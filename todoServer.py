@@ -39,6 +39,7 @@ from common import files
 from federation import convert, probe, service, tls, weights
 from federation.rounds import Refused, Rounds, TooFewClients
 from federation.state import RunState, file_sha256_of, new_upload
+from federation.status import StatusFile
 from generated import todo_pb2_grpc
 from reporting import card as cards
 from reporting import metrics
@@ -479,6 +480,8 @@ def serve(arguments, rounds):
     codes = queue.SimpleQueue()  # the one thing that the main thread waits for
     watch_signals([signal.SIGTERM, signal.SIGINT], lambda number: codes.put(128 + number))
     server = listen(arguments, rounds)
+    status = StatusFile(rounds)
+    status.start()
     threading.Thread(target=lambda: codes.put(coordinate(rounds)), daemon=True).start()
     code = codes.get()
     if code == 0:
@@ -495,10 +498,12 @@ def serve(arguments, rounds):
         if best and best["round"] != rounds.state.evaluated:
             path = rounds.folder / "best_weight.h5"
             say(f"the best round by AUC was {best['round']}; its model is {path}")
+        status.publish()
         return 0
     if code > 128:
         say("stopping; what has arrived is kept, start the server again to go on")
         rounds.stop("UNAVAILABLE", "the server is stopping; it goes on when it is started again")
+    status.publish()
     server.stop(1).wait(1.5)
     return code
 

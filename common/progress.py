@@ -16,14 +16,17 @@ _next_at = 0  # time.monotonic(), from when on the next step may be told
 
 
 def tell(phase, **numbers):
-    """Tell a new phase: "loading", "training", "scoring" or "waiting"; numbers as in `tell_step`."""
+    """Tell a new phase: loading, training, scoring or waiting; numbers as in `tell_step`."""
     global _next_at
     _next_at = 0
     _write({"phase": phase, **numbers})
 
 
 def tell_step(**numbers):
-    """Tell a step of training: round, rounds, epoch, epochs, step, steps, loss. Not each is written."""
+    """Tell a step of training: round, rounds, epoch, epochs, step, steps, loss.
+
+    Not each is written.
+    """
     global _next_at
     now = time.monotonic()
     if now >= _next_at:
@@ -36,6 +39,7 @@ def _write(what):
     if fd is None:
         return
     try:
+        os.set_blocking(int(fd), False)  # a launcher that is stopped stops no training
         # Less than a pipe takes in one piece, so that lines of one script never mix.
         os.write(int(fd), (json.dumps(what) + "\n").encode())
     except (OSError, ValueError):

@@ -42,6 +42,12 @@ class Screen:
                 self.block[name] = line
             log.pass_on(self._over_the_block([]))
 
+    def show(self, lines):
+        """These lines in place of the whole block."""
+        with self.lock:
+            self.block = dict(enumerate(lines))
+            log.pass_on(self._over_the_block([]))
+
     def close(self):
         """Takes the block away, for good."""
         with self.lock:

@@ -1,7 +1,7 @@
 """What a client says of itself: where it is in its round, and what it measured.
 
-Small JSON in gRPC metadata (DESIGN, section 2). All of it comes from outside and none is trusted: it
-is shown, it decides nothing, and what is not as expected is left out by its name.
+Small JSON in gRPC metadata: fedml-progress and fedml-metrics. All of it comes from outside and none
+is trusted: it is shown, it decides nothing, and what is not as expected is left out by its name.
 """
 
 import json

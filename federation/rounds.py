@@ -435,6 +435,16 @@ class Rounds:
         with self.changed:
             self.heard[client] = (time.monotonic(), told)
             self.note_progress()
+            self.changed.notify_all()
+
+    @property
+    def reports(self):
+        """What clients said of themselves: {client: progress and "heard", time.time() of then}."""
+        now = time.monotonic()
+        return {
+            client: {**told, "heard": time.time() - (now - heard)}
+            for client, (heard, told) in list(self.heard.items())
+        }
 
     def will_score_result(self, client):
         """Whether a client that has fetched the result will say how it scores it.

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import data
+
 METRICS = ("accuracy", "auc", "sensitivity", "specificity")
 # What `measure` gives of a task, on a model card too.
 MEASURED = (
@@ -122,11 +124,6 @@ def calibration(score, positive, num_bins):
 # --- thresholds -----------------------------------------------------------------------------------
 
 
-def patients_of(records):
-    """Whose picture each record of an index is: texts. Without a patient, one for each picture."""
-    return [record.get("patient") or record["dir"] for record in records]
-
-
 def choosing_half(grades, patients):
     """bool (n,): the images of those patients who choose the thresholds; the others are scored.
 
@@ -178,7 +175,7 @@ def assess(p_healthy, records):
     """
     score = 1 - np.asarray(p_healthy)
     grades = np.array([record["label"] for record in records])
-    patients = np.array(patients_of(records), str)
+    patients = np.array(data.patients(records), str)
     choosing = choosing_half(grades, patients)
     tasks = {}
     for task, least_grade in TASKS.items():
@@ -200,7 +197,7 @@ def assess(p_healthy, records):
         "num_patients": len(set(patients)),
         "num_reporting_images": int((~choosing).sum()),
         "num_reporting_patients": len(set(patients[~choosing])),
-        "patients_known": all("patient" in record for record in records),
+        "patients_known": data.knows_patients(records),
         "choosing_auc": json_number(auc(score[choosing], (grades > 0)[choosing])),
         "warning": warning_of(tasks),
         "tasks": tasks,
@@ -255,18 +252,6 @@ class Measured(NamedTuple):
     high: float
 
 
-# What `measure` finds of each task.
-METRICS = (
-    "auc",
-    "sensitivity",
-    "specificity",
-    "accuracy",
-    "sensitivity_at_90",
-    "specificity_at_90",
-    "always_same",
-)
-
-
 def measure(score, positive, patients, threshold=0.5, seed=0):
     """{name: Measured} of one task at one threshold, with a bootstrap over patients.
 
@@ -278,8 +263,9 @@ def measure(score, positive, patients, threshold=0.5, seed=0):
     replacement. Where all of them agree at 0 or 1, that range has no width, but our knowledge is
     not perfect: it is then Wilson's, or Newcombe's for the AUC, with the number of patients.
     """
-    if len(score) == 0:  # so few validation patients that all of them choose
-        return dict.fromkeys(METRICS, Measured(np.nan, np.nan, np.nan))
+    if not len(score):
+        nothing = Measured(float("nan"), *NO_INTERVAL)
+        return dict.fromkeys(MEASURED, nothing)
     names, patient_numbers = np.unique(np.array(patients, str), return_inverse=True)
     values = weighted_metrics(score, positive, threshold, np.ones((1, len(score))))
     draws = {name: [] for name in values}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc._cython.cygrpc
 import pytest
-from conftest import ROOT, client_script, start_server
+from conftest import ROOT, client_script, holding, server_script, start_server
 
 WAITS_S = 100  # gRPC's own limit is two pings in five minutes: at 8 s a ping, it shows after 32 s
 OPTION = re.compile(r'"(grpc\.[a-z0-9_.]+)"')
@@ -39,9 +39,13 @@ def test_grpc_knows_every_option_that_it_is_given():
 
 
 class Relay:
-    """Passes connections on to HOST:PORT, and counts them."""
+    """Passes connections on to HOST:PORT, and counts them.
 
-    def __init__(self, target):
+    drop_idle_s: a connection that is silent for so long is closed, as routers and proxies do.
+    """
+
+    def __init__(self, target, drop_idle_s=None):
+        self.drop_idle_s = drop_idle_s
         host, _, port = target.rpartition(":")
         self.target = (host, int(port))
         self.count = 0
@@ -56,6 +60,7 @@ class Relay:
             except OSError:
                 return  # the test is over
             self.count += 1
+            incoming.settimeout(self.drop_idle_s)
             outgoing = socket.create_connection(self.target)
             for source, sink in ((incoming, outgoing), (outgoing, incoming)):
                 threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
@@ -86,4 +91,34 @@ def test_a_client_that_waits_for_long_uploads_once_on_one_connection(start, begu
     assert (connections, relay.count) == (2, 2), client.output + server.output
     assert server.output.count("client001 delivered") == 1
     assert "waiting for the server at" not in client.output
+    relay.close()
+
+
+LONG_TRAINING = """
+import standin
+def train(network, batches, round_number, epochs, report, progress=None):
+    for step in range(1, 181):
+        progress(1, step, 180, 0.5)
+        time.sleep(0.5)
+    return [{"round": round_number, "epoch": 1, "loss": 0.5, "accuracy": 0.5, "num_examples": 4,
+             "seconds": 90}]
+standin.train = train
+sys.modules["model"] = standin
+"""
+
+
+@pytest.mark.slow
+def test_a_client_that_trains_for_long_is_heard_through_a_proxy_that_drops_idle_connections(
+    start, begun
+):
+    site = begun(clients=["client001"], rounds=1)
+    server, address = start_server(start, site, script=server_script(site))
+    relay = Relay(address, drop_idle_s=20)
+    script = holding(site, "todoClient", LONG_TRAINING)
+    client = start(script, "--name", "client001", "--server", relay.address, cwd=site)
+    assert client.wait(200) == 0 == server.wait(), client.output
+    heard = re.findall(
+        r"client001 \(training, epoch 1 of 1, .* to go, heard (\d+) s ago\)", server.output
+    )
+    assert len(heard) >= 2 and all(int(seconds) <= 35 for seconds in heard), server.output
     relay.close()

@@ -4,6 +4,7 @@ One loses its line for a minute in the middle of its upload; the result has the 
 undisturbed run.
 """
 
+import csv
 import os
 import shutil
 import subprocess
@@ -121,14 +122,9 @@ def test_three_hospitals_one_of_which_loses_its_line(hosts, start, tmp_path):
         clients = [
             run(
                 name,
-                "-c",
-                SLOW_UPLOADS,
-                "--name",
-                name,
-                "--server",
-                f"{SERVER}:50051",
-                "--threads",
-                "1",
+                *["-c", SLOW_UPLOADS, "--name", name, "--server", f"{SERVER}:50051"],
+                *["--threads", "1"],
+                *(["--val-index", "index/val_set.pkl"] if name == "client001" else []),
             )
             for name in CLIENTS
         ]
@@ -159,3 +155,13 @@ def test_three_hospitals_one_of_which_loses_its_line(hosts, start, tmp_path):
         files.sha256_of(folder / "server" / "server_weight.h5") for folder in (undisturbed, site)
     ]
     assert results[0] == results[1]
+    # what client001 measured has come over its line, and stands on the server's page
+    rows = list(csv.DictReader((site / "server" / "clients.csv").read_text().splitlines()))
+    assert [(row["round"], row["client"]) for row in rows] == [
+        (str(number), "client001") for number in (0, 1, 2)
+    ]
+    assert all(row["examples"] == "8" and row["auc"] for row in rows)
+    report = start("report.py", cwd=site)
+    assert report.wait(ENDS_S) == 0, report.output
+    page = (site / "server" / "report.html").read_text(encoding="utf-8")
+    assert "on its own held-out images" in page

@@ -202,11 +202,6 @@ def test_the_halves_follow_from_the_index_and_keep_patients_whole():
     assert not (metrics.choosing_half(grades, [f"q{p}" for p in patients]) == choosing).all()
 
 
-def test_a_record_without_a_patient_is_its_own():
-    records = [{"dir": "a.png"}, {"dir": "b.png", "patient": ""}, {"dir": "c.png", "patient": "p"}]
-    assert metrics.patients_of(records) == ["a.png", "b.png", "p"]
-
-
 def test_the_threshold_finds_85_percent_and_then_clears_as_many_as_it_can():
     score, positive, _ = two_eyes(1, num_patients=300)
     threshold = metrics.choose_threshold(score, positive)
@@ -256,6 +251,8 @@ def test_what_a_card_says_of_a_model():
         (np.repeat([0.9, 0.1], 20), np.repeat([0, 2], 20), "contains 0.5 or lies below it"),
         (np.linspace(0, 1, 40), np.zeros(40, int), "cannot be judged"),
         (np.linspace(0, 1, 40), np.repeat([0, 1], 20), "cannot be judged"),
+        (np.array([0.2, 0.9]), np.array([0, 2]), "cannot be judged"),
+        (np.array([0.2]), np.array([0]), "cannot be judged"),
     ],
 )
 def test_a_model_that_must_not_be_used(score, grades, sentence):

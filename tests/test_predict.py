@@ -101,7 +101,9 @@ def test_the_verdict_is_at_the_threshold_of_the_card(score, project):
     lines = dict(re.findall(r"^(.+?)  DR score \S+  (.+)$", said.out, re.M))
     assert set(lines.values()) == {"referable DR", "no referable DR"}
     for picture, verdict in lines.items():
-        assert (verdict == "referable DR") == (float(scores[picture]) > threshold)
+        printed = float(scores[picture])
+        if abs(printed - threshold) > 0.0005:  # as it is printed, a score is rounded
+            assert (verdict == "referable DR") == (printed > threshold)
     card["tasks"]["referable DR"]["threshold"] = None
     card["warning"] = "it finds nobody"
     path.write_text(json.dumps(card))

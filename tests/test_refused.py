@@ -19,7 +19,8 @@ def tensors(network):
     trained.append(network)
     arrays = whole(network)
     if len(trained) <= BAD_TRAININGS:
-        arrays[0] = np.full_like(arrays[0], np.inf if ALTERNATE and len(trained) % 2 == 0 else np.nan)
+        bad = np.inf if ALTERNATE and len(trained) % 2 == 0 else np.nan
+        arrays[0] = np.full_like(arrays[0], bad)
     return arrays
 standin.tensors = tensors
 sys.modules["model"] = standin
@@ -90,11 +91,11 @@ def test_a_client_killed_between_two_rejections_counts_both(start, begun):
 
 SLOW_SECOND = """
 real_train = standin.train
-def train(*arguments):
+def train(*arguments, **options):
     if trained:
         print("training for long", flush=True)
         time.sleep(1000)
-    return real_train(*arguments)
+    return real_train(*arguments, **options)
 standin.train = train
 import todoClient"""
 

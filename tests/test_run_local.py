@@ -38,7 +38,7 @@ def run(project, *flags):
         cwd=project,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         env={**os.environ, **WITH_PACKAGES},
     )
 
