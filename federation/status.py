@@ -49,7 +49,8 @@ def status_of(rounds):
         "phase": phase(rounds),
         "opened": round(rounds.opened + since_epoch),
         "clients": clients,
-        "history": [{name: row[name] for name in HISTORY_COLUMNS} for row in state.history],
+        # a row that another version wrote may lack a name
+        "history": [{name: row.get(name) for name in HISTORY_COLUMNS} for row in state.history],
     }
 
 
