@@ -27,7 +27,7 @@ import data
 import model
 from common import files
 from reporting import card as cards
-from reporting.metrics import METRICS, choosing_half, measure, patients_of
+from reporting.metrics import METRICS, choosing_half, measure
 
 # At most so many images of a client are scored, taken evenly: vgg16 needs 0.3 s for one.
 MAX_CLIENT_IMAGES = 500
@@ -124,7 +124,7 @@ def load(args):
         "best_card": load_best(args.server_dir, run),
         "val": val,
         "grades": grades,
-        "choosing": choosing_half(grades, patients_of(val)),
+        "choosing": choosing_half(grades, data.patients(val)),
         "p_healthy": model.predict(network, data.load_images(val, card["image_size"])),
         "max_client_images": MAX_CLIENT_IMAGES,
         "sites": sites,
@@ -163,7 +163,7 @@ def load_site(name, index_dir, run, network):
         scored = records[::step]
         p_healthy = model.predict(network, data.load_images(scored, run["image_size"]))
         has_dr = data.healthy(scored) < 0.5
-        site["measured"] = measure(1 - p_healthy, has_dr, patients_of(scored))
+        site["measured"] = measure(1 - p_healthy, has_dr, data.patients(scored))
     return site
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import data
+
 METRICS = ("accuracy", "auc", "sensitivity", "specificity")
 # What `measure` gives of a task, on a model card too.
 MEASURED = (
@@ -122,11 +124,6 @@ def calibration(score, positive, num_bins):
 # --- thresholds -----------------------------------------------------------------------------------
 
 
-def patients_of(records):
-    """Whose picture each record of an index is: texts. Without a patient, one for each picture."""
-    return [record.get("patient") or record["dir"] for record in records]
-
-
 def choosing_half(grades, patients):
     """bool (n,): the images of those patients who choose the thresholds; the others are scored.
 
@@ -178,7 +175,7 @@ def assess(p_healthy, records):
     """
     score = 1 - np.asarray(p_healthy)
     grades = np.array([record["label"] for record in records])
-    patients = np.array(patients_of(records), str)
+    patients = np.array(data.patients(records), str)
     choosing = choosing_half(grades, patients)
     tasks = {}
     for task, least_grade in TASKS.items():
@@ -200,7 +197,7 @@ def assess(p_healthy, records):
         "num_patients": len(set(patients)),
         "num_reporting_images": int((~choosing).sum()),
         "num_reporting_patients": len(set(patients[~choosing])),
-        "patients_known": all("patient" in record for record in records),
+        "patients_known": data.knows_patients(records),
         "choosing_auc": json_number(auc(score[choosing], (grades > 0)[choosing])),
         "warning": warning_of(tasks),
         "tasks": tasks,

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+import data
 from preparation.overview import GRADE_NAMES, count_grades
 from preparation.photos import open_image
 from reporting import metrics
@@ -532,7 +533,7 @@ def time(run):
 
 
 def comparison(run):
-    patients = np.array(metrics.patients_of(run["val"]), str)
+    patients = np.array(data.patients(run["val"]), str)
     num_with_dr = len(set(patients[run["grades"] > 0]))
     num_without_dr = len(set(patients[run["grades"] == 0]))
     shown = ("auc", "sensitivity", "specificity", "accuracy")

@@ -60,8 +60,9 @@ def replace_converter(monkeypatch, tmp_path, code):
         f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-{code}
 from federation import convert
+convert.end_with(os.getppid())  # or it would outlive a test run that is killed
+{code}
 convert.main()
 """
     )

@@ -128,6 +128,10 @@ def life(script, arguments, folder, code_file, number, how):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(written, path):
+        # A thread of its own publishes the status whenever it likes, and nothing reads it back.
+        if Path(path).name == "status.json":
+            publish(written, path)
+            return
         with lock:
             this = next(count)
             os.write(2, f"PUBLISH {this}: {path}\n".encode())

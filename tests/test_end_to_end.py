@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -85,9 +86,8 @@ def test_the_demo(start, site):
     assert all(np.isfinite(weight).all() for weight in network.get_weights())
     # what a person reads: no line of a library, none without its author
     for process in [server, *clients]:
-        assert all(line.split(":")[0] in ("server", *CLIENTS) for line in process.lines), (
-            process.output
-        )
+        authors = [re.match(r"[-\d]{10} [:\d]{8} (\w+): ", line) for line in process.lines]
+        assert all(each and each[1] in ("server", *CLIENTS) for each in authors), process.output
     assert "round 2/2: loss" in server.output and "waiting for" in server.output
 
 

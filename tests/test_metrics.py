@@ -202,11 +202,6 @@ def test_the_halves_follow_from_the_index_and_keep_patients_whole():
     assert not (metrics.choosing_half(grades, [f"q{p}" for p in patients]) == choosing).all()
 
 
-def test_a_record_without_a_patient_is_its_own():
-    records = [{"dir": "a.png"}, {"dir": "b.png", "patient": ""}, {"dir": "c.png", "patient": "p"}]
-    assert metrics.patients_of(records) == ["a.png", "b.png", "p"]
-
-
 def test_the_threshold_finds_85_percent_and_then_clears_as_many_as_it_can():
     score, positive, _ = two_eyes(1, num_patients=300)
     threshold = metrics.choose_threshold(score, positive)

@@ -87,7 +87,8 @@ def old_server(site, monkeypatch):
     Both train a small network instead of VGG16.
     """
     monkeypatch.chdir(site)
-    monkeypatch.setattr(todoClient, "SEED_TASK", {"run": "", "arch": "drcnn", "image_size": 32})
+    small = {**todoClient.SEED_TASK, "arch": "drcnn", "image_size": 32}
+    monkeypatch.setattr(todoClient, "SEED_TASK", small)
     monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
     model.configure(0, 1)
     model.save(model.build("drcnn", 32), site / "first.h5")
