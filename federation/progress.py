@@ -7,7 +7,7 @@ is trusted: it is shown, it decides nothing, and what is not as expected is left
 import json
 
 TELL_EVERY_S = 10  # a client that works says so this often
-QUIET_S = 60  # who has said nothing for so long may be dead
+QUIET_S = 30  # a client that has said nothing for so long may be stopped, or dead
 
 MAX_PROGRESS_BYTES = 300
 MAX_METRICS_BYTES = 600

@@ -49,6 +49,7 @@ def status_of(rounds):
         "phase": phase(rounds),
         "opened": round(rounds.opened + since_epoch),
         "clients": clients,
+        # a row that another version wrote may lack a name
         "history": [{name: row.get(name) for name in HISTORY_COLUMNS} for row in state.history],
     }
 

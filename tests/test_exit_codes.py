@@ -371,9 +371,11 @@ def test_a_finished_server_says_so_answers_repeats_and_is_exit_0(start, begun):
     )
     call = deliver(address, site, "client001")
     assert call.result().value == 1 and dict(call.trailing_metadata())["fedml-done"] == "1"
+    assert server.process.poll() is None  # a new client fetches the result, too
     stub = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
-    assert list(stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", "client001")]))
-    assert server.wait(10) == 0 and "finished after 1 rounds" in server.lines[-1]
+    list(stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", "client001")], timeout=60))
+    assert server.wait(10) == 0 and "finished after 1 rounds" in server.output
+    assert "Traceback" not in server.output
     server, address = start_server(start, site, "--rounds", "2")  # it is extended
     assert "resuming run run0 at round 2/2 from server/state.json" in server.output
 
@@ -686,11 +688,15 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
         return [path.stat().st_size for path in (site / "server" / "client002").glob(".*.tmp*")]
 
     until(lambda: arrived() == [10_000], "the first half is there")
-    before = {
-        path: path.stat().st_mtime_ns
-        for name in ("server", "client001")
-        for path in (site / name).rglob("*")
-    }
+
+    def written():
+        """{path: when it was written}; status.json is written anew whenever something happens."""
+        paths = [*(site / "server").rglob("*"), *(site / "client001").rglob("*")]
+        return {path: path.stat().st_mtime_ns for path in paths if path.is_file()} | {
+            site / "server" / "status.json": None
+        }
+
+    before = written()
     for second in (
         start("todoServer.py", "--listen", "localhost:0", cwd=site),
         start("todoServer.py", "--listen", "localhost:0", "--fresh", cwd=site),
@@ -701,11 +707,7 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
             r"(server|client001): error: another process works in \1: wait until it ends",
             second.lines[0],
         )
-    assert before == {
-        path: path.stat().st_mtime_ns
-        for name in ("server", "client001")
-        for path in (site / name).rglob("*")
-    }
+    assert before == written()
     assert client.process.poll() is None and not call.done()
     go_on.set()
 
