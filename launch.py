@@ -33,7 +33,7 @@ LISTENING = re.compile(r"server: listening on (\S+)$")
 SERVER_LOG = "run_local.log"
 ALONE = Path("alone")  # each client trained alone, and alone/compare.csv
 # Lines of a client that its line on the terminal says, too; in a log they stay.
-ROUTINE = re.compile(r" (client\S*: round \d+/\d+: (training on|epoch )|alone/\S+: round )")
+ROUTINE = re.compile(r" (client\S*: round \d+/\d+: (training|epoch )|alone/\S+: round )")
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
 
 # These two repeat what scripts know that need packages; tests/test_launch.py compares them.
