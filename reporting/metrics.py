@@ -252,18 +252,6 @@ class Measured(NamedTuple):
     high: float
 
 
-# What `measure` finds of each task.
-METRICS = (
-    "auc",
-    "sensitivity",
-    "specificity",
-    "accuracy",
-    "sensitivity_at_90",
-    "specificity_at_90",
-    "always_same",
-)
-
-
 def measure(score, positive, patients, threshold=0.5, seed=0):
     """{name: Measured} of one task at one threshold, with a bootstrap over patients.
 
