@@ -33,7 +33,7 @@ LISTENING = re.compile(r"server: listening on (\S+)$")
 SERVER_LOG = "run_local.log"
 ALONE = Path("alone")  # each client trained alone, and alone/compare.csv
 # Lines of a client that its line on the terminal says, too; in a log they stay.
-ROUTINE = re.compile(r" (client\S*: round \d+/\d+: (training on|epoch )|alone/\S+: round )")
+ROUTINE = re.compile(r" (client\S*: round \d+/\d+: (training|epoch )|alone/\S+: round )")
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
 
 # These two repeat what scripts know that need packages; tests/test_launch.py compares them.
@@ -67,7 +67,7 @@ def main(argv=None):
 
 
 def folder(text):
-    """An argparse type: a folder that exists, as an absolute path; relative to where the user is."""
+    """An argparse type: a folder that exists, relative to where the user is; made absolute."""
     path = Path(text).expanduser().absolute()
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path}")
@@ -225,7 +225,7 @@ It works in compare-SEED/; server/ and index/ stay as they are. It always begins
 
 ENDING = """\
 PYTHON=/path/to/python names an interpreter that has the packages, instead of .venv.
-Exit codes: 0 finished, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM, else that of the process that failed."""
+Exit codes: 0 finished, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM; else of the process that failed."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -382,7 +382,7 @@ class Processes:
         self.follow(name, process, readers)
 
     def follow(self, name, process, readers):
-        """Starts the thread that lets the readers end, and then tells that the process has ended."""
+        """Start the thread that waits for the readers and tells that the process has ended."""
         self.running[name] = process
         for reader in readers:
             reader.daemon = True
@@ -398,7 +398,7 @@ class Processes:
         self.followers[-1].start()
 
     def pass_on(self, stream, kept, shown, is_stderr=False):
-        """Every line of `stream` goes into the file `kept`, and where it is `shown` to the terminal."""
+        """Each line of `stream` goes into the file `kept` and, where `shown`, to the terminal."""
         for line in stream:
             with suppress(OSError):  # a full disk ends no run
                 kept.write(line)
@@ -417,7 +417,7 @@ class Processes:
         self.screen.update(name, None)
 
     def next_event(self):
-        """(kind, value) of what happened next. Raises Stop on a signal, or when a process failed."""
+        """(kind, value) of what happens next. Raises Stop on a signal or a failed process."""
         kind, value = self.events.get()
         if kind == "signal":
             raise Stop(128 + value)
@@ -506,7 +506,7 @@ def federate(processes, clients, server_flags, client_flags, folder, server_log,
 
 
 def central_flags(flags):
-    """The words for central.py: it freezes the base where the clients do, as the server tells them."""
+    """The words for central.py. It freezes the base where the server tells clients to."""
     words = flags_for("central", flags)
     starts_pretrained = flags.get("--arch") == "lite0" and flags["--weights"] == "imagenet"
     if starts_pretrained and not {"--freeze-base", "--no-freeze-base"} & set(flags):
@@ -656,7 +656,10 @@ def train_alone(processes, clients, flags):
 
 
 def check_data(processes, prepare_flags):
-    """Raises ValueError unless index/ was made from these choices: a run is resumed on its own data."""
+    """Raise ValueError unless index/ was made from these choices.
+
+    A run is resumed on its own data.
+    """
     command = [processes.python, "prepare.py", "--check", *prepare_flags]
     checked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if checked.returncode:

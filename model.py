@@ -343,7 +343,7 @@ def features(base, images):
 
 
 def tensors(network):
-    """The network's variables, in the order of the weight file, whether a layer is frozen or not."""
+    """The network's variables in the order of the weight file, frozen or not."""
     return [variable for _, variable in _named_tensors(network)]
 
 

@@ -45,7 +45,7 @@ def main(argv=None):
 
 
 def watch(path, once):
-    """Shows the status; on a terminal again whenever the file has changed, until the run is over."""
+    """Show the status; on a terminal, again at each change until the run is over."""
     screen = Screen()
     shown = None
     while True:

@@ -57,7 +57,10 @@ class Screen:
             self.redraws = False
 
     def _over_the_block(self, lines):
-        """Text that replaces the block by these lines and the block; `pass_on` ends the last line."""
+        """Text that replaces the block by these lines and the block.
+
+        `pass_on` ends the last line.
+        """
         erase = ""
         if self.num_drawn:
             erase = f"\x1b[{self.num_drawn}A\x1b[J"  # up, and erase from there to the end

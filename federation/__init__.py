@@ -1,1 +1,4 @@
-"""The federated round: gRPC service, barrier and resume, weight files, TLS. Knows nothing of fundus images."""
+"""The federated round: gRPC service, barrier and resume, weight files, TLS.
+
+Knows nothing of fundus images.
+"""

@@ -27,9 +27,9 @@ from generated import todo_pb2, todo_pb2_grpc
 FIRST_MESSAGE_S = 1
 # Who connects and then says nothing is sent away after this.
 HANDSHAKE_S = 5
-# A connection without a call is closed after this. Where peers of the thesis demo are served it must
-# be longer: they keep their connection while they train, and their upload is for the round that they
-# fetched on it.
+# A connection without a call is closed after this. Where peers of the thesis demo are served it
+# must be longer: they keep their connection while they train, and their upload is for the round
+# that they fetched on it.
 IDLE_S = 60
 IDLE_WITH_SEED_PEERS_S = 3600
 # Connections leave so many descriptors for files, and for what the libraries open.

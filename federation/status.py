@@ -55,7 +55,7 @@ def status_of(rounds):
 
 
 def phase(rounds):
-    """Of the round: "open", "merging", "evaluating"; "over" after the last, "stopped" by a fault."""
+    """Of the round: "open", "merging" or "evaluating"; "over" after the last; "stopped"."""
     if rounds.over:
         return "stopped"
     if rounds.state.frozen:

@@ -79,7 +79,7 @@ class Federation:
                 time.sleep(0.02)
 
     def seconds(self, attack=contextlib.nullcontext):
-        """How long a round takes for the honest clients, while attack(), a context manager, goes on.
+        """How long a round takes the honest clients while attack(), a context manager, goes on.
 
         The attacker has delivered before: the round does not wait for its own fault.
         """
@@ -118,7 +118,7 @@ class Federation:
         return found
 
     def downloads(self):
-        """How many downloads are going on: each has the file open, also if the next round's is new."""
+        """How many downloads are going on: each has the file open, be it of an old round."""
         return sum("server_weight.h5" in path for path in self.open_files())
 
     def compare(self, attack, allowed_s=LOST_S):
@@ -130,7 +130,8 @@ class Federation:
             attacked.append(self.seconds(attack))
         lost_s = statistics.median(attacked) - statistics.median(quiet)
         print(
-            f"quiet {statistics.median(quiet):.2f} s, attacked {statistics.median(attacked):.2f} s, "
+            f"quiet {statistics.median(quiet):.2f} s, "
+            f"attacked {statistics.median(attacked):.2f} s, "
             f"server peak {self.peak_bytes() / 1e6:.0f} MB, {self.threads()} threads"
         )
         assert lost_s <= allowed_s, (quiet, attacked, self.server.output[-3000:])
@@ -269,7 +270,7 @@ def test_a_byte_every_29_s_is_progress_but_not_for_ever(federation, patch, every
 
 
 def silent_connections(address, count, spoken=b""):
-    """So many TCP connections on which nothing more is said; those that are refused are left out."""
+    """So many TCP connections on which nothing is said, without those that are refused."""
     host, _, port = address.rpartition(":")
     made = []
     for number in range(count):

@@ -50,7 +50,7 @@ def test_it_starts_from_the_servers_weights(here, monkeypatch):
 
 
 def test_it_trains_as_a_client_trains(here):
-    """Federated averaging with one client and central training are the same computation, to the bit."""
+    """FedAvg with one client and central training are the same computation, to the bit."""
     assert (
         run(
             "--epochs",

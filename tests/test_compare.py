@@ -1,4 +1,4 @@
-"""compare.sh: four series on the same task with the same number of passes, and nothing left behind."""
+"""compare.sh: four series, the same task and number of passes, and nothing left behind."""
 
 import csv
 import os

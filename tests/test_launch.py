@@ -1,4 +1,4 @@
-"""launch.py: the flags of run_local.sh and compare.sh, told before anything is installed or started."""
+"""launch.py: the flags of run_local.sh and compare.sh, told before anything is started."""
 
 import os
 import re

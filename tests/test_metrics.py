@@ -272,4 +272,4 @@ def test_so_few_images_that_none_is_left_to_report_on(num_images):
     assert found["num_reporting_images"] == 0
     assert found["warning"].startswith("it cannot be judged")
     measured = found["tasks"]["any DR"]["measured"]
-    assert set(measured) == set(metrics.METRICS) and measured["auc"] == [None, None, None]
+    assert set(measured) == set(metrics.MEASURED) and measured["auc"] == [None, None, None]

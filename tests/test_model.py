@@ -1,4 +1,4 @@
-"""model.py: the networks, their files, training that is the same bits, the metrics of finding DR."""
+"""model.py: the networks, their files, training that gives the same bits."""
 
 import os
 import pickle
@@ -117,7 +117,7 @@ def test_a_frozen_network_is_written_into_the_fetched_file_too(tmp_path):
 
 
 def test_a_file_of_keras_2_layout_is_loaded(tmp_path):
-    """Weights at the root and under other layer names, as the thesis demo's TensorFlow 2.0.1 writes them."""
+    """Weights at the root, other layer names: as the demo's TensorFlow 2.0.1 writes them."""
     import h5py
 
     network = model.build("drcnn", 32, 5)

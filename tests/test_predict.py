@@ -1,4 +1,4 @@
-"""predict.py: new photographs are prepared as the training images were; a bad one does not stop the others."""
+"""predict.py: photographs are prepared as in training; a bad one does not stop the others."""
 
 import csv
 import json

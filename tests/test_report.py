@@ -148,7 +148,7 @@ def refused(capsys, *flags):
     return error
 
 
-# --- the page -----------------------------------------------------------------------------------------------------
+# --- the page ----------------------------------------------------------------------------------
 
 
 def test_the_page_needs_nothing_else(page):
@@ -311,19 +311,23 @@ def test_what_is_missing_is_one_sentence(here, monkeypatch, capsys):
     assert "pip install -r requirements-report.txt" in refused(capsys)
 
 
-# --- in a browser -------------------------------------------------------------------------------------------------
+# --- in a browser ------------------------------------------------------------------------------
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-MEASURE = """<iframe id="frame" width="{width}" height="900" style="border:0" srcdoc="{page}"></iframe>
+MEASURE = """<iframe id="frame" width="{width}" height="900" style="border:0"
+srcdoc="{page}"></iframe>
 <pre id="said"></pre><script>
 document.getElementById("frame").onload = event => {{
   const inner = event.target.contentDocument, root = inner.documentElement
   document.getElementById("said").textContent = JSON.stringify({{
-    width: root.clientWidth, needed: root.scrollWidth, sections: [...inner.querySelectorAll("section")].map(s => s.id),
-    broken: [...inner.images].filter(image => !image.naturalWidth).length, images: inner.images.length,
-    empty: [...inner.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().width < 200).length}})
+    width: root.clientWidth, needed: root.scrollWidth,
+    sections: [...inner.querySelectorAll("section")].map(s => s.id),
+    broken: [...inner.images].filter(image => !image.naturalWidth).length,
+    images: inner.images.length,
+    empty: [...inner.querySelectorAll("svg")].filter(
+      svg => svg.getBoundingClientRect().width < 200).length}})
 }}</script>"""
 
 

@@ -23,7 +23,8 @@ SERVER = """
 import sys, time
 print("2026-11-25 10:00:00 server: listening on localhost:1", flush=True)
 for number in range(60):
-    print(f"2026-11-25 10:00:00 server: line {number} of the server, which is longer than a terminal is wide", flush=True)
+    words = "of the server, which is longer than a terminal is wide"
+    print(f"2026-11-25 10:00:00 server: line {number} {words}", flush=True)
     time.sleep(0.01)
 """
 
@@ -106,7 +107,7 @@ def project(tmp_path):
 
 
 def in_terminal(folder, term):
-    """(exit code, [text as it came, piece by piece]) of launching.py in a terminal of 80 columns."""
+    """(exit code, [text piece by piece]) of launching.py in a terminal of 80 columns."""
     pid, fd = pty.fork()
     if pid == 0:
         os.chdir(folder)

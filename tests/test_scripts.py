@@ -174,7 +174,7 @@ def test_a_missing_file_is_one_sentence_and_exit_1(arguments, sentence, tmp_path
 
 
 def test_two_signals_at_once_end_a_server(start, begun):
-    """Ctrl-C reaches the server by the terminal, and run_local.sh ends it too: both within a blink."""
+    """Ctrl-C reaches the server by the terminal, and run_local.sh ends it too."""
     folder = begun()
     for _ in range(8):
         server, _ = start_server(start, folder)

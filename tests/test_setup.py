@@ -1,4 +1,4 @@
-"""setup.sh: makes .venv once, and again where it no longer works. With no package, so without a network."""
+"""setup.sh makes .venv once, and again where it no longer works. Needs no network."""
 
 import shutil
 import subprocess
