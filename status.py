@@ -86,13 +86,13 @@ def lines_of(status, written):
         f"{PHASES[status['phase']]}",
         f"written at {clock(written)}" + lateness(status, written),
         "",
-        f"{'client':<20} {'where':<31} {'images':>8} {'last seen':>17}",
+        f"{'client':<14} {'where':<37} {'images':>8} {'last seen':>17}",
     ]
     for client in status["clients"]:
         images = "" if client["num_examples"] is None else client["num_examples"]
         heard = client.get("report", {}).get("heard")
         seen = clock(max(filter(None, [client["last_seen"], heard]), default=None))
-        lines.append(f"{client['name'][:20]:<20} {where(client):<31} {images:>8} {seen:>17}")
+        lines.append(f"{client['name'][:14]:<14} {where(client):<37} {images:>8} {seen:>17}")
     if status["history"]:
         lines += ["", " ".join(["round", *(f"{name:>11}" for name in SCORES), "  clients"])]
     for row in status["history"]:
@@ -129,7 +129,7 @@ def where(client):
         words += f", epoch {report['epoch']} of {report['epochs']}"
     if "seconds_left" in report:
         words += f", {report['seconds_left'] / 60:.0f} min to go"
-    return words[:31]
+    return words[:37]
 
 
 def clock(seconds):
