@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All tests.
+# All tests, two at a time; then by themselves those that compare seconds.
 #   ./test.sh                                       within 8 minutes on 2 cores
 #   ./test.sh --slow                                the long ones, within 30 minutes
-#   ./test.sh tests/test_rounds.py -k barrier       anything else goes to pytest
+#   ./test.sh tests/test_rounds.py -k barrier       anything else goes to pytest, as it is
 set -u
 cd "$(dirname "$0")"
 
@@ -12,11 +12,23 @@ case ${1:-} in
     exit 0
     ;;
 --slow)
-    which=(--slow -m slow)
+    which=(--slow)
+    marked="slow"
     shift
     ;;
-*) which=(-m "not slow") ;;
+*)
+    which=()
+    marked="not slow"
+    ;;
 esac
 
 . ./setup.sh requirements.txt requirements-report.txt requirements-pretrained.txt requirements-test.txt
-exec $python -m pytest "${which[@]}" "$@"
+if [ $# -gt 0 ]; then
+    exec $python -m pytest "${which[@]}" -m "$marked" "$@"
+fi
+code=0
+# Two processes, whatever the machine has: a test starts up to four of its own. A file stays whole,
+# because its tests share what was made for the first of them.
+$python -m pytest "${which[@]}" -m "$marked and not alone" --numprocesses 2 --dist loadfile || code=$?
+$python -m pytest "${which[@]}" -m "$marked and alone" || code=$?
+exit $code

@@ -37,12 +37,14 @@ import data
 import model
 from common import files
 from federation import convert, probe, service, tls, weights
+from federation.followers import Follower, RoundCommand
 from federation.rounds import Refused, Rounds, TooFewClients
 from federation.state import RunState, file_sha256_of, new_upload
 from federation.status import StatusFile
 from generated import todo_pb2_grpc
 from reporting import card as cards
 from reporting import metrics
+from reporting.events import EventFiles
 
 # How long a finished server stays for clients that have not heard its last answer.
 LAST_ANSWER_S = 30
@@ -56,7 +58,7 @@ NEW_RUN = {
     "weights": "none",
 }
 # Flags that belong to the run: at a restart they may be left out, but not be changed.
-FIXED_FLAGS = ("clients", "arch", "image_size", "seed", "weights")
+FIXED_FLAGS = ("arch", "image_size", "seed", "weights")
 
 
 def main(argv=None):
@@ -70,10 +72,13 @@ def main(argv=None):
             state = resume(arguments)
             if state is None:
                 state = begin(arguments)
-            check_min_clients(arguments, state)
-            for client in state.clients:
+            clients = arguments.clients or state.clients
+            check_min_clients(arguments, clients)
+            for client in sorted({*clients, *state.clients, *state.left}):
                 locks.enter_context(files.alone_in(arguments.server_dir / client))
+                files.clean(arguments.server_dir / client)
             rounds = open_rounds(arguments, state, validation)
+            rounds.change_clients(clients)
             code = serve(arguments, rounds)
             # Without joining threads: one may be in the middle of an evaluation.
             end_script(code)
@@ -140,7 +145,8 @@ def parse(argv):
         "--clients",
         type=client_names,
         metavar="NAME,...",
-        help=f"all that take part (default: {','.join(NEW_RUN['clients'])})",
+        help="all that take part; at a restart, others may: from the open round on "
+        f"(default: {','.join(NEW_RUN['clients'])})",
     )
     add(
         "--rounds",
@@ -192,6 +198,16 @@ def parse(argv):
         default=10_000_000,
         metavar="N",
         help="refuse a client that says it has more (default: %(default)s)",
+    )
+    add(
+        "--on-round",
+        metavar="COMMAND",
+        help="run it after each round, with the round's scores as JSON on its standard input",
+    )
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="write each round's scores, and each client's, for TensorBoard (DIR/tensorboard)",
     )
     tls.add_arguments(
         add,
@@ -284,11 +300,10 @@ def begin(arguments):
     return state
 
 
-def check_min_clients(arguments, state):
-    if arguments.min_clients and arguments.min_clients > len(state.clients):
+def check_min_clients(arguments, clients):
+    if arguments.min_clients and arguments.min_clients > len(clients):
         raise ValueError(
-            f"--min-clients {arguments.min_clients} is more than the run's {len(state.clients)} "
-            "clients"
+            f"--min-clients {arguments.min_clients} is more than the run's {len(clients)} clients"
         )
 
 
@@ -297,8 +312,7 @@ def open_rounds(arguments, state, validation):
     folder = arguments.server_dir
     path = folder / "server_weight.h5"
     check_weights(path, state)
-    for each in [folder, *(folder / client for client in state.clients)]:
-        files.clean(each)
+    files.clean(folder)
     # Every file of this run has the layout of this one.
     layout = weights.Layout(path)
     state = check_uploads(folder, state, layout)
@@ -482,12 +496,16 @@ def serve(arguments, rounds):
     server = listen(arguments, rounds)
     status = StatusFile(rounds)
     status.start()
+    followers = follow(arguments, rounds)
     threading.Thread(target=lambda: codes.put(coordinate(rounds)), daemon=True).start()
     code = codes.get()
     if code == 0:
-        # Let calls that are answered just now end, but still hear a signal.
+        # Let calls that are answered just now end, and what the flags ask for after a round, but
+        # still hear a signal.
         def see_off():
             server.stop(LAST_ANSWER_S).wait(LAST_ANSWER_S)
+            for each in followers:
+                each.finish()
             codes.put(0)
 
         threading.Thread(target=see_off, daemon=True).start()
@@ -506,6 +524,18 @@ def serve(arguments, rounds):
     status.publish()
     server.stop(1).wait(1.5)
     return code
+
+
+def follow(arguments, rounds):
+    """The Followers that the flags ask for."""
+    followers = []
+    if arguments.on_round:
+        command = RoundCommand(arguments.on_round, rounds.state, say)
+        followers.append(Follower(rounds, command.tell, "--on-round"))
+    if arguments.tensorboard:
+        files_of_run = EventFiles(arguments.server_dir / "tensorboard" / rounds.state.run)
+        followers.append(Follower(rounds, files_of_run.write, "--tensorboard"))
+    return followers
 
 
 def coordinate(rounds):

@@ -218,10 +218,10 @@ def move_aside(folder):
     """
     folder = Path(folder)
     old_files = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    for upload in sorted(folder.glob("*/client_weights.h5")):
+    for site in sorted({upload.parent for upload in folder.glob("*/client_weights*.h5")}):
         # A state.json beside it means that a client works there, in its own folder: not the run's.
-        if not (upload.parent / "state.json").exists():
-            old_files.append(upload.parent)
+        if not (site / "state.json").exists():
+            old_files.append(site)
     if not old_files:
         return None
     number = 1

@@ -67,8 +67,7 @@ class Rounds:
         self.merge = merge
         self.evaluate = evaluate
         self.publish_result = publish_result
-        self.clients = state.clients
-        self.min_clients = min_clients or len(self.clients)
+        self.asked_min_clients = min_clients
         self.round_timeout_s = round_timeout_s
         self.say = say
 
@@ -85,6 +84,14 @@ class Rounds:
         self.moved = time.monotonic()  # when a client last made progress, at the end of the run
 
     # --- what the state says ---------------------------------------------------------------------
+
+    @property
+    def clients(self):
+        return self.state.clients
+
+    @property
+    def min_clients(self):
+        return self.asked_min_clients or len(self.clients)
 
     @property
     def round(self):
@@ -149,6 +156,57 @@ class Rounds:
         # The crash may have come between the last state and its history.csv.
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, self.state.history)
         self._publish_scores()
+
+    def change_clients(self, names):
+        """From the open round on, these clients take part. After `open`, before anyone is served.
+
+        names  sorted
+        Raises ValueError where no round is open any more.
+        """
+        joined = sorted(set(names) - set(self.clients))
+        left = sorted(set(self.clients) - set(names))
+        if joined or left:
+            if self.done:
+                raise ValueError(
+                    f"all {self.state.rounds} rounds of the run in {self.folder} are over, and the "
+                    "clients of an open round only can change: give more --rounds, or leave "
+                    "--clients out"
+                )
+            change = {"round": self.round, "joined": joined, "left": left}
+            stay = {name: each for name, each in self.state.uploads.items() if name in names}
+            self._save(clients=names, uploads=stay, membership=[*self.state.membership, change])
+            self.uploads = {name: each for name, each in self.uploads.items() if name in names}
+            if joined:
+                self.say(f"{', '.join(joined)} joined in round {self.round}")
+            if left:
+                self.say(f"{', '.join(left)} left in round {self.round}")
+        self._move_uncounted_aside()
+
+    def _move_uncounted_aside(self):
+        """Of clients that left: an upload that no round counts. A crash may have come before it."""
+        for client, round_number in self.state.left.items():
+            path = self.upload_path(client)
+            sha256 = sha256_of(path)
+            counted = self.state.counted.get(client)
+            if not sha256 or (counted and file_sha256_of(counted) == sha256):
+                continue
+            number = 1
+            while (aside := path.with_name(f"client_weights-not-counted-{number}.h5")).exists():
+                number += 1
+            path.rename(aside)
+            self.say(
+                f"{client} left in round {round_number}: what it had delivered for it is not "
+                f"counted, and lies in {aside}"
+            )
+
+    def check_has_not_left(self, client):
+        """Raises Refused for a client that took part once, and does no more."""
+        if client in self.state.left:
+            raise Refused(
+                "PERMISSION_DENIED",
+                f"{client} left in round {self.state.left[client]} (the server's --clients), so "
+                "there is nothing for it to do any more",
+            )
 
     def run(self):
         """Close one round after the other until the last.
@@ -269,6 +327,7 @@ class Rounds:
         weights_sha256 = self.merge([self.upload_path(name) for name in names], num_examples)
         with self.changed:
             closing = {
+                **self._who_came_and_went(number),
                 "round": number,
                 "clients": len(names),
                 "missing": " ".join(sorted(set(self.clients) - set(names))),
@@ -302,6 +361,16 @@ class Rounds:
             self.uploads = {}
             self._publish_scores()
             self.changed.notify_all()
+
+    def _who_came_and_went(self, round_number):
+        """For a row of the history: {"joined": "client004", "left": "client002"}, if any did."""
+        told = {}
+        for what in ("joined", "left"):
+            changes = [each for each in self.state.membership if each["round"] == round_number]
+            names = sorted({name for change in changes for name in change[what]})
+            if names:
+                told[what] = " ".join(names)
+        return told
 
     def _publish_scores(self):
         """server/clients.csv, whole from the state; none where no client measures anything."""
@@ -355,6 +424,7 @@ class Rounds:
         alive   alive() says whether someone still waits for the weights
         """
         with self.changed:
+            self.check_has_not_left(client)
             while (self.state.frozen or self.is_evaluating_last) and not self.over:
                 if not alive():
                     raise Refused("CANCELLED", f"{client or 'a peer'} went away before the weights")
@@ -524,6 +594,7 @@ class Rounds:
         counted = self.state.counted.get(client)
         if counted and counted["round"] == round_number and counted["sha256"] == sha256:
             return True
+        self.check_has_not_left(client)
         if round_number < self.round:
             raise self._not_for_now(client, f"round {round_number}, which is over")
         if round_number > self.round or self.done:

@@ -254,7 +254,8 @@ class Calls:
 
         A client holds three at most: a download, an upload, and a complete upload that waits.
         """
-        return 3 * len(self.rounds.clients) + self.max_unnamed + 4
+        known = len(self.rounds.clients) + len(self.rounds.state.left)
+        return 3 * known + self.max_unnamed + 4
 
     @contextlib.contextmanager
     def refusals(self, context):
@@ -287,7 +288,7 @@ class Calls:
         certified = certified_names(context)
         if certified is not None:
             if name is None:
-                own = [each for each in certified if each in self.rounds.clients]
+                own = [each for each in certified if self.takes_part(each)]
                 name = [*own, *certified, ""][0]
             if name not in certified:
                 raise Refused(
@@ -305,8 +306,12 @@ class Calls:
             )
         return Caller(name, metadata, context.peer())
 
+    def takes_part(self, client):
+        """Whether it does, or did: who has left may still ask for its last answer."""
+        return client in self.rounds.clients or client in self.rounds.state.left
+
     def check_enrolled(self, client):
-        if client not in self.rounds.clients:
+        if not self.takes_part(client):
             raise Refused(
                 "PERMISSION_DENIED",
                 f"client {client[:80]!r} is not one of this run's: expected "
@@ -379,6 +384,7 @@ class Calls:
         That is a call of getWeight without weights: it waits for nothing and ends no other call.
         """
         client = caller.client
+        self.rounds.check_has_not_left(client)
         told, problems = progress.parse_progress(caller.metadata["fedml-progress"])
         self.rounds.note_heard(client, told)
         metrics_text = caller.metadata.get("fedml-metrics")

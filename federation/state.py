@@ -36,6 +36,15 @@ was killed after that publish and before the next one:
 |          | state.json: `history`, `best`                | has nothing to repeat                  |
 | answer   | nothing: each waiting call gets its 1        | finds in `counted` what a client sends |
 |          |                                              | again because it got no answer         |
+
+Other clients, at a restart whose --clients names others (of an open round, before anyone is
+served):
+
+| step     | publishes                                    | a start then                           |
+|----------|----------------------------------------------|----------------------------------------|
+| change   | state.json: `clients`, `membership`; no      | awaits the new clients in this round   |
+|          | upload of a client that left                 |                                        |
+| aside    | moves such an upload's file                  | moves it, if it is still there         |
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -44,7 +53,7 @@ from common import files
 
 # Fields that a state file may lack: of a run without a merge, or one that an older version began.
 # Whoever adds a field adds its name here and gives it a default, so that older runs still resume.
-OPTIONAL_FIELDS = {"weights", "closing", "best", "client_scores"}
+OPTIONAL_FIELDS = {"weights", "closing", "best", "client_scores", "membership"}
 
 
 def new_upload(num_examples, sha256, file_sha256, metrics=None):
@@ -70,7 +79,7 @@ class RunState:
     # weights that were trained for an earlier run are never counted in this one.
     run: str
 
-    # The names of all clients that take part, sorted.
+    # The names of all clients that take part, sorted. A restart may name others: `membership`.
     clients: list
 
     # How many rounds the whole run has. A restart with a larger --rounds makes it longer.
@@ -122,10 +131,25 @@ class RunState:
     # first, and in a run that an older version began.
     best: dict | None = None
 
+    # Who joined and who left since the run began, one entry a change, the oldest first:
+    # {"round": 5, "joined": ["client004"], "left": ["client002"]}. The round is the one that was
+    # open then: the first without the one and with the other.
+    membership: list = field(default_factory=list)
+
     @property
     def is_over(self):
         """Whether the last round is merged (its evaluation may still run)."""
         return self.round > self.rounds
+
+    @property
+    def left(self):
+        """{client: the round in which it left}, of those that have not joined again."""
+        left = {}
+        for change in self.membership:
+            left.update(dict.fromkeys(change["left"], change["round"]))
+            for client in change["joined"]:
+                left.pop(client, None)
+        return left
 
     @property
     def freezes_base(self):

@@ -51,6 +51,8 @@ def status_of(rounds):
         "clients": clients,
         # a row that another version wrote may lack a name
         "history": [{name: row.get(name) for name in HISTORY_COLUMNS} for row in state.history],
+        # who came and went: {"round": 5, "joined": [...], "left": [...]}
+        "membership": state.membership,
     }
 
 

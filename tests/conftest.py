@@ -161,7 +161,7 @@ class Run:
     def average(self, paths, num_examples):
         return weights.fedavg(paths, num_examples, weights.Layout(self.weights), self.weights)
 
-    def start(self, rounds=None):
+    def start(self, rounds=None, clients=None):
         """Opens what is on disk, as a server does that is started."""
         state = RunState.load(self.folder / "state.json")
         state = state.changed(rounds=rounds or state.rounds)
@@ -177,6 +177,7 @@ class Run:
         assert (
             RunState.load(self.folder / "state.json").frozen is None
         )  # from here the coordinator may freeze again
+        self.rounds.change_clients(clients or state.clients)
         self.rounds.opened = None
         self.coordinator = Call(self.rounds.run)
         until(

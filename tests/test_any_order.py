@@ -472,4 +472,4 @@ def test_any_order():
 
 @pytest.mark.slow
 def test_any_order_for_long():
-    run_machine(1000)
+    run_machine(400)

@@ -22,6 +22,8 @@ from standin import shapes_of_size, write_weights
 from federation import weights
 from generated import todo_pb2, todo_pb2_grpc
 
+pytestmark = pytest.mark.alone
+
 CLIENTS = ["client001", "client002", "client003"]
 ATTACKER = "client003"  # enrolled, and it delivers in each round, beside what else it does
 MEGABYTES = 4  # so much that a download which nobody reads does not fit into buffers

@@ -371,6 +371,7 @@ def seconds_until_accepted(server, address, paths, client):
     return seconds
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_files_of_two_clients_cost_the_others_less_than_a_second(
     start, begun, tmp_path, kind

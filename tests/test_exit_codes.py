@@ -227,10 +227,6 @@ def serve_in_vain(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (
-            ["--clients", "client001,client003"],
-            "--clients is ['client001', 'client003'], but the run in server has ['client001', ",
-        ),
         (["--arch", "vgg16"], "--arch is vgg16, but the run in server has drcnn"),
         (["--image-size", "64"], "--image-size is 64, but the run in server has 32"),
         (["--seed", "7"], "--seed is 7, but the run in server has 0"),

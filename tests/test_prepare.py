@@ -226,6 +226,7 @@ def test_check_tells_whether_the_index_is_of_these_choices(capsys):
     assert check()[0] == 10
 
 
+@pytest.mark.alone
 def test_check_answers_at_once_and_without_tensorflow():
     prepare.main(SMALL)
     script = (

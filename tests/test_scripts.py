@@ -97,6 +97,7 @@ def fastest_s(*command):
     return min(seconds)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_soon(script):
     """As a ratio to an empty Python: gRPC, NumPy and Pillow cost 10 to 30, TensorFlow 200 more."""

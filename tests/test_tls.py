@@ -424,6 +424,7 @@ class Flood:
                 each.close()
 
 
+@pytest.mark.alone
 def test_a_flood_of_unknown_peers_does_not_delay_a_round(serve, tmp_path):
     served = serve(rounds=10_000)
     large = [("conv", (1000, 1000)), ("dense", (1000, 3))]
