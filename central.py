@@ -39,7 +39,11 @@ def main(argv=None):
         metavar="none|imagenet|FILE",
         help="to start from (none: random)",
     )
-    add("--freeze-base", action="store_true", help="train only the dense layers of a vgg16")
+    add(
+        "--freeze-base",
+        action="store_true",
+        help="train only the layers after the base of a vgg16 or lite0",
+    )
     add(
         "--no-augmentation",
         action="store_true",

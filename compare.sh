@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Is federation worth it? Central, federated on an IID and on a non-IID split, and the largest client alone.
-#   ./compare.sh                          14 rounds on drawn images
+# Is federation worth it? Central, federated and alone, with the same number of passes over the images.
+#   ./compare.sh                          14 rounds on the drawn hospitals
 #   ./compare.sh --help                   all flags
 exec python3 "$(dirname "$0")/launch.py" compare "$@"

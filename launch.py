@@ -214,11 +214,12 @@ The whole demo on this machine: set-up, data, one server, its clients, the resul
 Run the same command again to resume an unfinished run. After a finished one it begins a new run."""
 
 COMPARE_HELP = """\
-Is federation worth it? The same number of passes over the images: central, federated on an IID
-and on a non-IID split, and the largest client of the non-IID split alone.
-Writes compare.csv and, for both splits, a report with the four curves.
+Is federation worth it? The same number of passes over the images for each series. Of the drawn
+hospitals: central, federated, and each hospital alone. Of photographs: central, federated on an
+IID and on a non-IID split, and the largest client of the non-IID split alone.
+Writes compare.csv and, for each split, a report with all curves.
 
-  ./compare.sh                                    14 rounds on drawn images
+  ./compare.sh                                    14 rounds on the drawn hospitals
   ./compare.sh --dataset idrid --source DIR --rounds 20 --epochs 2
 
 It works in compare-SEED/; server/ and index/ stay as they are. It always begins afresh."""
@@ -636,9 +637,18 @@ def train_alone(processes, clients, flags):
         "--image-size": state["image_size"],
         "--seed": state["seed"],
     }
-    with open("index/prepared.json", encoding="utf-8") as file:
+    each_alone = train_each_alone(processes, clients, {**flags, **of_the_run}, PROJECT)
+    write_comparison(ALONE / "compare.csv", {"federated": PROJECT / "server", **each_alone})
+
+
+def train_each_alone(processes, clients, flags, folder):
+    """Trains all clients of the federation in `folder` at the same time, each on its own index.
+
+    Returns the series {name: folder of its history}, as `write_comparison` wants them.
+    """
+    with open(folder / "index" / "prepared.json", encoding="utf-8") as file:
         hospitals = json.load(file).get("worker_hospitals") or {}  # of the drawn images
-    series = {"federated": PROJECT / "server"}
+    series = {}
     for number, name in enumerate(clients, start=1):
         worker = f"worker{number}"
         processes.start(
@@ -646,13 +656,13 @@ def train_alone(processes, clients, flags):
             "central.py",
             *["--index", f"index/{worker}.pkl", "--out", ALONE / name],
             *["--threads", threads_each(len(clients))],
-            *central_flags({**flags, **of_the_run}),
-            cwd=PROJECT,
+            *central_flags(flags),
+            cwd=folder,
         )
         hospital = f" ({hospitals[worker]})" if worker in hospitals else ""
-        series[f"{name} alone{hospital}"] = ALONE / name
+        series[f"{name} alone{hospital}"] = folder / ALONE / name
     processes.wait_for_all()
-    write_comparison(ALONE / "compare.csv", series)
+    return series
 
 
 def check_data(processes, prepare_flags):
@@ -691,51 +701,56 @@ def print_history():
 
 
 def compare(processes, flags):
-    """What ./compare.sh does, in compare-SEED/iid and compare-SEED/noniid."""
+    """What ./compare.sh does, in compare-SEED/ and there in a folder for each split."""
     flags = {"--rounds": 14, **flags}  # after ten rounds federation has not caught up yet
-    seed = flags.setdefault("--seed", 0)
-    work = PROJECT / f"compare-{seed}"
-    iid, noniid = work / "iid", work / "noniid"
-    for split in (iid, noniid):
-        shutil.rmtree(split, ignore_errors=True)
-        split.mkdir(parents=True)
-        (split / "preprocessed").symlink_to("../preprocessed")  # both use the same pictures
+    work = PROJECT / f"compare-{flags.setdefault('--seed', 0)}"
+    are_drawn = flags.get("--dataset", "synthetic") == "synthetic"
+    splits = ["hospitals"] if are_drawn else ["iid", "noniid"]
+    for split in splits:
+        shutil.rmtree(work / split, ignore_errors=True)
+        (work / split).mkdir(parents=True)
+        (work / split / "preprocessed").symlink_to("../preprocessed")  # all use the same pictures
     (work / "preprocessed").mkdir(exist_ok=True)
-    for split in (noniid, iid):
-        step(processes, split, "prepare.py", *flags_for("prepare", flags), "--split", split.name)
-    step(processes, iid, "central.py", *central_flags(flags))
-    for split in (iid, noniid):
-        say(processes.command, f"federated, in {split.relative_to(PROJECT)}")
-        federate(
-            processes,
-            client_names(3),
-            flags_for("server", flags),
-            flags_for("client", flags),
-            folder=split,
-            server_log="server.log",
-            client_logs=True,
-        )
-    largest = index_of_largest_client(noniid)
-    step(
-        processes, noniid, "central.py", "--index", largest, "--out", "alone", *central_flags(flags)
-    )
-    write_comparison(
-        work / "compare.csv",
-        {
-            "central": iid / "central",
-            "federated IID": iid / "server",
-            "federated non-IID": noniid / "server",
-            "largest client alone": noniid / "alone",
-        },
-    )
+    for split in reversed(splits):
+        step(processes, work / split, "prepare.py", *flags_for("prepare", flags), "--split", split)
+    step(processes, work / splits[0], "central.py", *central_flags(flags))
+    for split in splits:
+        federate_split(processes, work / split, flags)
+    series = {"central": work / splits[0] / "central"}
+    if are_drawn:
+        series["federated"] = work / "hospitals" / "server"
+        say(processes.command, "each hospital alone")
+        series |= train_each_alone(processes, client_names(3), flags, work / "hospitals")
+    else:
+        series["federated IID"] = work / "iid" / "server"
+        series["federated non-IID"] = work / "noniid" / "server"
+        largest = index_of_largest_client(work / "noniid")
+        own = ["--index", largest, "--out", ALONE, *central_flags(flags)]
+        step(processes, work / "noniid", "central.py", *own)
+        series["largest client alone"] = work / "noniid" / ALONE
+    write_comparison(work / "compare.csv", series)
     shutil.copy(work / "compare.csv", PROJECT)
-    for split in (iid, noniid):
-        step(processes, split, "report.py", "--compare", "../compare.csv")
+    for split in splits:
+        step(processes, work / split, "report.py", "--compare", "../compare.csv")
+
+
+def federate_split(processes, folder, flags):
+    """A server and three clients in `folder`; the clients' lines go to files there."""
+    say(processes.command, f"federated, in {folder.relative_to(PROJECT)}")
+    federate(
+        processes,
+        client_names(3),
+        flags_for("server", flags),
+        flags_for("client", flags),
+        folder=folder,
+        server_log="server.log",
+        client_logs=True,
+    )
 
 
 def step(processes, folder, script, *flags):
     """Says what it does, and runs one script in the folder."""
-    command = " ".join([script, *flags])
+    command = " ".join([script, *map(str, flags)])
     say(processes.command, f"{command}   (in {folder.relative_to(PROJECT)})")
     processes.run_script(script, *flags, cwd=folder)
 

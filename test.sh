@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests, two at a time; then by themselves those that compare seconds.
+# All tests, three at a time; then by themselves those that compare seconds.
 #   ./test.sh                                       within 8 minutes on 2 cores
 #   ./test.sh --slow                                the long ones, within 30 minutes
 #   ./test.sh tests/test_rounds.py -k barrier       anything else goes to pytest, as it is
@@ -27,8 +27,8 @@ if [ $# -gt 0 ]; then
     exec $python -m pytest "${which[@]}" -m "$marked" "$@"
 fi
 code=0
-# Two processes, whatever the machine has: a test starts up to four of its own. A file stays whole,
-# because its tests share what was made for the first of them.
-$python -m pytest "${which[@]}" -m "$marked and not alone" --numprocesses 2 --dist loadfile || code=$?
+# Three at a time: many wait, and others start up to four processes of their own. A file stays
+# whole, because its tests share what was made for the first of them.
+$python -m pytest "${which[@]}" -m "$marked and not alone" --numprocesses 3 --dist loadfile || code=$?
 $python -m pytest "${which[@]}" -m "$marked and alone" || code=$?
 exit $code

@@ -287,6 +287,12 @@ def begin(arguments):
         f"a new run of {choices['rounds']} rounds: {choices['arch']} at {size} x {size} pixels, "
         f"seed {choices['seed']}, clients {', '.join(choices['clients'])}"
     )
+    dataset = cards.read_prepared(arguments.index_dir).get("dataset", "synthetic")
+    if choices["arch"] == "drcnn" and dataset != "synthetic":
+        say(
+            "warning: drcnn begins from random weights and learns little from few photographs; "
+            "--arch lite0 begins with a network that has seen photographs before"
+        )
     model.configure(choices["seed"])
     network = model.build(choices["arch"], size, choices["seed"])
     model.initialize(network, choices["weights"])

@@ -579,7 +579,7 @@ def test_files_with_a_few_changed_bytes_never_harm(tmp_path):
     layout = weights.Layout(good)
     converters = convert.Converters(layout)
     rng, refused = np.random.default_rng(3), 0
-    for _ in range(60):
+    for _ in range(30):
         damage = bytearray(good.read_bytes())
         for position in rng.integers(len(damage), size=rng.integers(1, 4)):
             damage[position] = rng.integers(256)
@@ -591,7 +591,7 @@ def test_files_with_a_few_changed_bytes_never_harm(tmp_path):
         except ValueError as error:
             refused += 1
             assert str(error)
-    assert 3 < refused < 60
+    assert 1 < refused < 30
 
 
 def test_no_file_from_outside_is_opened_with_hdf5_in_the_servers_process(tmp_path, monkeypatch):

@@ -189,6 +189,7 @@ def undisturbed(supervise):
     return begin
 
 
+@pytest.mark.slow
 def test_killed_while_training_and_while_evaluating(supervise, undisturbed):
     other = undisturbed(2, CLIENTS[:1])
     run = supervise("killed", 2, CLIENTS[:1])

@@ -228,6 +228,7 @@ signal.pause()
 """
 
 
+@pytest.mark.slow
 def test_sigterm_ends_all_with_143(project):
     (drawn(project) / "todoClient.py").write_text(WAITING_CLIENT)
     process = Started(command(), project, WITH_PACKAGES)
