@@ -274,9 +274,9 @@ def summary(run):
     text = (
         f"<p>{card['num_images']} held-out images of {patients} patients, on which nobody trained. "
         f"{patients - reporting} of these patients choose: the thresholds (a sensitivity of at "
-        f"least {100 * metrics.LEAST_SENSITIVITY:.0f} %, then the greatest sensitivity + specificity) "
-        f"and the best round (by AUC). The numbers are of the other {reporting}, whom the choice does "
-        "not know. That is what choosing costs: half of the patients measure nothing, so the "
+        f"least {100 * metrics.LEAST_SENSITIVITY:.0f} %, then the greatest sensitivity + "
+        f"specificity) and the best round (by AUC). The numbers are of the other {reporting}, whom "
+        "the choice does not know. That is what choosing costs: half of the patients measure nothing, so the "
         "intervals are wider.</p>"
     )
     if best:
