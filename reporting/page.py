@@ -276,8 +276,8 @@ def summary(run):
         f"{patients - reporting} of these patients choose: the thresholds (a sensitivity of at "
         f"least {100 * metrics.LEAST_SENSITIVITY:.0f} %, then the greatest sensitivity + "
         f"specificity) and the best round (by AUC). The numbers are of the other {reporting}, whom "
-        "the choice does not know. That is what choosing costs: half of the patients measure nothing, so the "
-        "intervals are wider.</p>"
+        "the choice does not know. That is what choosing costs: half of the patients measure "
+        "nothing, so the intervals are wider.</p>"
     )
     if best:
         where = "the last" if best["round"] == card["round"] else f"round {best['round']}"
