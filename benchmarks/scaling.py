@@ -1,6 +1,6 @@
 """How the server's time and memory grow with the number of clients and the size of the model.
 
-    python3 benchmarks/scaling.py                          # a table, up to 48 clients, up to 400 MB
+    python3 benchmarks/scaling.py                          # a table, up to 96 clients, up to 400 MB
     python3 benchmarks/scaling.py --clients 96 --megabytes 10
     python3 benchmarks/scaling.py --evaluate               # with TensorFlow and an evaluation
 
@@ -42,6 +42,7 @@ GRID = [  # (clients, megabytes, rounds)
     (12, 10, ROUNDS),
     (24, 10, ROUNDS),
     (48, 10, ROUNDS),
+    (96, 10, ROUNDS),
     (3, 1, ROUNDS),
     (3, 100, ROUNDS),
     (3, 400, 3),
