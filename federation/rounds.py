@@ -573,6 +573,7 @@ class Rounds:
         counted = self.state.counted.get(client)
         if counted and counted["sha256"] == sha256:
             return counted["round"]
+        self.check_has_not_left(client)
         if self.min_clients < len(self.clients):
             # A round may have been closed without this client: its upload may be for that one.
             raise Refused(
@@ -589,12 +590,14 @@ class Rounds:
         """
         if self.over:
             raise self.over
-        if run not in (None, self.state.run):
-            raise self._not_for_now(client, f"run {run[:40]!r}")
+        is_this_run = run in (None, self.state.run)
         counted = self.state.counted.get(client)
-        if counted and counted["round"] == round_number and counted["sha256"] == sha256:
+        same = counted and counted["round"] == round_number and counted["sha256"] == sha256
+        if same and is_this_run:
             return True
         self.check_has_not_left(client)
+        if not is_this_run:
+            raise self._not_for_now(client, f"run {run[:40]!r}")
         if round_number < self.round:
             raise self._not_for_now(client, f"round {round_number}, which is over")
         if round_number > self.round or self.done:

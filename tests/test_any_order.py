@@ -1,7 +1,8 @@
 """rounds, in any order: what the oracle says, and its bits.
 
 Arrivals, repeats, changed bytes, late and early rounds, other runs, old peers, disconnects, held
-merges, time limits, restarts, and crashes at any publish, over several rounds.
+merges, time limits, restarts, clients that leave and join, and crashes at any publish, over several
+rounds.
 """
 
 import os
@@ -39,7 +40,7 @@ from federation.rounds import Refused, TooFewClients
 
 CLIENTS = ["client001", "client002", "client003"]
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder that no disk slows down
-OVER = "FAILED_PRECONDITION"
+OVER, LEFT = "FAILED_PRECONDITION", "PERMISSION_DENIED"
 
 
 @cache
@@ -52,13 +53,18 @@ class Oracle:
     """DESIGN 4 in short. An upload is (num_examples, seed of its tensors)."""
 
     def __init__(self, rounds, minimum):
-        self.rounds, self.minimum = rounds, minimum
+        self.rounds, self.asked_minimum = rounds, minimum if minimum < 3 else None
+        self.clients, self.left = list(CLIENTS), set()
         self.round, self.answered, self.frozen = 1, 0, False
         self.uploads, self.counted, self.history = {}, {}, []
         self.weights = random_tensors(1000)
 
     def __repr__(self):
         return str({name: value for name, value in vars(self).items() if name != "weights"})
+
+    @property
+    def minimum(self):
+        return self.asked_minimum or len(self.clients)
 
     @property
     def done(self):
@@ -73,20 +79,27 @@ class Oracle:
         """Whether a fetch is answered: not while a round merges, the result once it is scored."""
         return not self.frozen and (not self.done or self.answered == self.rounds)
 
+    def change_clients(self, names):
+        """From the open round on; what was frozen has been merged before."""
+        self.left = (self.left | set(self.clients)) - set(names)
+        self.clients = sorted(names)
+        self.uploads = {name: each for name, each in self.uploads.items() if name in names}
+
     def deliver(self, client, upload, run, number):
         """(number of the round it is for, and 'waits', 'answered' or the status code)."""
         counted_number, counted = self.counted.get(client, (0, None))
-        if number is None:  # an old peer that was not seen to fetch
-            if counted and counted[1] == upload[1]:
-                number = counted_number
-            elif self.minimum < len(CLIENTS):
-                return 0, OVER
-            else:
-                number = self.round
+        if number is None and counted and counted[1] == upload[1]:
+            number = counted_number  # of an old peer that was not seen to fetch
+        is_repeat = counted and (counted_number, counted[1]) == (number, upload[1])
+        if is_repeat and run != "other":
+            return number, "answered" if number <= self.answered else "waits"
+        if client in self.left:
+            return number, LEFT
+        if number is None and self.minimum < len(self.clients):
+            return 0, OVER
+        number = number or self.round
         if run == "other":
             return number, OVER
-        if counted and (counted_number, counted[1]) == (number, upload[1]):
-            return number, "answered" if number <= self.answered else "waits"
         if number != self.round or self.done:
             return number, OVER
         if self.frozen:
@@ -98,7 +111,7 @@ class Oracle:
 
     def advance(self, merge, evaluate):
         """What the coordinator does now, as far as it is let."""
-        self.frozen = self.frozen or (self.waits and len(self.uploads) == len(CLIENTS))
+        self.frozen = self.frozen or (self.waits and len(self.uploads) == len(self.clients))
         if self.frozen and merge:
             self.weights = averaged(
                 [(client, n, random_tensors(seed)) for client, (n, seed) in self.uploads.items()]
@@ -106,7 +119,7 @@ class Oracle:
             self.counted.update(
                 {client: (self.round, upload) for client, upload in self.uploads.items()}
             )
-            missing = " ".join(sorted(set(CLIENTS) - set(self.uploads)))
+            missing = " ".join(sorted(set(self.clients) - set(self.uploads)))
             self.history.append(
                 (self.round, len(self.uploads), missing, sum(n for n, _ in self.uploads.values()))
             )
@@ -242,6 +255,8 @@ class AnyOrder(RuleBasedStateMachine):
             number = self.oracle.round
             uploads = dict(self.oracle.uploads)
             for client, seed in zip(clients, seeds, strict=True):
+                if client not in self.oracle.clients:
+                    continue
                 upload = uploads.get(client, (seed + 1, seed))
                 self.oracle.deliver(client, upload, "run0", number)
                 delivery = Delivery(client, number)
@@ -253,7 +268,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(known=st.booleans())
     def fetch(self, known):
-        self.fetches.append(Call(self.run.rounds.fetch, "client001" if known else None))
+        self.fetches.append(Call(self.run.rounds.fetch, self.oracle.clients[0] if known else None))
         self.settle()
 
     @precondition(lambda self: self.deliveries)
@@ -282,7 +297,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.gates[name] = True
         self.settle()
 
-    @precondition(lambda self: self.oracle.minimum < 3)
+    @precondition(lambda self: self.oracle.asked_minimum)
     @rule(held=st.booleans())
     def time_is_over(self, held):
         self.gates["merge"] &= not held
@@ -299,8 +314,8 @@ class AnyOrder(RuleBasedStateMachine):
             self.settle()
 
     @rule(more=st.sampled_from([0, 0, 1]))
-    def restart(self, more=0):
-        """kill -9, and started again; --rounds extends a finished run."""
+    def restart(self, more=0, clients=None):
+        """kill -9, and started again; --rounds extends a finished run, --clients names others."""
         self.dead.append(True)
         self.run.stop()
         for call in [delivery.call for delivery in self.deliveries] + self.fetches:
@@ -312,8 +327,15 @@ class AnyOrder(RuleBasedStateMachine):
         self.opened()
         if self.oracle.rounds < 5:
             self.oracle.rounds += more
-        self.run.start(rounds=self.oracle.rounds)
+        self.oracle.advance(merge=True, evaluate=True)  # all that is frozen, with the old clients
+        if clients and not self.oracle.done:
+            self.oracle.change_clients(clients)
+        self.run.start(rounds=self.oracle.rounds, clients=self.oracle.clients)
         self.settle()
+
+    @rule(clients=st.lists(st.sampled_from(CLIENTS), min_size=2, unique=True))
+    def clients_leave_and_join(self, clients):
+        self.restart(clients=clients)
 
     @rule(
         client=st.sampled_from(CLIENTS),
@@ -327,6 +349,8 @@ class AnyOrder(RuleBasedStateMachine):
         """The server dies at a publish of this delivery, or of the round that it closes."""
         if replace and self.oracle.uploads:
             client = min(self.oracle.uploads)
+        elif client in self.oracle.left:
+            client = self.oracle.clients[0]
         self.gates = {"merge": True, "evaluate": True}
         self.settle()
         before = self.oracle.uploads.get(client)
@@ -355,7 +379,7 @@ class AnyOrder(RuleBasedStateMachine):
         there = self.run.rounds.uploads
         return (
             client in there
-            and len(there) < len(CLIENTS)
+            and len(there) < len(self.oracle.clients)
             and self.run.rounds.waiting.get(client) is not None
         )
 
@@ -441,12 +465,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.gates = {"merge": True, "evaluate": True}
         self.settle()
         while not self.oracle.done:
-            for client in CLIENTS:
+            for client in self.oracle.clients:
                 if client not in self.oracle.uploads:
                     self.deliver(client, 5, 1, "new", "fresh")
         self.run.coordinator.result()
         left = Call(self.run.rounds.wait_until_all_left, 60)
-        for client in CLIENTS:
+        for client in self.oracle.clients:
             self.run.rounds.fetch(client)[2].close()
             self.run.rounds.leave(client)
         left.result(20)
