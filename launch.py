@@ -113,6 +113,15 @@ DATA_FLAGS = [
         {"type": at_least(0), "metavar": "N", "help": "images that every client gets (default: 0)"},
     ),
     (
+        "--preprocessing",
+        ["prepare"],
+        {
+            "choices": ["graham", "colour"],
+            "help": "of photographs: less their local average, or in their colours (default: "
+            "graham; lite0: colour)",
+        },
+    ),
+    (
         "--balanced",
         ["prepare"],
         {"action": "store_true", "help": "ddr: draw 10,000 + 2,522 images as the thesis did"},
@@ -266,6 +275,8 @@ def parse(argv):
         flags.setdefault("--image-size", IMAGE_SIZES[flags["--arch"]])  # prepare.py knows no --arch
     if flags.get("--arch") == "lite0":
         flags.setdefault("--weights", "imagenet")
+        if flags.get("--dataset", "synthetic") != "synthetic":
+            flags.setdefault("--preprocessing", "colour")
     return Path(parser.prog).stem, flags
 
 
@@ -303,6 +314,8 @@ def check_combinations(parser, flags):
     if pretrained and flags.get("--arch") not in PRETRAINED:
         able = " and ".join(PRETRAINED)
         parser.error(f"--freeze-base and --weights imagenet are for --arch {able}")
+    if "--preprocessing" in flags and dataset == "synthetic":
+        parser.error("--preprocessing is of photographs: drawn images need none")
     if "--freeze-base" in flags and "--no-freeze-base" in flags:
         parser.error("--freeze-base and --no-freeze-base contradict each other")
     if flags.get("--split") == "hospitals" and dataset != "synthetic":

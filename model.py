@@ -235,7 +235,7 @@ ARCHS = {
     # One dense layer on frozen features is a convex problem: it takes a high rate, and at 1e-3 ten
     # rounds are too few for it.
     "lite0": Arch(
-        lite0, 224, first_rate=1e-3, rate_decay=0.3, features="average", frozen_first_rate=5e-2
+        lite0, 224, first_rate=1e-3, rate_decay=0.3, features="average", frozen_first_rate=2e-2
     ),
 }
 

@@ -168,10 +168,10 @@ def warnings_of(card, paths):
             sentences.append(
                 "the model was trained on drawn images: its score of a photograph says nothing"
             )
-        elif trained_on != "graham":
+        elif trained_on not in photos.PREPROCESSINGS:
             sentences.append(
                 f"how the model's training images were prepared is not known ({trained_on}): "
-                "these are prepared as prepare.py prepares photographs"
+                "these are prepared as prepare.py prepares photographs by itself (graham)"
             )
     if prepared and preprocessing_here() != trained_on:
         sentences.append(
@@ -225,7 +225,8 @@ def prepare(job):
             image = photos.open_image(path)
         else:
             # The function that made the training images, so that the score is of the same picture.
-            pixels, _ = photos.prepare_photograph(path, prepared_image_size)
+            known = preprocessing if preprocessing in photos.PREPROCESSINGS else "graham"
+            pixels, _ = photos.prepare_photograph(path, prepared_image_size, known)
             image = Image.fromarray(pixels)
     except ValueError as error:
         sentence = str(error)

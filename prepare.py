@@ -58,6 +58,7 @@ DEFAULTS = {
     "share": 0,
     "balanced": False,
     "val_part": None,
+    "preprocessing": "graham",
     "image_column": "image",
     "label_column": "label",
     "patient_column": "",
@@ -71,7 +72,7 @@ OF_DRAWING = ("num_train", "num_val")
 # The imported indexes and pictures have all of this already.
 NOT_OF_IMPORT = (
     *("dataset", "image_size", "seed", "num_clients", "split", "alpha", "share", "balanced"),
-    *("val_part", *OF_FOLDER, *OF_DRAWING),
+    *("val_part", "preprocessing", *OF_FOLDER, *OF_DRAWING),
 )
 
 
@@ -175,6 +176,12 @@ def parse(argv):
         "0: a hospital trains on all it has, 1: all are for the server to score by",
     )
     add(
+        "--preprocessing",
+        choices=photos.PREPROCESSINGS,
+        help="of photographs: less their local average, as the thesis did (graham, the "
+        "default), or in their colours, which is better for lite0 (colour)",
+    )
+    add(
         "--balanced",
         action="store_true",
         help="ddr: the thesis's draw of 10,000 to train on, 2,522 to validate",
@@ -223,7 +230,13 @@ def refuse_without_effect(parser, args, given):
     if args.index_from:
         beside, useless = "--index-from, whose files have it", NOT_OF_IMPORT
     elif args.dataset == "synthetic":
-        beside, useless = "--dataset synthetic", ("source", "val_part", *OF_FOLDER)
+        beside, useless = (
+            "--dataset synthetic",
+            (
+                *("source", "val_part", "preprocessing"),
+                *OF_FOLDER,
+            ),
+        )
     elif args.dataset == "folder":
         beside, useless = "--dataset folder", OF_DRAWING
     else:
@@ -285,7 +298,8 @@ def choices_of(args):
     if args.val_part == 1:
         choices["num_clients"] = 0
     drawn = args.dataset == "synthetic"
-    choices["preprocessing"] = "drawn" if drawn else "graham"
+    if drawn:
+        choices["preprocessing"] = "drawn"
     choices["channels"] = None
     if args.index_from:
         for name in NOT_OF_IMPORT:

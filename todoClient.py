@@ -74,6 +74,7 @@ SEED_TASK = {
     "image_size": 224,
     "freeze_base": False,
     "takes_progress": False,
+    "preprocessing": "",
 }
 
 # Status codes that trying again does not change.
@@ -283,6 +284,7 @@ class Site:
         wanted = (task["arch"], task["image_size"], task["freeze_base"])
         if self.prepared_for == wanted:
             return
+        self.check_preprocessing(task["preprocessing"])
         model.configure(self.arguments.seed, self.arguments.threads)
         self.network = model.build(task["arch"], task["image_size"])
         if self.freezes_base(task):
@@ -313,6 +315,21 @@ class Site:
                 files.temporary(self.weights.with_name("held_out.npy")),
             )
         self.prepared_for = wanted
+
+    def check_preprocessing(self, expected):
+        """Raises ValueError where this site's pictures are of another kind than the server's.
+
+        Nobody would notice: the network trains on either, and is good for neither.
+        """
+        folder = self.arguments.index.parent
+        own = cards.read_prepared(folder).get("preprocessing")
+        kinds = cards.KINDS_OF_PICTURES
+        if own != expected and own in kinds and expected in kinds:
+            raise ValueError(
+                f"the pictures of {self.arguments.index} are of the kind {own!r} ({folder}/"
+                f"prepared.json), and those that the server scores with of the kind {expected!r}: "
+                "all sites have to prepare theirs in the same way (prepare.py --preprocessing)"
+            )
 
     def scores(self):
         """What the network scores on the held-out images; {} where there are none.
@@ -411,6 +428,7 @@ def task_from(initial_metadata):
             "rounds": at_least(1)(initial_metadata["fedml-rounds"]),
             "freeze_base": initial_metadata.get("fedml-freeze-base") == "1",
             "takes_progress": initial_metadata.get("fedml-progress") == "1",
+            "preprocessing": initial_metadata.get("fedml-preprocessing", ""),
         }
         if task["arch"] not in model.ARCHS:
             raise ValueError(f"unknown network {task['arch']!r}")

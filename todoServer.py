@@ -96,11 +96,19 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
     serve_unnamed  whether peers are served that name nobody, neither in metadata nor by a
                    certificate, as the thesis demo's do
     card_text      card_text() -> the model card of the result as ASCII JSON, "" where there is none
+    preprocessing  how the pictures were made that the server scores with, "" where that is unknown
     """
 
-    def __init__(self, rounds, max_examples=10_000_000, serve_unnamed=True, card_text=lambda: ""):
+    def __init__(
+        self,
+        rounds,
+        max_examples=10_000_000,
+        serve_unnamed=True,
+        card_text=lambda: "",
+        preprocessing="",
+    ):
         self.rounds = rounds
-        self.calls = service.Calls(rounds, max_examples, serve_unnamed, card_text)
+        self.calls = service.Calls(rounds, max_examples, serve_unnamed, card_text, preprocessing)
 
     def getWeight(self, request, context):
         # 2. Receive the void request, return the weights in pieces.
@@ -468,6 +476,12 @@ def card_text(weights_path):
         return ""
 
 
+def preprocessing_of(index_dir):
+    """How the server's pictures were made, where that can be told to clients."""
+    found = cards.read_prepared(index_dir).get("preprocessing")
+    return found if found in cards.KINDS_OF_PICTURES else ""
+
+
 # --- serving -------------------------------------------------------------------------------------
 
 
@@ -481,6 +495,7 @@ def listen(arguments, rounds):
         arguments.max_examples,
         serve_unnamed=is_local or arguments.insecure,
         card_text=lambda: card_text(rounds.weights_path),
+        preprocessing=preprocessing_of(arguments.index_dir),
     )
     credentials = tls.server_credentials(arguments)
     server, address = service.create_server(servicer, arguments.listen, credentials)

@@ -226,9 +226,10 @@ class Upload:
 class Calls:
     """What all calls of one server share: its limits, who is here, and what is moving."""
 
-    def __init__(self, rounds, max_examples, serve_unnamed, card_text):
+    def __init__(self, rounds, max_examples, serve_unnamed, card_text, preprocessing):
         self.rounds = rounds
         self.card_text = card_text
+        self.preprocessing = preprocessing
         self.max_examples = max_examples
         self.serve_unnamed = serve_unnamed
         self.say = rounds.say
@@ -424,6 +425,8 @@ class Calls:
         ]
         if state.freezes_base:
             initial_metadata.append(("fedml-freeze-base", "1"))
+        if self.preprocessing:
+            initial_metadata.append(("fedml-preprocessing", self.preprocessing))
         if self.rounds.done:
             card_text = self.card_text()
             if card_text:

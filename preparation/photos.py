@@ -1,7 +1,9 @@
 """From a fundus photograph to what the network sees.
 
 The steps are Graham's (Kaggle DR competition report, 2015), as the thesis took them: crop to the
-field of view, stretch the circle to a square, resize, subtract the local average.
+field of view, stretch the circle to a square, resize, subtract the local average. "colour" leaves
+the last one out: a network that has seen photographs before knows colours, and does better with
+them.
 """
 
 import warnings
@@ -11,6 +13,7 @@ from PIL import Image, ImageFilter
 
 from preparation.field import DARK, brighter_than_black, find_field
 
+PREPROCESSINGS = ("graham", "colour")
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 # Sigma of the blur that makes the local average, as a part of the picture's width.
 GRAHAM_SIGMA = 10 / 224
@@ -33,9 +36,10 @@ TRANSPOSE = {
 }
 
 
-def prepare_photograph(path, image_size):
+def prepare_photograph(path, image_size, preprocessing="graham"):
     """The photograph at `path` as the network sees it: (uint8 (image_size, image_size, 3), doubt).
 
+    preprocessing: one of PREPROCESSINGS.
     doubt: why its field of view is implausible, or "". Raises ValueError where it cannot be read or
     shows nothing.
     """
@@ -45,21 +49,21 @@ def prepare_photograph(path, image_size):
         # The eye is a small part of the photograph: it needs all of its pixels.
         image = open_image(path)
         field, doubt = find_field(image)
-    return prepare_image(image, image_size, field), doubt
+    return prepare_image(image, image_size, field, preprocessing), doubt
 
 
-def preprocess(image, image_size):
+def preprocess(image, image_size, preprocessing="graham"):
     """PIL image, RGB, to uint8 (image_size, image_size, 3). ValueError if it shows nothing."""
-    return prepare_image(image, image_size, find_field(image)[0])
+    return prepare_image(image, image_size, find_field(image)[0], preprocessing)
 
 
-def prepare_image(image, image_size, field):
+def prepare_image(image, image_size, field, preprocessing):
     """As preprocess; field: the image's Field, or None if it is no disc."""
     if field:
         square = stretch_field(image, field, image_size)
     else:
         square = stretch(crop(image), image_size)
-    return subtract_local_average(square)
+    return square if preprocessing == "colour" else subtract_local_average(square)
 
 
 def open_image(path, shortest_side=None):

@@ -151,7 +151,9 @@ def make_picture(job):
             elif job.choices["preprocessing"] == "imported":
                 image = import_picture(job.photo.path, job.choices["channels"])
             else:
-                image, doubt = photos.prepare_photograph(job.photo.path, job.choices["image_size"])
+                image, doubt = photos.prepare_photograph(
+                    job.photo.path, job.choices["image_size"], job.choices["preprocessing"]
+                )
         except ValueError as error:
             return Made(name, problem=str(error))
     sentences = tuple(dict.fromkeys(f"{job.photo.path}: {each.message}" for each in caught))

@@ -47,6 +47,8 @@ NEEDED = {
     "warning": str,
 }
 # What is told of the images, where prepared.json says it.
+# Pictures of these kinds do not mix. Imported ones, or such of which nothing is known, may be any.
+KINDS_OF_PICTURES = ("drawn", "graham", "colour")
 UNKNOWN_DATA = {"dataset": "unknown", "split": "unknown", "preprocessing": "unknown"}
 
 

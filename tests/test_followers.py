@@ -5,7 +5,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from conftest import client_script, make_data, new_run, start_server, until
+from conftest import make_data, new_run, start_server, until
 
 from federation.followers import Follower, RoundCommand
 from federation.state import RunState
@@ -143,7 +143,7 @@ def test_a_run_with_both_has_every_rounds_scores(start, tmp_path):
         *["--on-round", command],
     )
     client = start(
-        client_script(site),
+        "todoClient.py",
         *["--name", "client001", "--server", address, "--val-index", "index/val_set.pkl"],
         cwd=site,
     )

@@ -87,6 +87,20 @@ def test_central_training_freezes_what_the_clients_freeze():
     assert launch.central_flags(flags)[-1] == "none"
 
 
+def test_a_network_that_knows_photographs_gets_them_in_their_colours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photographs = ["run", "--dataset", "folder", "--source", "."]
+    for more, expected in (
+        (["--arch", "lite0"], "colour"),
+        (["--arch", "lite0", "--preprocessing", "graham"], "graham"),
+        ([], None),
+        (["--arch", "vgg16"], None),
+    ):
+        _, flags = launch.parse([*photographs, *more])
+        assert flags.get("--preprocessing") == expected
+    assert "--preprocessing" not in launch.parse(["run", "--arch", "lite0"])[1]
+
+
 def test_paths_are_relative_to_where_the_user_is(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     (tmp_path / "start.h5").touch()
@@ -110,6 +124,7 @@ WRONG = [
     (["--weights", "imagenet"], "are for --arch vgg16 and lite0"),
     (["--arch", "lite0", "--freeze-base", "--no-freeze-base"], "contradict each other"),
     (["--freeze-base"], "are for --arch vgg16 and lite0"),
+    (["--preprocessing", "colour"], "--preprocessing is of photographs"),
     (["--balanced"], "--balanced is the thesis's draw from ddr, not from synthetic"),
 ]
 WRONG_RUN = [

@@ -186,6 +186,13 @@ def with_notch(image):
     return image
 
 
+def test_in_their_colours_only_the_local_average_stays():
+    colour = photos.preprocess(drawn_eye(), 64, "colour")
+    graham = photos.preprocess(drawn_eye(), 64)
+    assert (photos.subtract_local_average(colour) == graham).all()
+    assert (colour != graham).any()
+
+
 @pytest.mark.parametrize(
     "change, most",
     [

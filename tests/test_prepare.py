@@ -254,6 +254,23 @@ def test_check_answers_at_once_and_without_tensorflow():
     assert min(ratios) < 3  # 1.5 on an idle machine
 
 
+def test_photographs_in_their_colours_are_other_pictures(tmp_path, capsys):
+    choices = of_folder(photo_folder(tmp_path / "photos"))
+    prepare.main(choices)
+    graham = {path.name: path.read_bytes() for path in Path("preprocessed/folder").glob("*.png")}
+    assert prepare.main([*choices, "--preprocessing", "colour"]) == 0
+    assert json.loads(Path("index/prepared.json").read_text())["preprocessing"] == "colour"
+    assert "0 pictures are there, 20 to make" in capsys.readouterr().out
+    names = [record["picture"] for record in data.read_index("index/train_set.pkl")]
+    for name in names:
+        assert Path("preprocessed/folder", name).read_bytes() != graham[name]
+    assert prepare.main([*choices, "--check"]) == prepare.EXIT_NOT_MADE
+    for useless in (SMALL, ["--index-from", "worker1.pkl"]):
+        with pytest.raises(SystemExit):
+            prepare.main([*useless, "--preprocessing", "colour"])
+        assert "--preprocessing would have no effect" in capsys.readouterr().err
+
+
 def test_photographs_are_prepared_split_by_patient_and_checked(tmp_path, capsys):
     source = photo_folder(tmp_path / "photos")
     choices = [

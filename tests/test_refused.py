@@ -5,6 +5,7 @@ Real servers and clients; only TensorFlow is left out, but where a training is t
 
 import json
 import re
+import shutil
 import signal
 
 import pytest
@@ -98,6 +99,31 @@ def train(*arguments, **options):
     return real_train(*arguments, **options)
 standin.train = train
 import todoClient"""
+
+
+# --- pictures of another kind ---------------------------------------------------------------------
+
+
+def test_pictures_of_another_kind_than_the_servers_are_refused(start, begun):
+    """Nothing else would say that one hospital's are prepared otherwise."""
+    site = begun(clients=["client001", "client002"], rounds=1)
+    for name, kind in (("of-server", "colour"), ("one", "graham"), ("two", "colour")):
+        shutil.copytree(site / "index", site / name)
+        (site / name / "prepared.json").write_text(json.dumps({"preprocessing": kind}))
+    flags = ["--index-dir", "of-server"]
+    server, address = start_server(start, site, *flags, script=server_script(site))
+
+    def client(name, index):
+        arguments = ["--name", name, "--server", address, "--index", index]
+        return start(client_script(site), *arguments, cwd=site)
+
+    refused = client("client001", "one/worker1.pkl")
+    assert refused.wait() == 1
+    assert "are of the kind 'graham' (one/prepared.json)" in refused.lines[-1]
+    assert "of the kind 'colour'" in refused.lines[-1] and "--preprocessing" in refused.lines[-1]
+    # the same kind, and one of which nothing is known
+    others = [client("client002", "two/worker1.pkl"), client("client001", "index/worker1.pkl")]
+    assert [process.wait() for process in [*others, server]] == [0, 0, 0]
 
 
 # --- a straggler ---------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_the_readme_names_every_file():
 def fastest_s(*command):
     """Seconds of the fastest of several starts: what else the machine does only adds to them."""
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         started = time.monotonic()
         assert run(sys.executable, *command).returncode == 0
         seconds.append(time.monotonic() - started)
