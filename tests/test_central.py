@@ -80,7 +80,7 @@ def test_it_trains_as_a_client_trains(here):
     model.save(model.build("drcnn", 16, 0), client.weights)
     for number in (1, 2):
         task = {"run": "r", "round": number, "rounds": 2, "arch": "drcnn", "image_size": 16}
-        todoClient.train(client, {**task, "freeze_base": False, "takes_progress": False})
+        todoClient.train(client, {**todoClient.SEED_TASK, **task})
     assert files.sha256_of("client001/central_weight.h5") == files.sha256_of(client.weights)
 
 
