@@ -97,7 +97,8 @@ class Oracle:
             return number, LEFT
         if number is None and self.minimum < len(self.clients):
             return 0, OVER
-        number = number or self.round
+        if number is None:
+            number = self.round
         if run == "other":
             return number, OVER
         if number != self.round or self.done:

@@ -324,11 +324,8 @@ def test_the_undisturbed_run_publishes_what_it_should(undisturbed):
     ]
 
 
-@pytest.mark.parametrize(
-    "victim", ["todoServer", pytest.param("client001", marks=pytest.mark.slow)]
-)
-def test_killed_at_every_publish(undisturbed, victim):
-    kill_at_every_publish(undisturbed, victim, a_third)
+def test_a_server_killed_at_every_publish(undisturbed):
+    kill_at_every_publish(undisturbed, "todoServer", a_third)
 
 
 @pytest.mark.slow
