@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -265,9 +266,9 @@ def kill_at_every_publish(undisturbed, victim, hows):
 
     def one(kill):
         number, point, how = kill
-        run = Supervised(
-            undisturbed.folder.parent / f"{victim}-{number}-{how}", data, victim, number, how
-        )
+        folder = undisturbed.folder.parent / f"{victim}-{number}-{how}"
+        shutil.rmtree(folder, ignore_errors=True)  # of another test of this session
+        run = Supervised(folder, data, victim, number, how)
         print(f"{victim} killed {how} publish {number} of {len(points)}, {point}")
         assert run.kills == 1 and f"KILLED {how} publish {number}: " in run.log(), (
             f"{run.kills}, {run.codes}\n{run.log()}"
