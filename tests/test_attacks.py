@@ -184,7 +184,7 @@ def test_300_downloads_that_nobody_reads(federation):
     assert f"{ATTACKER} began a new download: its unfinished one is ended" in run.server.output
 
 
-@pytest.mark.parametrize("connections", [1, 4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("connections", [1, 4])
 def test_endless_empty_messages(federation, connections):
     """Each connection begins anew when it is refused; of 4, each ends the one before."""
     run = federation()
