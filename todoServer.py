@@ -554,6 +554,8 @@ def follow(arguments, rounds):
         command = RoundCommand(arguments.on_round, rounds.state, say)
         followers.append(Follower(rounds, command.tell, "--on-round"))
     if arguments.tensorboard:
+        # Before an event file starts TensorFlow: how many threads it has cannot be set afterwards.
+        model.configure(rounds.state.seed)
         files_of_run = EventFiles(arguments.server_dir / "tensorboard" / rounds.state.run)
         followers.append(Follower(rounds, files_of_run.write, "--tensorboard"))
     return followers

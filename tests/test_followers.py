@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import make_data, new_run, start_server, until
 
+import model
 from federation.followers import Follower, RoundCommand
 from federation.state import RunState
 from reporting.events import EventFiles
@@ -118,6 +119,7 @@ def read_events(folder):
 
 
 def test_event_files_have_every_round_once_wherever_the_server_was_killed(state, tmp_path):
+    model.configure(0, 1)  # as the server does: TensorFlow's threads are set before it starts
     rows = [{**ROW, "round": number, "loss": 1 / number} for number in (1, 2, 3)]
     scores = [{"round": 1, "client": "client001", "auc": 0.75, "loss": ""}]
     first = EventFiles(tmp_path / "events")
@@ -159,3 +161,10 @@ def test_a_run_with_both_has_every_rounds_scores(start, tmp_path):
         values = [(row["round"], pytest.approx(row[name], abs=1e-6)) for row in state.history]
         assert found["all"][name] == values
     assert [step for step, _ in found["client001"]["auc"]] == [0, 1, 2]
+
+    # Started again for one more round: the whole run is written anew, before TensorFlow evaluates.
+    more = ["--rounds", "3", "--tensorboard"]
+    server, address = start_server(start, site, *more)
+    client = start("todoClient.py", "--name", "client001", "--server", address, cwd=site)
+    assert [client.wait(120), server.wait(120)] == [0, 0], server.output
+    assert [step for step, _ in read_events(run)["all"]["accuracy"]] == [1, 2, 3]
