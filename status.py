@@ -95,17 +95,14 @@ def lines_of(status, written):
         lines.append(f"{client['name'][:14]:<14} {where(client):<37} {images:>8} {seen:>17}")
     if status["history"]:
         lines += ["", " ".join(["round", *(f"{name:>11}" for name in SCORES), "  clients"])]
-    changes = {}
-    for change in status.get("membership", []):
-        for what in ("joined", "left"):
-            if change[what]:
-                told = changes.setdefault(change["round"], [])
-                told.append(f"{', '.join(change[what])} {what}")
     for row in status["history"]:
         scores = " ".join(f"{row[name]:11.3f}" for name in SCORES)
-        missing = f", without {row['missing']}" if row["missing"] else ""
-        changed = "".join(f", {words}" for words in changes.get(row["round"], []))
-        lines.append(f"{row['round']:>5} {scores}   {row['clients']}{missing}{changed}"[:80])
+        lines.append(f"{row['round']:>5} {scores}   {row['clients']}")
+        # Beneath, because names are long and a terminal has 80 columns.
+        words = [f"without {row['missing']}"] if row["missing"] else []
+        words += [f"{row[what]} {what}" for what in ("joined", "left") if row.get(what)]
+        if words:
+            lines.append(f"      {', '.join(words)}"[:80])
     return lines
 
 

@@ -296,7 +296,8 @@ def begin(arguments):
         f"seed {choices['seed']}, clients {', '.join(choices['clients'])}"
     )
     dataset = cards.read_prepared(arguments.index_dir).get("dataset", "synthetic")
-    if choices["arch"] == "drcnn" and dataset != "synthetic":
+    from_random = choices["weights"] == "none"
+    if choices["arch"] == "drcnn" and from_random and dataset != "synthetic":
         say(
             "warning: drcnn begins from random weights and learns little from few photographs; "
             "--arch lite0 begins with a network that has seen photographs before"

@@ -211,6 +211,14 @@ def clean(folder):
             left_over.unlink(missing_ok=True)
 
 
+def first_free(folder, pattern):
+    """The first path in `folder` that is not taken: of pattern.format(1), pattern.format(2) ..."""
+    number = 1
+    while (Path(folder) / pattern.format(number)).exists():
+        number += 1
+    return Path(folder) / pattern.format(number)
+
+
 def move_aside(folder):
     """Move what a server's run wrote into `folder`, and nothing else, to a new folder old-N there.
 
@@ -224,10 +232,7 @@ def move_aside(folder):
             old_files.append(site)
     if not old_files:
         return None
-    number = 1
-    while (folder / f"old-{number}").exists():
-        number += 1
-    aside = folder / f"old-{number}"
+    aside = first_free(folder, "old-{}")
     aside.mkdir()
     for path in old_files:
         path.rename(aside / path.name)

@@ -6,6 +6,7 @@ there is a line in the log. Standard library only.
 
 import json
 import math
+import os
 import signal
 import subprocess
 import threading
@@ -117,13 +118,10 @@ class RoundCommand:
 
 def _end_group(process):
     """End the shell and what it started. A child may hold the pipe: nobody reads it to its end."""
-    try:
-        process.send_signal(signal.SIGKILL)
-        subprocess.run(["kill", "-KILL", "--", f"-{process.pid}"], stderr=subprocess.DEVNULL)
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait()
+    os.killpg(process.pid, signal.SIGKILL)  # the shell is not waited for yet: the number is its own
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
 
 
 def _finite(value):

@@ -11,7 +11,7 @@ import errno
 import threading
 import time
 
-from common.files import publish, publish_rows, sha256_of
+from common.files import first_free, publish, publish_rows, sha256_of
 from federation import progress
 from federation.state import file_sha256_of, new_upload
 
@@ -67,7 +67,7 @@ class Rounds:
         self.merge = merge
         self.evaluate = evaluate
         self.publish_result = publish_result
-        self.asked_min_clients = min_clients
+        self.given_min_clients = min_clients
         self.round_timeout_s = round_timeout_s
         self.say = say
 
@@ -91,7 +91,7 @@ class Rounds:
 
     @property
     def min_clients(self):
-        return self.asked_min_clients or len(self.clients)
+        return self.given_min_clients or len(self.clients)
 
     @property
     def round(self):
@@ -190,9 +190,7 @@ class Rounds:
             counted = self.state.counted.get(client)
             if not sha256 or (counted and file_sha256_of(counted) == sha256):
                 continue
-            number = 1
-            while (aside := path.with_name(f"client_weights-not-counted-{number}.h5")).exists():
-                number += 1
+            aside = first_free(path.parent, "client_weights-not-counted-{}.h5")
             path.rename(aside)
             self.say(
                 f"{client} left in round {round_number}: what it had delivered for it is not "

@@ -49,10 +49,11 @@ def status_of(rounds):
         "phase": phase(rounds),
         "opened": round(rounds.opened + since_epoch),
         "clients": clients,
-        # a row that another version wrote may lack a name
-        "history": [{name: row.get(name) for name in HISTORY_COLUMNS} for row in state.history],
-        # who came and went: {"round": 5, "joined": [...], "left": [...]}
-        "membership": state.membership,
+        # None: a name that the row lacks, be it of another version, or where nobody joined or left
+        "history": [
+            {name: row.get(name) for name in (*HISTORY_COLUMNS, "joined", "left")}
+            for row in state.history
+        ],
     }
 
 

@@ -11,7 +11,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.files import clean, publish, publish_text, temporary
+from common.files import clean, first_free, publish, publish_text, temporary
 from preparation.tables import few
 
 LIST = "written.jsonl"
@@ -75,10 +75,7 @@ class WrittenFiles:
             path.unlink()
             return
         if self.old is None:
-            number = 1
-            while (self.folder / f"old-{number}").exists():
-                number += 1
-            self.old = self.folder / f"old-{number}"
+            self.old = first_free(self.folder, "old-{}")
             self.old.mkdir()
         path.rename(self.old / path.name)
         self.moved.append(path.name)

@@ -20,6 +20,7 @@ from conftest import (
     write_weights,
 )
 
+import status
 from common import files
 from federation import weights
 from federation.rounds import Refused
@@ -136,6 +137,18 @@ def test_one_joins_and_one_leaves_with_its_upload_waiting_and_the_server_is_kill
     assert {number: row["left"] for number, row in rows.items() if "left" in row} == {5: C}
     with open(run.site / "server" / "history.csv", newline="") as file:
         assert [row["clients"] for row in csv.DictReader(file)] == ["3", "3", "4", "4", "3", "3"]
+
+    def shown():
+        return status.lines_of(*status.read_status(run.site / "server" / "status.json"))
+
+    def beneath(number):
+        """What status.py says beneath the row of this round."""
+        rows = [line.startswith(f"{number:>5} ") for line in shown()]
+        return [*shown(), ""][rows.index(True) + 1]
+
+    until(lambda: shown()[-1].startswith("    6 "), "the status has round 6")
+    assert (beneath(3), beneath(5)) == ("      client004 joined", "      client003 left")
+    assert beneath(4).startswith("    5 ") and beneath(6) == ""
 
 
 def test_what_is_frozen_is_merged_with_the_old_names_first(federation):
