@@ -7,12 +7,13 @@ The network's one output is P(healthy), as in the thesis: Keras sorts the class 
 those of finding DR.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import h5py
@@ -32,7 +33,7 @@ def default_threads():
     return len(os.sched_getaffinity(0))
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet_stderr():
     """Silences file descriptor 2: TensorFlow's C++ announces itself there at any log level."""
     sys.stderr.flush()
@@ -415,6 +416,24 @@ def learning_rate(arch, round_number, frozen_base=False):
     return first_rate / (1 + schedule.rate_decay * (round_number - 1))
 
 
+# from glibc's malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+
+
+def keep_freed_memory():
+    """Let glibc keep what TensorFlow frees, for the next step of training.
+
+    By itself it gives every large array back to the system and asks for it anew a moment later,
+    hundreds of MB a step, page by page: half of a client's time (benchmarks/training_input.py).
+    Other C libraries have no such setting.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never give back
+        libc.mallopt(M_MMAP_MAX, 0)  # arrays lie in the heap, not each in a mapping of its own
+
+
 def train(network, batches, round_number, epochs, report=print, progress=None):
     """client_update of FedAvg: `epochs` passes over `batches` with a fresh Adam.
 
@@ -424,6 +443,7 @@ def train(network, batches, round_number, epochs, report=print, progress=None):
     The compiled step and the input pipeline are kept from round to round, because building them
     takes seconds; Adam begins afresh all the same, by setting its variables to zero.
     """
+    keep_freed_memory()
     frozen_base = has_frozen_base(network)
     if frozen_base and not batches.augment:
         network, batches = on_features(network, batches)
