@@ -7,6 +7,7 @@ python3 central.py --index index/worker3.pkl --out alone     # one hospital that
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import data
 import model
 from common import files, progress
 from federation.rounds import HISTORY_COLUMNS
+from reporting import metrics
 
 
 def main(argv=None):
@@ -81,9 +83,10 @@ def main(argv=None):
 
 
 def train_and_evaluate(args, image_size):
-    """Publishes OUT/central_weight.h5 and OUT/history.csv after every round.
+    """Publishes central_weight.h5, history.csv and assessed.json in OUT after every round.
 
     The columns are those of server/history.csv, so that the two can be compared row by row.
+    assessed.json says of this model what the card server_weight.json says of the merged one.
     """
     files.clean(args.out)
     progress.tell("loading")
@@ -116,7 +119,8 @@ def train_and_evaluate(args, image_size):
             report=lambda row: None,
             progress=progress_of(args, round_number),
         )
-        scores = model.evaluate(network, val_images, data.healthy(val))
+        p_healthy = model.predict(network, val_images)
+        scores = metrics.scores(p_healthy, data.healthy(val))
         row = {
             "round": round_number,
             **scores,
@@ -127,6 +131,8 @@ def train_and_evaluate(args, image_size):
         rows.append(row)
         model.save(network, args.out / "central_weight.h5")
         files.publish_rows(args.out / "history.csv", HISTORY_COLUMNS, rows)
+        assessed = json.dumps(metrics.assess(p_healthy, val), indent=1)
+        files.publish_text(args.out / "assessed.json", assessed + "\n")
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
         say(str(args.out), f"round {round_number}/{args.rounds}: {numbers}")
 

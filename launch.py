@@ -31,7 +31,8 @@ PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
 LISTENING = re.compile(r"server: listening on (\S+)$")
 SERVER_LOG = "run_local.log"
-ALONE = Path("alone")  # each client trained alone, and alone/compare.csv
+ALONE = Path("alone")  # each client trained alone, and the comparison
+COMPARED = {"auc": 6, "sensitivity": 11, "specificity": 11}  # metrics and widths in the table
 # Lines of a client that its line on the terminal says, too; in a log they stay.
 ROUTINE = re.compile(r" (client\S*: round \d+/\d+: (training|epoch )|alone/\S+: round )")
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
@@ -226,7 +227,7 @@ COMPARE_HELP = """\
 Is federation worth it? The same number of passes over the images for each series. Of the drawn
 hospitals: central, federated, and each hospital alone. Of photographs: central, federated on an
 IID and on a non-IID split, and the largest client of the non-IID split alone.
-Writes compare.csv and, for each split, a report with all curves.
+Writes compare.csv, compare.json and, for each split, a report with all curves.
 
   ./compare.sh                                    14 rounds on the drawn hospitals
   ./compare.sh --dataset idrid --source DIR --rounds 20 --epochs 2
@@ -552,18 +553,40 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def write_comparison(path, series):
-    """Writes compare.csv, the history of each series {name: folder}, and prints the last rounds."""
-    columns = ["series", "round", "loss", "accuracy", "auc", "sensitivity", "specificity"]
+def write_comparison(folder, series):
+    """Writes compare.csv and compare.json, and prints what came of each series {name: folder}.
+
+    compare.csv    the history of each series
+    compare.json   {name: what was measured of its last model with the thresholds chosen for it}
+    """
     rows = []
-    last_rows = []
-    for name, folder in series.items():
-        rows += [{"series": name, **row} for row in read_rows(folder / "history.csv")]
-        last_rows.append(rows[-1])
-    files.publish_rows(path, columns, rows)
-    widths = {"series": 34, "round": 5, "auc": 6, "accuracy": 8, "sensitivity": 11}
-    print()
-    print_table(last_rows, {**widths, "specificity": 11})
+    assessed = {}
+    for name, of_series in series.items():
+        rows += [{"series": name, **row} for row in read_rows(of_series / "history.csv")]
+        # the server's model has a card, central.py's only what a card says of its scores
+        path = of_series / "server_weight.json"
+        if not path.exists():
+            path = of_series / "assessed.json"
+        assessed[name] = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    columns = ["series", "round", "loss", "accuracy", "auc", "sensitivity", "specificity"]
+    files.publish_text(folder / "compare.json", json.dumps(assessed, indent=1) + "\n")
+    files.publish_rows(folder / "compare.csv", columns, rows)
+    print_comparison(assessed)
+
+
+def print_comparison(assessed):
+    """A table of what compare.json holds, for each task."""
+    for task in next(iter(assessed.values())):
+        rows = []
+        for name, tasks in assessed.items():
+            row = {task: name}
+            for metric in COMPARED:
+                value, _, _ = tasks[task]["measured"][metric]
+                row[metric] = "-" if value is None else f"{value:.3f}"
+            rows.append(row)
+        print()
+        print_table(rows, {task: 39, **COMPARED})
+    print("each at its own threshold, of the validation patients who did not choose it")
 
 
 def client_names(number):
@@ -637,7 +660,7 @@ def state_of_run(flags):
 def train_alone(processes, clients, flags):
     """Each client alone, as many passes over its own images as in the run: alone/client001/ ...
 
-    Writes alone/compare.csv, with the federated series first.
+    Writes alone/compare.csv and compare.json, with the federated series first.
     """
     state = files.load_state("server/state.json", ("run", "rounds", "arch", "image_size", "seed"))
     say(processes.command, "each client alone, for comparison (--no-alone skips this)")
@@ -651,7 +674,7 @@ def train_alone(processes, clients, flags):
         "--seed": state["seed"],
     }
     each_alone = train_each_alone(processes, clients, {**flags, **of_the_run}, PROJECT)
-    write_comparison(ALONE / "compare.csv", {"federated": PROJECT / "server", **each_alone})
+    write_comparison(ALONE, {"federated": PROJECT / "server", **each_alone})
 
 
 def train_each_alone(processes, clients, flags, folder):
@@ -741,8 +764,9 @@ def compare(processes, flags):
         own = ["--index", largest, "--out", ALONE, *central_flags(flags)]
         step(processes, work / "noniid", "central.py", *own)
         series["largest client alone"] = work / "noniid" / ALONE
-    write_comparison(work / "compare.csv", series)
+    write_comparison(work, series)
     shutil.copy(work / "compare.csv", PROJECT)
+    shutil.copy(work / "compare.json", PROJECT)
     for split in splits:
         step(processes, work / split, "report.py", "--compare", "../compare.csv")
 

@@ -12,6 +12,7 @@ Needs the packages of requirements-report.txt.
 import argparse
 import csv
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import data
 import model
 from common import files
 from reporting import card as cards
-from reporting.metrics import METRICS, choosing_half, measure
+from reporting.metrics import METRICS, TASKS, choosing_half, measure
 
 # At most so many images of a client are scored, taken evenly: vgg16 needs 0.3 s for one.
 MAX_CLIENT_IMAGES = 500
@@ -91,7 +92,8 @@ def load(args):
     training          what the clients of this machine trained with: {"epochs": {1}, ...}
     training_seconds  {round: seconds of the slowest client}
     client_scores     {client: the last row of server/clients.csv}
-    compared          {series: rows} of --compare
+    compared          {series: rows} of --compare, and compared_tasks, {series: tasks} of the file
+                      compare.json beside it: what a model card says of a model's scores
     """
     run = files.load_state(args.server_dir / "state.json", NEEDED_STATE)
     if run is None or not run["history"]:
@@ -132,6 +134,7 @@ def load(args):
         "training_seconds": training_seconds(sites),
         "client_scores": read_client_scores(args.server_dir / "clients.csv"),
         "compared": read_compared(args.compare) if args.compare else {},
+        "compared_tasks": read_compared_tasks(args.compare) if args.compare else {},
     }
 
 
@@ -212,6 +215,19 @@ def read_compared(path):
         numbers = {name: float(row[name]) for name in columns}
         compared.setdefault(row["series"], []).append(numbers)
     return compared
+
+
+def read_compared_tasks(path):
+    """{series: its "tasks", as on a model card}, from the .json beside what compare.sh wrote."""
+    path = path.with_suffix(".json")
+    try:
+        compared_tasks = json.loads(path.read_text(encoding="utf-8"))
+        for tasks in compared_tasks.values():
+            for task in TASKS:
+                cards.check_task(task, tasks.get(task))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not what ./compare.sh writes: {error}") from None
+    return compared_tasks
 
 
 if __name__ == "__main__":

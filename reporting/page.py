@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-import data
 from preparation.overview import GRADE_NAMES, count_grades
 from preparation.photos import open_image
 from reporting import metrics
@@ -190,7 +189,9 @@ def html_table(caption, header, rows):
     The first cell of a row is its header. A table that is wider than the screen scrolls, can be
     scrolled by the keyboard, and says so.
     """
-    lines = ["<tr>" + "".join(f'<th scope="col">{text}</th>' for text in header) + "</tr>"]
+    # a corner without a text is no header of anything
+    columns = (f'<th scope="col">{text}</th>' if text else "<td></td>" for text in header)
+    lines = [f"<tr>{''.join(columns)}</tr>"]
     for first, *others in rows:
         cells = "".join(f"<td>{cell}</td>" for cell in others)
         lines.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
@@ -533,29 +534,27 @@ def time(run):
 
 
 def comparison(run):
-    patients = np.array(data.patients(run["val"]), str)
-    num_with_dr = len(set(patients[run["grades"] > 0]))
-    num_without_dr = len(set(patients[run["grades"] == 0]))
-    shown = ("auc", "sensitivity", "specificity", "accuracy")
-    rows = []
-    for name, series in run["compared"].items():
-        cells = []
-        for metric in shown:
-            value = series[-1][metric]
-            interval = metrics.exact_interval(metric, value, num_with_dr, num_without_dr)
-            cells.append(metric_cell(metric, (value, *interval)))
-        rows.append((escape(name), *cells))
     cells = []
-    for metric in ("auc", "accuracy"):
-        series = {
-            name: [(row["round"], row[metric]) for row in of_name]
-            for name, of_name in run["compared"].items()
-        }
-        with picture(cells, f"{NAMES[metric]}, all validation images") as axes:
-            draw_lines(axes, series)
-    header = ("series", *(NAMES[name] for name in shown))
-    table = html_table("After the last round, all validation images, at 0.5", header, rows)
+    series = {
+        name: [(row["round"], row["auc"]) for row in rows] for name, rows in run["compared"].items()
+    }
+    with picture(cells, "AUC for any DR, all validation images") as axes:
+        draw_lines(axes, series)
+    tables = [compared_table(task, run["compared_tasks"]) for task in TASKS]
     text = (
-        "<p>AUC is what to compare: accuracy is counted at a score of 0.5, which nobody chose.</p>"
+        "<p>Each series is a model that began with the same weights and made as many passes over "
+        "its images; all are measured on the same patients. Half of the patients choose a "
+        "threshold for each; the tables are of the other half.</p>"
     )
-    return box("comparison", "What did federation bring?", text, grid(cells), table)
+    return box("comparison", "What did federation bring?", text, grid(cells + tables, 460))
+
+
+def compared_table(task, compared_tasks):
+    """A row for each series: AUC, and sensitivity and specificity at its own threshold."""
+    shown = ("auc", "sensitivity", "specificity")
+    rows = []
+    for name, tasks in compared_tasks.items():
+        measured = tasks[task]["measured"]
+        rows.append((escape(name), *(metric_cell(metric, measured[metric]) for metric in shown)))
+    header = ("series", *(NAMES[metric] for metric in shown))
+    return html_table(f"{task}: after the last round, the reporting patients", header, rows)

@@ -30,6 +30,17 @@ COMPARED = "series,round,loss,accuracy,auc,sensitivity,specificity\n" + "".join(
 )
 
 
+def write_comparison(folder):
+    """compare.csv and compare.json, as launch.py writes them."""
+    (folder / "compare.csv").write_text(COMPARED)
+    card = (folder / "server" / "server_weight.json").read_text()
+    assessed = {name: json.loads(card)["tasks"] for name in ("central", "federated <IID>")}
+    central = assessed["central"]["referable DR"]["measured"]
+    central["auc"] = [0.75, 0.6, 0.9]
+    central["sensitivity"] = [0.85, 0.7, 0.95]
+    (folder / "compare.json").write_text(json.dumps(assessed))
+
+
 def finished_run(folder):
     """A project folder in which a run of two rounds ended.
 
@@ -134,9 +145,10 @@ def page(finished):
     """The text of a report with everything in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(finished)
-        (finished / "compare.csv").write_text(COMPARED)
+        write_comparison(finished)
         assert report.main(["--compare", "compare.csv"]) == 0
         (finished / "compare.csv").unlink()
+        (finished / "compare.json").unlink()
     return (finished / "server" / "report.html").read_text(encoding="utf-8")
 
 
@@ -231,13 +243,12 @@ def test_the_time_of_a_round_is_divided_by_the_slowest_client_of_this_run(page):
         assert f'<th scope="row">{part}</th><td>{seconds:.2f} s</td>' in page
 
 
-def test_the_comparison_gives_the_last_round_with_its_interval(page):
-    low, high = metrics.wilson(0.85, 60)
-    assert f"<td>85.0 %<small>{100 * low:.1f} to {100 * high:.1f}</small></td>" in page
-    low, high = metrics.auc_interval(0.75, 27, 33)
-    central = f'<th scope="row">central</th><td>0.750<small>{low:.3f} to {high:.3f}</small></td>'
-    assert central in page
-    assert 'aria-label="AUC, all validation images"' in page
+def test_the_comparison_gives_each_series_at_its_own_threshold(page):
+    cells = "<td>0.750<small>0.600 to 0.900</small></td><td>85.0 %<small>70.0 to 95.0</small></td>"
+    assert f'<th scope="row">central</th>{cells}' in page
+    comparison = page[page.index('<section id="comparison"') :].partition("</section>")[0]
+    assert comparison.count('<th scope="row">federated &lt;IID&gt;</th>') == 2
+    assert 'aria-label="AUC for any DR, all validation images"' in comparison
 
 
 def test_a_client_elsewhere_is_said_to_be_elsewhere(here, capsys):
@@ -246,7 +257,7 @@ def test_a_client_elsewhere_is_said_to_be_elsewhere(here, capsys):
     shutil.rmtree(here / "client001")  # its index is here, but it did not train on it here
     shutil.rmtree(here / "client002")
     # of another run, perhaps: only shown where it is asked for
-    (here / "compare.csv").write_text(COMPARED)
+    write_comparison(here)
     assert report.main([]) == 0
     line = capsys.readouterr().out
     assert re.search("report: server/report.html: round 2/2, 60 held-out images of 60 pat", line)
@@ -300,6 +311,11 @@ def test_what_is_missing_is_one_sentence(here, monkeypatch, capsys):
     (here / "bad.csv").write_text("series,round\ncentral,1\n")
     assert "bad.csv is not what ./compare.sh writes" in refused(capsys, "--compare", "bad.csv")
     assert "none.csv" in refused(capsys, "--compare", "none.csv")
+    (here / "compare.csv").write_text(COMPARED)
+    assert "compare.json" in refused(capsys, "--compare", "compare.csv")
+    (here / "compare.json").write_text('{"central": {"any DR": {"threshold": 7}}}')
+    error = refused(capsys, "--compare", "compare.csv")
+    assert "compare.json is not what ./compare.sh writes" in error
     assert "elsewhere/state.json knows no finished round" in refused(
         capsys, "--server-dir", "elsewhere"
     )
