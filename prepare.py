@@ -117,7 +117,7 @@ def prepare(args, choices):
         "worker_hospitals": worker_hospitals(sets),
     }
     write_indexes(index, records, prepared)
-    show(index, listed, records, prepared["worker_hospitals"])
+    show(index, listed, records, prepared)
     show_doubtful(listed, readable, doubts)
     index.tell_moved()
     listed.tell_moved()
@@ -600,24 +600,29 @@ def write_indexes(index, records, prepared):
         written.write_text(json.dumps(prepared, indent=1) + "\n", encoding="utf-8")
 
 
-def show(index, listed, records, hospitals):
-    """A table, and two pictures that show what was prepared.
-
-    hospitals: what worker_hospitals gives.
-    """
+def show(index, listed, records, prepared):
+    """A table, and two pictures that show what was prepared."""
     print(overview.format_table(records))
+    hospitals = prepared["worker_hospitals"]
     for worker, names in hospitals.items():
         print(f"{worker}: {names}")
+    dataset = f"data set {prepared['dataset']}"
+    pictured = records.get("train_set", []) + records.get("val_set", [])
     sheet = listed.folder / "contact_sheet.png"
     with listed.publishing(sheet) as written:
-        overview.save_contact_sheet(
-            written, records.get("train_set", []) + records.get("val_set", [])
-        )
-    workers = [records[name] for name in workers_of(records)]
+        title = f"Prepared pictures: {dataset}, preprocessing {prepared['preprocessing']}"
+        overview.save_contact_sheet(written, pictured, title)
+    workers = {
+        f"{name} ({hospitals[name]})" if name in hospitals else name: records[name]
+        for name in workers_of(records)
+    }
     drawn = False
     if workers:
         with index.publishing(SPLIT_FIGURE) as written:
-            drawn = overview.save_split_figure(written, workers)
+            title = f"Who trains on what: {dataset}"
+            if "split" in prepared:  # an import is split already
+                title += f", split {prepared['split']}"
+            drawn = overview.save_split_figure(written, workers, title)
     if drawn:
         print(f"look at {sheet} and {SPLIT_FIGURE}")
     elif workers:

@@ -3,7 +3,7 @@
 The figure is drawn like figure 3 of the thesis.
 """
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from common.files import replacing
 from preparation.photos import open_image
@@ -11,6 +11,8 @@ from preparation.photos import open_image
 GRADE_NAMES = ("none", "mild", "moderate", "severe", "proliferative")
 SHEET_COLUMNS = 12  # pictures in a row of the contact sheet ...
 SHEET_CELL = 128  # ... and pixels a side of each
+SHEET_MARGIN = 136  # pixels at the left, for the names of the grades ...
+SHEET_TITLE = 48  # ... and above, for the title
 CHECK_CELLS = 60  # photographs on the sheet of those to be checked
 
 
@@ -19,21 +21,21 @@ def format_table(sets):
 
     With the number of patients where the records tell them.
     """
-    headings = [*GRADE_NAMES, "healthy", "DR", "total"]
+    headings = [*GRADE_NAMES, "DR", "total"]
     with_patients = all("patient" in record for records in sets.values() for record in records)
     if with_patients:
         headings.append("patients")
-    lines = [f"{'':12}" + "".join(f"  {heading:>5}" for heading in headings)]
+    lines = [f"{'':9}" + "".join(f"  {heading:>5}" for heading in headings)]
     for name, records in sets.items():
         none, *dr = count_grades(records)
-        numbers = [none, *dr, none, sum(dr), len(records)]
+        numbers = [none, *dr, sum(dr), len(records)]
         if with_patients:
             numbers.append(len({record["patient"] for record in records}))
         cells = [
             f"  {number:{max(5, len(heading))}}"
             for heading, number in zip(headings, numbers, strict=True)
         ]
-        lines.append(f"{name:12}" + "".join(cells))
+        lines.append(f"{name:9}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -43,21 +45,28 @@ def count_grades(records):
     return [labels.count(grade) for grade in range(len(GRADE_NAMES))]
 
 
-def save_contact_sheet(path, records):
-    """Pictures of each grade, a row for each grade, as a PNG.
+def save_contact_sheet(path, records, title):
+    """Pictures of each grade, a row for each grade with its name, as a PNG.
 
     They are spread over the records, because neighbours are often of one hospital.
     """
-    rows = len(GRADE_NAMES)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_CELL, rows * SHEET_CELL))
-    for grade in range(rows):
+    numbers = count_grades(records)
+    width = SHEET_MARGIN + SHEET_COLUMNS * SHEET_CELL
+    sheet = Image.new("RGB", (width, SHEET_TITLE + len(GRADE_NAMES) * SHEET_CELL), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((12, 12), title, fill="black", font=ImageFont.load_default(20))
+    text_font = ImageFont.load_default(15)
+    for grade, name in enumerate(GRADE_NAMES):
+        top = SHEET_TITLE + grade * SHEET_CELL
+        text = f"grade {grade}\n{name}\n{numbers[grade]:,} pictures"
+        pen.text((12, top + 36), text, fill="black", font=text_font)
         of_grade = [record for record in records if record["label"] == grade]
         count = min(SHEET_COLUMNS, len(of_grade))
         for column in range(count):
             record = of_grade[column * len(of_grade) // count]
             with Image.open(record["dir"]) as picture:
                 small = picture.convert("RGB").resize((SHEET_CELL, SHEET_CELL))
-            sheet.paste(small, (column * SHEET_CELL, grade * SHEET_CELL))
+            sheet.paste(small, (SHEET_MARGIN + column * SHEET_CELL, top))
     with replacing(path) as written:
         sheet.save(written)
 
@@ -86,8 +95,8 @@ def save_check_sheet(path, doubtful):
         sheet.save(written)
 
 
-def save_split_figure(path, workers):
-    """Bars for the grades of each worker, as a PNG. workers: a list of lists of records.
+def save_split_figure(path, workers, title):
+    """Bars for the grades of each worker, as a PNG. workers: {name: records}.
 
     Returns False where matplotlib is not installed: it is needed for reports only.
     """
@@ -95,16 +104,17 @@ def save_split_figure(path, workers):
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(workers)  # of a bar; the bars of one grade take 0.8 together
-    for number, records in enumerate(workers):
+    for number, (name, records) in enumerate(workers.items()):
         from_middle = (number - (len(workers) - 1) / 2) * width
         centres = [grade + from_middle for grade in range(len(GRADE_NAMES))]
-        bars = axes.bar(centres, count_grades(records), width, label=f"worker{number + 1}")
+        bars = axes.bar(centres, count_grades(records), width, label=name)
         axes.bar_label(bars, fontsize=7)
-    axes.set_xticks(range(len(GRADE_NAMES)), GRADE_NAMES)
-    axes.set_ylabel("images")
+    ticks = [f"{grade}: {name}" for grade, name in enumerate(GRADE_NAMES)]
+    axes.set_xticks(range(len(GRADE_NAMES)), ticks)
+    axes.set(title=title, xlabel="grade of diabetic retinopathy", ylabel="training images")
     axes.legend()
     with replacing(path) as written:
         figure.savefig(written)

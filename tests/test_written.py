@@ -110,7 +110,7 @@ def test_whatever_the_user_has_there_is_still_somewhere_afterwards(before, betwe
     with tempfile.TemporaryDirectory() as project, pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
         # matplotlib takes longer than all the rest
-        patch.setattr(overview, "save_split_figure", lambda path, _: path.write_text("figure"))
+        patch.setattr(overview, "save_split_figure", lambda path, *_: path.write_text("figure"))
         users = set()
         for seed, layout in enumerate((before, between)):
             for path, number in layout.items():
