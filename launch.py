@@ -1,6 +1,6 @@
 """All of it on this machine: the data, a server, its clients, the result.
 
-    python3 launch.py run --rounds 20       # what ./run_local.sh does: one federated run
+    python3 launch.py run --rounds 10       # what ./run_local.sh does: one federated run
     python3 launch.py compare --seed 1      # what ./compare.sh does: is federation worth it?
 
 It needs only Python's standard library, so that a wrong flag is told before anything is installed.
@@ -31,6 +31,8 @@ PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
 LISTENING = re.compile(r"server: listening on (\S+)$")
 SERVER_LOG = "run_local.log"
+# On the drawn images, where the user names none: after ten rounds federation has not caught up yet.
+DRAWN_ROUNDS = 20
 ALONE = Path("alone")  # each client trained alone, and the comparison
 COMPARED = {"auc": 6, "sensitivity": 11, "specificity": 11}  # metrics and widths in the table
 # Lines of a client that its line on the terminal says, too; in a log they stay.
@@ -101,7 +103,7 @@ DATA_FLAGS = [
     (
         "--num-train",
         ["prepare"],
-        {"type": at_least(10), "metavar": "N", "help": "drawn images to train on (default: 900)"},
+        {"type": at_least(10), "metavar": "N", "help": "drawn images to train on (default: 450)"},
     ),
     (
         "--num-val",
@@ -137,7 +139,7 @@ TRAINING_FLAGS = [
     (
         "--rounds",
         ["server", "central"],
-        {"type": at_least(1), "metavar": "N", "help": "(default: 10; compare.sh: 14)"},
+        {"type": at_least(1), "metavar": "N", "help": "(drawn images: 20; else 10, compare.sh 14)"},
     ),
     (
         "--epochs",
@@ -217,8 +219,8 @@ FLAGS = [*DATA_FLAGS, *TRAINING_FLAGS, *RUN_FLAGS]
 RUN_HELP = """\
 The whole demo on this machine: set-up, data, one server, its clients, the result.
 
-  ./run_local.sh                                  ten rounds on drawn images
-  ./run_local.sh --rounds 20 --seed 1
+  ./run_local.sh                                  twenty rounds on drawn images
+  ./run_local.sh --rounds 10 --seed 1
   ./run_local.sh --dataset folder --source DIR    your own photographs
 
 Run the same command again to resume an unfinished run. After a finished one it begins a new run."""
@@ -229,7 +231,7 @@ hospitals: central, federated, and each hospital alone. Of photographs: central,
 IID and on a non-IID split, and the largest client of the non-IID split alone.
 Writes compare.csv, compare.json and, for each split, a report with all curves.
 
-  ./compare.sh                                    14 rounds on the drawn hospitals
+  ./compare.sh                                    twenty rounds on the drawn hospitals
   ./compare.sh --dataset idrid --source DIR --rounds 20 --epochs 2
 
 It works in compare-SEED/; server/ and index/ stay as they are. It always begins afresh."""
@@ -607,6 +609,8 @@ def run(processes, flags):
         check_data(processes, flags_for("prepare", flags))
         say(processes.command, "the run in server/ is finished; each client alone is still to come")
     else:
+        if are_drawn(flags):
+            flags = {"--rounds": DRAWN_ROUNDS, **flags}
         # Started again, prepare.py keeps the pictures that are there.
         processes.run_script("prepare.py", *flags_for("prepare", flags))
     if state != "alone":
@@ -629,6 +633,10 @@ def run(processes, flags):
         train_alone(processes, clients, flags)
         report_flags = ["--compare", ALONE / "compare.csv"]
     processes.run_script("report.py", *report_flags)
+
+
+def are_drawn(flags):
+    return flags.get("--dataset", "synthetic") == "synthetic"
 
 
 def state_of_run(flags):
@@ -738,10 +746,10 @@ def print_history():
 
 def compare(processes, flags):
     """What ./compare.sh does, in compare-SEED/ and there in a folder for each split."""
-    flags = {"--rounds": 14, **flags}  # after ten rounds federation has not caught up yet
+    drawn = are_drawn(flags)
+    flags = {"--rounds": DRAWN_ROUNDS if drawn else 14, **flags}
     work = PROJECT / f"compare-{flags.setdefault('--seed', 0)}"
-    are_drawn = flags.get("--dataset", "synthetic") == "synthetic"
-    splits = ["hospitals"] if are_drawn else ["iid", "noniid"]
+    splits = ["hospitals"] if drawn else ["iid", "noniid"]
     for split in splits:
         shutil.rmtree(work / split, ignore_errors=True)
         (work / split).mkdir(parents=True)
@@ -753,7 +761,7 @@ def compare(processes, flags):
     for split in splits:
         federate_split(processes, work / split, flags)
     series = {"central": work / splits[0] / "central"}
-    if are_drawn:
+    if drawn:
         series["federated"] = work / "hospitals" / "server"
         say(processes.command, "each hospital alone")
         series |= train_each_alone(processes, client_names(3), flags, work / "hospitals")

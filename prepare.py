@@ -1,6 +1,6 @@
 """Prepare a data set: pictures as the network sees them, and an index for each hospital.
 
-    python3 prepare.py                                        # draw 900 + 300 images
+    python3 prepare.py                                        # draw 450 + 300 images
     python3 prepare.py --dataset idrid --source ~/data/IDRiD  # photographs, an unpacked archive
     python3 prepare.py --dataset folder --source DIR --num-clients 1 --val-part 0   # a hospital's
     python3 prepare.py --split noniid --share 100             # unequal hospitals, 100 images common
@@ -50,7 +50,7 @@ DEFAULTS = {
     "source": None,
     "image_size": 128,
     "seed": 0,
-    "num_train": 900,
+    "num_train": 450,
     "num_val": 300,
     "num_clients": 3,
     "split": None,  # "hospitals" if they are drawn, else "iid"
@@ -147,7 +147,7 @@ def parse(argv):
     add("--source", metavar="DIR", help="folder of the unpacked data set")
     add("--image-size", type=pixels, metavar="PIXELS", help="a side of a picture (128)")
     add("--seed", type=at_least(0), metavar="N", help="of drawing and splitting (0)")
-    add("--num-train", type=at_least(10), metavar="N", help="drawn images to train on (900)")
+    add("--num-train", type=at_least(10), metavar="N", help="drawn images to train on (450)")
     add("--num-val", type=at_least(10), metavar="N", help="drawn images to validate on (300)")
     add(
         "--num-clients",

@@ -1,6 +1,6 @@
 """What federation brings on the drawn hospitals: federated, central, and each hospital alone.
 
-    python3 benchmarks/story.py                     # seeds 0, 1, 2: some ten minutes on two cores
+    python3 benchmarks/story.py                     # seeds 0, 1, 2: twenty minutes on two cores
     python3 benchmarks/story.py --seeds 0 --by-round
 
 For each seed prepare.py draws three hospitals that differ. All models begin with the same weights
@@ -39,7 +39,7 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="(0 1 2)")
-    add("--rounds", type=at_least(1), default=10, help="(10)")
+    add("--rounds", type=at_least(1), default=20, help="(20)")
     add("--epochs", type=at_least(1), default=1, help="passes over the images in a round (1)")
     add("--batch-size", type=at_least(1), default=16, help="(16)")
     add("--threads", type=at_least(0), default=0, help="of TensorFlow (0: all cores)")
@@ -48,7 +48,7 @@ def main(argv=None):
         "prepare_flags",
         nargs="*",
         metavar="-- FLAGS OF PREPARE.PY",
-        help="for instance: -- --num-train 450",
+        help="for instance: -- --num-train 900",
     )
     arguments = parser.parse_args(argv)
     model.configure(0, arguments.threads)
