@@ -229,8 +229,8 @@ class Arch:
 
 # To add a network of your own: a function like the three above, and an entry here.
 ARCHS = {
-    # The rate falls faster than the thesis's: at a higher one the accuracy jumps from round to round
-    # when the AUC no longer does, because the merged network misses DR at a score of 0.5.
+    # The rate falls faster than the thesis's: at a higher one the accuracy jumps from round to
+    # round when the AUC no longer does, because the merged network misses DR at a score of 0.5.
     "drcnn": Arch(drcnn, 128, first_rate=2e-3, rate_decay=0.2),
     "vgg16": Arch(vgg16, 224, first_rate=1e-4, rate_decay=0.05, features="block5_pool"),
     # One dense layer on frozen features is a convex problem: it takes a high rate, and at 1e-3 ten
