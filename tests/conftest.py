@@ -5,6 +5,7 @@ python3 -m pytest --slow             # all of them
 python3 -m pytest --slow -m slow     # the long ones only
 """
 
+import errno
 import os
 import re
 import signal
@@ -298,10 +299,33 @@ def site(tmp_path):
 # --- processes -----------------------------------------------------------------------------------
 
 
+HELD = []  # the sockets that hold the ports of free_port(), as long as the tests run
+
+
+def bound(family, host, port):
+    one = socket.socket(family)
+    HELD.append(one)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    one.bind((host, port))
+    return one
+
+
 def free_port():
-    """A port of localhost that nobody has just now."""
-    with socket.create_server(("localhost", 0)) as listener:
-        return listener.getsockname()[1]
+    """A port of localhost where nobody listens, and that the system gives to nobody else.
+
+    Two sockets stay bound to it without listening: until a killed server listens there again, no
+    other test and no outgoing connection gets its port. SO_REUSEADDR lets that server in.
+    """
+    while True:
+        four = bound(socket.AF_INET, "127.0.0.1", 0)
+        port = four.getsockname()[1]
+        try:
+            bound(socket.AF_INET6, "::1", port)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                continue  # somebody has it there: the next one
+            # else this machine has no IPv6, and nobody gets the port there
+        return port
 
 
 class Started:

@@ -61,7 +61,11 @@ class Relay:
                 return  # the test is over
             self.count += 1
             incoming.settimeout(self.drop_idle_s)
-            outgoing = socket.create_connection(self.target)
+            try:
+                outgoing = socket.create_connection(self.target)
+            except OSError:
+                incoming.close()  # the server has ended
+                continue
             for source, sink in ((incoming, outgoing), (outgoing, incoming)):
                 threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
 

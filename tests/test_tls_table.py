@@ -185,7 +185,10 @@ class Proxy:
     def _serve(self, incoming):
         request = b""
         while b"\r\n\r\n" not in request:
-            request += incoming.recv(1 << 12)
+            received = incoming.recv(1 << 12)
+            if not received:
+                return  # the client has gone
+            request += received
         host, port = request.split(b" ")[1].decode().rsplit(":", 1)
         if self.does not in ("tunnel", "opens TLS"):
             incoming.sendall(f"HTTP/1.1 {self.does}\r\nContent-Length: 0\r\n\r\n".encode())
