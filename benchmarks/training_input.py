@@ -5,8 +5,8 @@
 
 Three comparisons: an epoch of the real client's pipeline against the same network on tensors that
 are already in memory; the pipeline alone against Keras's ImageDataGenerator as the thesis used it;
-the epoch of three clients at once, by number of threads, and where memory that is freed goes back
-to the system (glibc's own way) in place of model.keep_freed_memory.
+the epoch of three clients at once, by number of threads, where memory that is freed goes back to
+the system (glibc's own way) in place of model.keep_freed_memory, and without oneDNN's kernels.
 """
 
 import argparse
@@ -130,23 +130,29 @@ def compare_pipelines(batches, records):
 def compare_threads():
     print("| three clients at once, each with | images a second, together |\n|---|---|")
     ways = {
-        "1 thread": ["1"],
-        "2 threads": ["2"],
-        "1 thread, memory given back": ["1", "--give-memory-back"],
+        "1 thread": (["1"], {}),
+        "2 threads": (["2"], {}),
+        "1 thread, memory given back": (["1", "--give-memory-back"], {}),
+        "1 thread, without oneDNN": (["1"], {"TF_ENABLE_ONEDNN_OPTS": "0"}),
     }
     rates = {name: [] for name in ways}
     for _ in range(3):
-        for name, flags in ways.items():
-            rates[name].append(rate_of_three(flags))
+        for name, (flags, environment) in ways.items():
+            rates[name].append(rate_of_three(flags, environment))
     for name, measured in rates.items():
         print(f"| {name} | {statistics.median(measured):.0f} |")
 
 
-def rate_of_three(flags):
-    """Images a second of three clients together, each started with these flags."""
-    command = [sys.executable, __file__, "--epoch-with-threads", *flags]
+def rate_of_three(flags, environment):
+    """Images a second of three clients together, each started with these flags and variables."""
     clients = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, __file__, "--epoch-with-threads", *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
         for _ in range(3)
     ]
     for client in clients:
