@@ -1,6 +1,7 @@
 """What decoding, shuffling and augmenting cost a client's epoch; how many threads clients need.
 
     python3 prepare.py                       # makes the preprocessed/ and index/ that this needs
+    pip install scipy                        # for the rotation of Keras's ImageDataGenerator
     python3 benchmarks/training_input.py
 
 Three comparisons: an epoch of the real client's pipeline against the same network on tensors that
@@ -11,6 +12,7 @@ the system (glibc's own way) in place of model.keep_freed_memory, and without on
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -44,6 +46,8 @@ def main(argv=None):
     if arguments.epoch_with_threads:
         run_one_of_three(arguments.epoch_with_threads)
         return
+    if importlib.util.find_spec("scipy") is None:
+        parser.error("Keras's ImageDataGenerator rotates with scipy: pip install scipy")
     model.configure(0)
     records = data.read_index("index/worker1.pkl")
     images = data.load_images(records, IMAGE_SIZE)
