@@ -17,6 +17,7 @@ from pathlib import Path
 from common.log import fail
 from common.screen import Screen
 from common.script import end_script, exit_on_signals, start_script
+from federation import progress
 
 LOOK_EVERY_S = 1
 LATE_S = 30
@@ -128,12 +129,7 @@ def where(client):
     report = client.get("report")
     if report is None or client["where"] != "missing":
         return client["where"]
-    words = str(report.get("phase"))
-    if "epoch" in report and "epochs" in report:
-        words += f", epoch {report['epoch']} of {report['epochs']}"
-    if "seconds_left" in report:
-        words += f", {report['seconds_left'] / 60:.0f} min to go"
-    return words[:37]
+    return progress.in_words(report)[:37]
 
 
 def clock(seconds):
