@@ -8,7 +8,6 @@ those of finding DR.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import sys
@@ -57,7 +56,7 @@ def configure(seed, threads=None):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # three clients may share one card
     # Intel's kernels for convolutions and pooling. TensorFlow takes them by itself on the newest
-    # processors only, and without them a step takes twice as long (benchmarks/training_input.py).
+    # processors only; without them a step takes over twice as long (benchmarks/training_input.py).
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ["KERAS_BACKEND"] = "tensorflow"
     with quiet_stderr():
@@ -419,24 +418,6 @@ def learning_rate(arch, round_number, frozen_base=False):
     return first_rate / (1 + schedule.rate_decay * (round_number - 1))
 
 
-# from glibc's malloc.h
-M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
-
-
-def keep_freed_memory():
-    """Let glibc keep what TensorFlow frees, for the next step of training.
-
-    By itself it gives every large array back to the system and asks for it anew a moment later,
-    hundreds of MB a step, page by page: half of a client's time (benchmarks/training_input.py).
-    Other C libraries have no such setting.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never give back
-        libc.mallopt(M_MMAP_MAX, 0)  # arrays lie in the heap, not each in a mapping of its own
-
-
 def train(network, batches, round_number, epochs, report=print, progress=None):
     """client_update of FedAvg: `epochs` passes over `batches` with a fresh Adam.
 
@@ -446,7 +427,6 @@ def train(network, batches, round_number, epochs, report=print, progress=None):
     The compiled step and the input pipeline are kept from round to round, because building them
     takes seconds; Adam begins afresh all the same, by setting its variables to zero.
     """
-    keep_freed_memory()
     frozen_base = has_frozen_base(network)
     if frozen_base and not batches.augment:
         network, batches = on_features(network, batches)

@@ -6,8 +6,7 @@
 
 Three comparisons: an epoch of the real client's pipeline against the same network on tensors that
 are already in memory; the pipeline alone against Keras's ImageDataGenerator as the thesis used it;
-the epoch of three clients at once, by number of threads, where memory that is freed goes back to
-the system (glibc's own way) in place of model.keep_freed_memory, and without oneDNN's kernels.
+the epoch of three clients at once, by number of threads, and without oneDNN's kernels.
 """
 
 import argparse
@@ -38,11 +37,8 @@ def main(argv=None):
     )
     # this script starts itself as one of three clients at once
     parser.add_argument("--epoch-with-threads", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--give-memory-back", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     os.chdir(ROOT)  # where preprocessed/ and index/ lie
-    if arguments.give_memory_back:
-        model.keep_freed_memory = lambda: None
     if arguments.epoch_with_threads:
         run_one_of_three(arguments.epoch_with_threads)
         return
@@ -133,25 +129,21 @@ def compare_pipelines(batches, records):
 
 def compare_threads():
     print("| three clients at once, each with | images a second, together |\n|---|---|")
-    ways = {
-        "1 thread": (["1"], {}),
-        "2 threads": (["2"], {}),
-        "1 thread, memory given back": (["1", "--give-memory-back"], {}),
-        "1 thread, without oneDNN": (["1"], {"TF_ENABLE_ONEDNN_OPTS": "0"}),
-    }
+    without = {"TF_ENABLE_ONEDNN_OPTS": "0"}
+    ways = {"1 thread": (1, {}), "2 threads": (2, {}), "1 thread, without oneDNN": (1, without)}
     rates = {name: [] for name in ways}
     for _ in range(3):
-        for name, (flags, environment) in ways.items():
-            rates[name].append(rate_of_three(flags, environment))
+        for name, (threads, environment) in ways.items():
+            rates[name].append(rate_of_three(threads, environment))
     for name, measured in rates.items():
         print(f"| {name} | {statistics.median(measured):.0f} |")
 
 
-def rate_of_three(flags, environment):
-    """Images a second of three clients together, each started with these flags and variables."""
+def rate_of_three(threads, environment):
+    """Images a second of three clients together, each with these threads and variables."""
     clients = [
         subprocess.Popen(
-            [sys.executable, __file__, "--epoch-with-threads", *flags],
+            [sys.executable, __file__, "--epoch-with-threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

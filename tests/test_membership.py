@@ -122,7 +122,9 @@ def test_one_joins_and_one_leaves_with_its_upload_waiting_and_the_server_is_kill
     assert str(aside.relative_to(run.site)) in run.server.output
     assert same_bits(read_weights(aside), random_tensors(11))
     assert run.call(C, 3, 4).result().value == 1  # what was counted is answered, as ever
-    for refused in (run.call(C, 11, 5), run.call(C, 12, 5), run.call(C, 4, 4)):
+    # One after the other: a client's newer upload cancels its older one.
+    for seed, number in ((11, 5), (12, 5), (4, 4)):
+        refused = run.call(C, seed, number)
         assert refused.code() == grpc.StatusCode.PERMISSION_DENIED
         assert f"{C} left in round 5" in refused.details()
     with pytest.raises(grpc.RpcError, match="left in round 5"):
