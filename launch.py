@@ -31,8 +31,8 @@ PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
 LISTENING = re.compile(r"server: listening on (\S+)$")
 SERVER_LOG = "run_local.log"
-# On the drawn images, where the user names none: after ten rounds federation has not caught up yet.
-DRAWN_ROUNDS = 20
+# On the drawn images, where the user names none: ten rounds of one pass are too few to learn them.
+DRAWN_EPOCHS = 2
 ALONE = Path("alone")  # each client trained alone, and the comparison
 COMPARED = {"auc": 6, "sensitivity": 11, "specificity": 11}  # metrics and widths in the table
 # Lines of a client that its line on the terminal says, too; in a log they stay.
@@ -139,7 +139,11 @@ TRAINING_FLAGS = [
     (
         "--rounds",
         ["server", "central"],
-        {"type": at_least(1), "metavar": "N", "help": "(drawn images: 20; else 10, compare.sh 14)"},
+        {
+            "type": at_least(1),
+            "metavar": "N",
+            "help": "(default: 10; compare.sh, of photographs: 14)",
+        },
     ),
     (
         "--epochs",
@@ -147,7 +151,7 @@ TRAINING_FLAGS = [
         {
             "type": at_least(1),
             "metavar": "N",
-            "help": "passes over the images a round (default: 1)",
+            "help": "passes over the images a round (default: 1; drawn images: 2)",
         },
     ),
     (
@@ -219,8 +223,8 @@ FLAGS = [*DATA_FLAGS, *TRAINING_FLAGS, *RUN_FLAGS]
 RUN_HELP = """\
 The whole demo on this machine: set-up, data, one server, its clients, the result.
 
-  ./run_local.sh                                  twenty rounds on drawn images
-  ./run_local.sh --rounds 10 --seed 1
+  ./run_local.sh                                  ten rounds on drawn images
+  ./run_local.sh --rounds 20 --seed 1
   ./run_local.sh --dataset folder --source DIR    your own photographs
 
 Run the same command again to resume an unfinished run. After a finished one it begins a new run."""
@@ -231,7 +235,7 @@ hospitals: central, federated, and each hospital alone. Of photographs: central,
 IID and on a non-IID split, and the largest client of the non-IID split alone.
 Writes compare.csv, compare.json and, for each split, a report with all curves.
 
-  ./compare.sh                                    twenty rounds on the drawn hospitals
+  ./compare.sh                                    ten rounds on the drawn hospitals
   ./compare.sh --dataset idrid --source DIR --rounds 20 --epochs 2
 
 It works in compare-SEED/; server/ and index/ stay as they are. It always begins afresh."""
@@ -250,7 +254,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """("run_local" or "compare", {flag: value}) with only those flags that the user gave."""
+    """("run_local" or "compare", {flag: value}): what the user gave, and what follows from it."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["run"]:
         parser = flag_parser("./run_local.sh", RUN_HELP)
@@ -274,6 +278,8 @@ def parse(argv):
         for name, value in vars(parser.parse_args(words[1:])).items()
     }
     check_combinations(parser, flags)
+    if are_drawn(flags):
+        flags.setdefault("--epochs", DRAWN_EPOCHS)
     if "--arch" in flags and flags["--arch"] != "drcnn":
         flags.setdefault("--image-size", IMAGE_SIZES[flags["--arch"]])  # prepare.py knows no --arch
     if flags.get("--arch") == "lite0":
@@ -609,8 +615,6 @@ def run(processes, flags):
         check_data(processes, flags_for("prepare", flags))
         say(processes.command, "the run in server/ is finished; each client alone is still to come")
     else:
-        if are_drawn(flags):
-            flags = {"--rounds": DRAWN_ROUNDS, **flags}
         # Started again, prepare.py keeps the pictures that are there.
         processes.run_script("prepare.py", *flags_for("prepare", flags))
     if state != "alone":
@@ -747,7 +751,8 @@ def print_history():
 def compare(processes, flags):
     """What ./compare.sh does, in compare-SEED/ and there in a folder for each split."""
     drawn = are_drawn(flags)
-    flags = {"--rounds": DRAWN_ROUNDS if drawn else 14, **flags}
+    if not drawn:
+        flags = {"--rounds": 14, **flags}
     work = PROJECT / f"compare-{flags.setdefault('--seed', 0)}"
     splits = ["hospitals"] if drawn else ["iid", "noniid"]
     for split in splits:

@@ -39,8 +39,8 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="(0 1 2)")
-    add("--rounds", type=at_least(1), default=20, help="(20)")
-    add("--epochs", type=at_least(1), default=1, help="passes over the images in a round (1)")
+    add("--rounds", type=at_least(1), default=10, help="(10)")
+    add("--epochs", type=at_least(1), default=2, help="passes over the images in a round (2)")
     add("--batch-size", type=at_least(1), default=16, help="(16)")
     add("--threads", type=at_least(0), default=0, help="of TensorFlow (0: all cores)")
     add("--by-round", action="store_true", help="also print each round of the federation")
