@@ -119,7 +119,10 @@ def load(args):
     network = model.build(card["arch"], card["image_size"])
     model.load(network, weights)
     grades = np.array([record["label"] for record in val])
-    sites = {name: load_site(name, args.index_dir, run, network) for name in run["clients"]}
+    threshold = cards.used_threshold(card, "any DR")
+    sites = {
+        name: load_site(name, args.index_dir, run, network, threshold) for name in run["clients"]
+    }
     return {
         **run,
         "card": card,
@@ -147,8 +150,8 @@ def load_best(server_dir, run):
     return card if card["run"] == run["run"] else None
 
 
-def load_site(name, index_dir, run, network):
-    """A client's history of this run, settings, records and metrics with intervals: a dict.
+def load_site(name, index_dir, run, network, threshold):
+    """A client's history of this run, settings, records and metrics for any DR: a dict.
 
     Each is empty where it cannot be known here: the client trained on another machine.
     """
@@ -166,7 +169,7 @@ def load_site(name, index_dir, run, network):
         scored = records[::step]
         p_healthy = model.predict(network, data.load_images(scored, run["image_size"]))
         has_dr = data.healthy(scored) < 0.5
-        site["measured"] = measure(1 - p_healthy, has_dr, data.patients(scored))
+        site["measured"] = measure(1 - p_healthy, has_dr, data.patients(scored), threshold)
     return site
 
 

@@ -331,17 +331,19 @@ class Site:
                 "all sites have to prepare theirs in the same way (prepare.py --preprocessing)"
             )
 
-    def scores(self):
+    def scores(self, threshold=0.5):
         """What the network scores on the held-out images; {} where there are none.
 
-        The names are those of federation.progress.METRICS_LIMITS. A metric that cannot be measured
-        (the AUC of one class) is left out.
+        threshold: of the score, for sensitivity and specificity. The names are those of
+        federation.progress.METRICS_LIMITS. A metric that cannot be measured (the AUC of one class)
+        is left out.
         """
         if not self.held_out:
             return {}
         p_healthy = model.predict(self.network, self.held_out_images)
-        measured = metrics.scores(p_healthy, data.healthy(self.held_out))
-        names = ("loss", "auc", "sensitivity", "specificity")
+        measured = metrics.scores(p_healthy, data.healthy(self.held_out), threshold)
+        measured["threshold"] = threshold
+        names = ("loss", "auc", "threshold", "sensitivity", "specificity")
         scores = {name: measured[name] for name in names if math.isfinite(measured[name])}
         return {"examples": len(self.held_out), **scores}
 
@@ -529,13 +531,23 @@ def tell_scores_of_result(stub, site, task):
         teller.now("scoring")
         site.prepare(task)
         model.load(site.network, site.result)
-        measured = site.scores()
+        measured = site.scores(threshold_of_result(site))
     shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
     site.say(f"the result on this site's own held-out images: {shown}")
     try:
         teller.tell(stub, (("fedml-metrics", json.dumps(measured)),))
     except grpc.RpcError as error:
         site.say(f"the server was not told ({error.code().name})")
+
+
+def threshold_of_result(site):
+    """The threshold for any DR on the result's model card; 0.5 where it has none.
+
+    While the run goes on, nobody has chosen one: a round is scored at 0.5.
+    """
+    if not cards.path_of(site.result).exists():
+        return 0.5
+    return cards.used_threshold(cards.read(site.result), "any DR")
 
 
 def not_finite(site, what):

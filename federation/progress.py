@@ -21,6 +21,7 @@ METRICS_LIMITS = {
     "examples": (1, 999_999_999),
     "loss": (0, 1_000_000),
     "auc": (0, 1),
+    "threshold": (0, 1),  # of the score, for the two that follow
     "sensitivity": (0, 1),
     "specificity": (0, 1),
     "training_loss": (0, 1_000_000),

@@ -218,3 +218,9 @@ def to_wire(card):
 def threshold_of(card, task="referable DR"):
     """The threshold that was chosen for a task, or None."""
     return card["tasks"].get(task, {}).get("threshold")
+
+
+def used_threshold(card, task):
+    """The threshold that was chosen for a task; 0.5 where none was."""
+    threshold = threshold_of(card, task)
+    return 0.5 if threshold is None else threshold

@@ -39,13 +39,13 @@ RESAMPLES_AT_ONCE = 50  # bounds the memory: 50 x 10,000 images are 4 MB an arra
 # --- the metrics ----------------------------------------------------------------------------------
 
 
-def scores(p_healthy, labels):
+def scores(p_healthy, labels, threshold=0.5):
     """loss (binary cross-entropy), accuracy, auc, sensitivity and specificity, as a dict of floats.
 
-    p_healthy: (n,) in 0..1. labels: (n,), 1 = healthy, 0 = DR.
+    p_healthy: (n,) in 0..1. labels: (n,), 1 = healthy, 0 = DR. threshold: of the DR score.
     """
     has_dr = labels < 0.5
-    says_dr = p_healthy < 0.5
+    says_dr = 1 - p_healthy > threshold
     p = np.clip(p_healthy, 1e-7, 1 - 1e-7)  # as Keras clips, so that the loss is Keras's
     return {
         "loss": float(-np.mean(np.where(has_dr, np.log(1 - p), np.log(p)))),

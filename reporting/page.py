@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from preparation.overview import GRADE_NAMES, count_grades
 from preparation.photos import open_image
 from reporting import metrics
+from reporting.card import used_threshold
 from reporting.metrics import METRICS, TASKS
 
 MAX_THUMBNAILS = 6  # images in each gallery
@@ -327,8 +328,7 @@ def curves(run):
         series = {"merged, validation": [(row["round"], row[name]) for row in run["history"]]}
         for client, site in run["sites"].items():
             if site["history"] and name in site["history"][0]:
-                points = [(row["round"], row[name]) for row in site["history"]]
-                series[f"{client}, training"] = points
+                series[f"{client}, training"] = by_epoch(site["history"], name)
         with picture(cells, NAMES[name]) as axes:
             draw_lines(axes, series)
             axes.set_ylim(0, None if name == "loss" else 1.02)
@@ -341,6 +341,17 @@ def curves(run):
     )
     text += " The dotted line marks the best round.</p>" if best else "</p>"
     return box("curves", "Round by round", grid(cells), text)
+
+
+def by_epoch(history, name):
+    """[(round, value), ...] of a client's training; a round's last epoch is where its result is.
+
+    Of two epochs the first is half a round earlier.
+    """
+    epochs = {}  # round: how many
+    for row in history:
+        epochs[row["round"]] = max(row["epoch"], epochs.get(row["round"], 0))
+    return [(row["round"] - 1 + row["epoch"] / epochs[row["round"]], row[name]) for row in history]
 
 
 def errors(run):
@@ -375,12 +386,6 @@ def errors(run):
         "dashed line a score of 0.7 would mean that 7 of 10 have DR.</p>"
     )
     return box("errors", "Found, missed, false alarms", grid(cells), text)
-
-
-def used_threshold(card, task):
-    """The threshold that was chosen for a task; 0.5 where none was."""
-    threshold = card["tasks"][task]["threshold"]
-    return 0.5 if threshold is None else threshold
 
 
 def draw_roc(axes, task, score, positive, counts, colour):
@@ -483,7 +488,9 @@ def clients(run):
             parts = dict(zip(GRADE_NAMES, of_each_grade, strict=True))
             draw_stacked(axes, list(here), parts, GRADE_COLOURS)
     header = ("client", "images", *(NAMES[name] for name in METRICS))
-    table = html_table("The merged model on what each client trained on, at 0.5", header, rows)
+    threshold = used_threshold(run["card"], "any DR")
+    caption = f"The merged model on what each client trained on, any DR at {threshold:.3f}"
+    table = html_table(caption, header, rows)
     text = (
         '<p class="quiet">The clients trained on these images: compare the clients with each '
         f"other. Of more than {run['max_client_images']} images of a client, every n-th was "
@@ -492,7 +499,7 @@ def clients(run):
     cells.append(table + text)
     if run["client_scores"]:
         cells.append(client_scores_table(run["client_scores"]))
-    return box("clients", "The merged model at each client", grid(cells, least_px=576))
+    return box("clients", "The merged model at each client", grid(cells, least_px=620))
 
 
 def client_scores_table(latest):

@@ -63,25 +63,30 @@ def test_both_commands_know_what_changes_the_training(script_flags, command):
     assert script_flags["central"] - about_files <= help_of("launch.py", command)
 
 
-def test_only_given_flags_are_passed_on():
+def test_flags_go_to_the_scripts_that_know_them():
     command, flags = launch.parse(["run", "--seed", "0", "--freeze-base", "--arch", "vgg16"])
     assert command == "run_local"
     assert launch.flags_for("prepare", flags) == ["--image-size", "224", "--seed", "0"]
     server = ["--image-size", "224", "--seed", "0", "--arch", "vgg16"]
     assert launch.flags_for("server", flags) == server
-    assert launch.flags_for("client", flags) == ["--seed", "0", "--freeze-base"]
+    drawn = ["--epochs", "2"]  # of the drawn images, where the user says nothing
+    assert launch.flags_for("client", flags) == [*drawn, "--seed", "0", "--freeze-base"]
     command, flags = launch.parse(["compare"])
-    assert command == "compare" and flags == {}
+    assert command == "compare" and flags == {"--epochs": 2}
+    _, flags = launch.parse(["run", "--epochs", "1"])
+    assert launch.flags_for("client", flags) == ["--epochs", "1"]
+    _, flags = launch.parse(["run", "--dataset", "folder", "--source", "."])
+    assert launch.flags_for("client", flags) == []
 
 
 def test_central_training_freezes_what_the_clients_freeze():
     """A server that begins from ImageNet with lite0 tells its clients to."""
     _, flags = launch.parse(["run", "--arch", "lite0"])
     assert launch.flags_for("server", flags)[-2:] == ["--weights", "imagenet"]
-    assert launch.flags_for("client", flags) == []
+    assert "--freeze-base" not in launch.flags_for("client", flags)
     assert launch.central_flags(flags)[-2:] == ["--freeze-base", "--no-augmentation"]
     _, flags = launch.parse(["run", "--arch", "lite0", "--no-freeze-base"])
-    assert launch.flags_for("client", flags) == ["--no-freeze-base"]
+    assert launch.flags_for("client", flags)[-1] == "--no-freeze-base"
     assert launch.central_flags(flags)[-1] == "imagenet"
     _, flags = launch.parse(["run", "--arch", "lite0", "--weights", "none"])
     assert launch.central_flags(flags)[-1] == "none"

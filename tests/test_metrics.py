@@ -40,6 +40,17 @@ def test_metrics_are_those_of_finding_dr(scored):
     assert scores["loss"] == pytest.approx(loss)
 
 
+def test_sensitivity_and_specificity_are_those_at_the_threshold(scored):
+    p_healthy, labels = scored
+    scores = metrics.scores(p_healthy, labels, threshold=0.3)
+    score = 1 - p_healthy
+    assert scores["sensitivity"] == np.mean(score[labels == 0] > 0.3)
+    assert scores["specificity"] == np.mean(score[labels == 1] <= 0.3)
+    at_half = metrics.scores(p_healthy, labels)
+    assert scores["sensitivity"] > at_half["sensitivity"]
+    assert scores["loss"] == at_half["loss"] and scores["auc"] == at_half["auc"]
+
+
 def test_the_roc_curve_is_the_share_at_or_above_each_threshold(scored):
     p_healthy, labels = scored
     score, has_dr = 1 - p_healthy, labels == 0

@@ -18,6 +18,7 @@ from serving import serve
 from common import files
 from federation import progress, weights
 from generated import todo_pb2, todo_pb2_grpc
+from reporting import card as cards
 
 # --- what is not as expected is left out by name -------------------------------------------------
 
@@ -194,7 +195,14 @@ def test_a_client_whose_round_was_closed_trains_no_further(start, begun):
 
 def test_the_scores_of_the_clients_are_published_the_results_too(start, begun):
     site = begun(rounds=2)
-    server, address = start_server(start, site, script=server_script(site))
+    finds_bright_pictures = holding(
+        site,
+        "todoServer",
+        "import standin",
+        'sys.modules["model"] = standin',
+        "standin.predict = lambda network, images: 1 - images.mean((1, 2, 3)) / 255",
+    )
+    server, address = start_server(start, site, script=finds_bright_pictures)
     clients = [
         start(
             client_script(site),
@@ -214,6 +222,11 @@ def test_the_scores_of_the_clients_are_published_the_results_too(start, begun):
     }
     for row in rows:
         assert row["examples"] == "4" and 0 <= float(row["auc"]) <= 1
+    # a round is scored at 0.5; the result at the threshold that its model card names
+    card = cards.read(site / "client001" / "server_weight.h5")
+    chosen = round(cards.threshold_of(card, "any DR"), 4)
+    assert 0.2 < chosen < 0.4
+    assert [round(float(row["threshold"]), 4) for row in rows] == 4 * [0.5] + 2 * [chosen]
     assert "client001 scored the result: examples 4, loss " in server.output
     assert "the result on this site's own held-out images: examples 4" in clients[0].output
     assert "fetched the result" not in server.lines[-2]  # nobody was waited for in vain

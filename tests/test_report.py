@@ -21,6 +21,7 @@ from common import files
 from federation.state import RunState
 from reporting import card as cards
 from reporting import metrics
+from reporting.page import by_epoch
 
 SECTIONS = ["summary", "comparison", "curves", "errors", "missed", "clients", "time"]
 COMPARED = "series,round,loss,accuracy,auc,sensitivity,specificity\n" + "".join(
@@ -212,6 +213,26 @@ def test_the_page_counts_as_a_hand_count(page, scored):
         assert (
             f">{(referable & of_grade).sum()} of {of_grade.sum()}<" in page and f">{name}<" in page
         )
+
+
+def test_a_client_is_measured_at_the_threshold_for_any_dr(page, finished, scored):
+    threshold = scored[2]["tasks"]["any DR"]["threshold"]
+    records = data.read_index(finished / "index" / "worker1.pkl")
+    network = model.build("drcnn", 32)
+    model.load(network, finished / "server" / "server_weight.h5")
+    score = 1 - model.predict(network, pixels_of(records, finished))
+    has_dr = data.healthy(records) < 0.5
+    sensitivity = np.mean(score[has_dr] > threshold)
+    specificity = np.mean(score[~has_dr] <= threshold)
+    table = page[page.index(f"any DR at {threshold:.3f}</caption>") :].partition("</table>")[0]
+    row = re.search(r'<th scope="row">client001</th>.*', table)[0].split("</tr>")[0]
+    assert f"<td>{100 * sensitivity:.1f} %" in row and f"<td>{100 * specificity:.1f} %" in row
+
+
+def test_an_epoch_is_drawn_where_it_was_in_its_round():
+    rows = [(1, 1, 0.9), (1, 2, 0.8), (2, 1, 0.7), (2, 2, 0.6), (3, 1, 0.5)]
+    history = [dict(zip(("round", "epoch", "loss"), row, strict=True)) for row in rows]
+    assert by_epoch(history, "loss") == [(0.5, 0.9), (1, 0.8), (1.5, 0.7), (2, 0.6), (3, 0.5)]
 
 
 def test_the_gallery_shows_the_worst_first_and_escapes_names(page, scored):
