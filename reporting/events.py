@@ -33,7 +33,10 @@ class EventFiles:
             self._write("all", row, SCORES)
         self.rounds_written = len(state.history)
         for row in state.client_scores[self.scores_written :]:
-            self._write(row["client"], row, SCORES)
+            # A curve is of one threshold: clients score the rounds at 0.5, and the result at the
+            # one that was chosen.
+            at_half = row.get("threshold", 0.5) in (0.5, "")
+            self._write(row["client"], row, SCORES if at_half else ["loss", "auc"])
         self.scores_written = len(state.client_scores)
         for writer in self.writers.values():
             writer.flush()

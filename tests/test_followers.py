@@ -121,7 +121,11 @@ def read_events(folder):
 def test_event_files_have_every_round_once_wherever_the_server_was_killed(state, tmp_path):
     model.configure(0, 1)  # as the server does: TensorFlow's threads are set before it starts
     rows = [{**ROW, "round": number, "loss": 1 / number} for number in (1, 2, 3)]
-    scores = [{"round": 1, "client": "client001", "auc": 0.75, "loss": ""}]
+    of_client = {"client": "client001", "loss": "", "auc": 0.75}
+    scores = [
+        {**of_client, "round": 1, "threshold": 0.5, "sensitivity": 0.25},
+        {**of_client, "round": 2, "threshold": 0.01, "sensitivity": 0.875},
+    ]
     first = EventFiles(tmp_path / "events")
     first.write(state.changed(history=rows[:1]))
     first.write(state.changed(history=rows[:2], client_scores=scores))
@@ -129,7 +133,7 @@ def test_event_files_have_every_round_once_wherever_the_server_was_killed(state,
     second.write(state.changed(history=rows[:2], client_scores=scores))
     second.write(state.changed(history=rows, client_scores=scores))
     found = read_events(tmp_path / "events")
-    assert found["client001"] == {"auc": [(1, 0.75)]}
+    assert found["client001"] == {"auc": [(1, 0.75), (2, 0.75)], "sensitivity": [(1, 0.25)]}
     assert set(found["all"]) == {"loss", "accuracy"}  # an AUC that is not defined is left out
     assert found["all"]["loss"] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
 
