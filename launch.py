@@ -741,6 +741,7 @@ def print_history():
     }
     print()
     print_table(read_rows("server/history.csv"), columns)
+    print("for any DR; here a score above 0.5 says DR, the report has chosen thresholds")
     print()
     print(f"model: server/server_weight.h5  history: server/history.csv  log: {SERVER_LOG}")
 

@@ -1,6 +1,6 @@
 """What federation brings on the drawn hospitals: federated, central, and each hospital alone.
 
-    python3 benchmarks/story.py                     # seeds 0, 1, 2: twenty minutes on two cores
+    python3 benchmarks/story.py            # seeds 0, 1, 2: a quarter of an hour on two cores
     python3 benchmarks/story.py --seeds 0 --by-round
 
 For each seed prepare.py draws three hospitals that differ. All models begin with the same weights
