@@ -196,11 +196,17 @@ def training_seconds(sites):
 
 
 def read_client_scores(path):
-    """{client: its last row (dict of texts)} of server/clients.csv; {} where there is none."""
+    """{client: its last row (dict of texts)} of server/clients.csv; {} where there is none.
+
+    The row of the result has no training: that is taken from the last row which has.
+    """
     if not path.exists():
         return {}
     latest = {}
     for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+        earlier = latest.get(row["client"], row)
+        for name in ("num_examples", "training_loss", "training_seconds"):
+            row[name] = row[name] or earlier[name]
         latest[row["client"]] = row
     return latest
 

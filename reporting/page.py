@@ -33,6 +33,25 @@ NAMES = {
     "specificity_at_90": "specificity at 90 % sensitivity",
     "loss": "loss",
 }
+
+
+def percent(value):
+    return f"{100 * value:.1f} %"
+
+
+# What a client measured: the column's heading, and how a number is written.
+CLIENT_SCORES = {
+    "round": ("after round", "{:.0f}".format),
+    "examples": ("held-out images", "{:.0f}".format),
+    "auc": ("AUC", "{:.3f}".format),
+    "threshold": ("threshold", "{:.3f}".format),
+    "sensitivity": ("sensitivity", percent),
+    "specificity": ("specificity", percent),
+    "loss": ("loss", "{:.3f}".format),
+    "num_examples": ("trained on", "{:.0f}".format),
+    "training_loss": ("training loss", "{:.3f}".format),
+    "training_seconds": ("training, seconds", "{:.1f}".format),
+}
 FIGURE_STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "report",  # equal figures are equal bytes
@@ -215,7 +234,7 @@ def metric_cell(name, measured):
     if name == "auc":
         number, interval = f"{value:.3f}", f"{low:.3f} to {high:.3f}"
     else:
-        number, interval = f"{100 * value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}"
+        number, interval = percent(value), f"{100 * low:.1f} to {100 * high:.1f}"
     return f"{number}<small>{interval}</small>"
 
 
@@ -498,19 +517,33 @@ def clients(run):
     )
     cells.append(table + text)
     if run["client_scores"]:
-        cells.append(client_scores_table(run["client_scores"]))
+        cells.append(client_scores_table(run["client_scores"], run["card"]))
     return box("clients", "The merged model at each client", grid(cells, least_px=620))
 
 
-def client_scores_table(latest):
-    """What the clients measured themselves. latest: {client: row (dict of texts)}."""
-    columns = [name for name in next(iter(latest.values())) if name != "client"]
-    rows = []
+def client_scores_table(latest, card):
+    """What each client measured itself, below what the server measured of the same model.
+
+    latest: {client: row (dict of texts) of server/clients.csv}.
+    """
+    measured = card["tasks"]["any DR"]["measured"]
+    of_server = {name: measured[name][0] for name in ("auc", "sensitivity", "specificity")}
+    of_server["round"] = card["round"]
+    of_server["examples"] = card["num_reporting_images"]
+    of_server["threshold"] = used_threshold(card, "any DR")
+    rows = [("the server’s reporting patients", *client_score_cells(of_server))]
     for client, row in latest.items():
-        rows.append((escape(client), *(escape(row[name]) or "–" for name in columns)))
-    caption = "What each client says of the merged model, on its own held-out images"
-    header = ("client", *(escape(name.replace("_", " ")) for name in columns))
-    return html_table(caption, header, rows)
+        rows.append((escape(client), *client_score_cells(row)))
+    caption = "The merged model on each client's own held-out images, as the client says; any DR"
+    return html_table(caption, ("", *(heading for heading, _ in CLIENT_SCORES.values())), rows)
+
+
+def client_score_cells(row):
+    """The cells of one row; a dash for what was not measured."""
+    return [
+        "–" if row.get(name) in ("", None) else written(float(row[name]))
+        for name, (_, written) in CLIENT_SCORES.items()
+    ]
 
 
 def time(run):

@@ -272,6 +272,31 @@ def test_the_comparison_gives_each_series_at_its_own_threshold(page):
     assert 'aria-label="AUC for any DR, all validation images"' in comparison
 
 
+def test_what_the_clients_measured_stands_below_what_the_server_measured(here, scored):
+    (here / "server" / "clients.csv").write_text(
+        "round,client,num_examples,examples,loss,auc,threshold,sensitivity,specificity,"
+        "training_loss,training_seconds\n"
+        "0,client001,8,40,0.7,0.5,0.5,0.0,1.0,0.6,3.0\n"
+        "1,client001,8,40,0.6,0.7,0.5,0.25,1.0,0.5,2.0\n"
+        "1,client002,10,30,0.6,,0.5,,1.0,0.4,4.0\n"
+        "2,client001,,40,0.4321,0.91234,0.017,0.875,0.75,,\n"
+    )
+    assert report.main([]) == 0
+    page = (here / "server" / "report.html").read_text(encoding="utf-8")
+    table = page[page.index("as the client says") :].partition("</table>")[0]
+    rows = {}
+    for head, cells in re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', table):
+        rows[head] = re.findall("<td>(.*?)</td>", cells)
+    assert list(rows) == ["the server’s reporting patients", "client001", "client002"]
+    # the result's scores, and the training of the last round that has any
+    result = ["2", "40", "0.912", "0.017", "87.5 %", "75.0 %", "0.432", "8", "0.500", "2.0"]
+    assert rows["client001"] == result
+    assert rows["client002"][2:6] == ["–", "0.500", "–", "100.0 %"]
+    measured = scored[2]["tasks"]["any DR"]["measured"]
+    assert rows["the server’s reporting patients"][2] == f"{measured['auc'][0]:.3f}"
+    assert rows["the server’s reporting patients"][4] == f"{100 * measured['sensitivity'][0]:.1f} %"
+
+
 def test_a_client_elsewhere_is_said_to_be_elsewhere(here, capsys):
     (here / "index" / "worker2.pkl").unlink()
     (here / data.read_index("index/worker3.pkl")[0]["dir"]).unlink()
