@@ -284,7 +284,7 @@ def parse(argv):
         flags.setdefault("--image-size", IMAGE_SIZES[flags["--arch"]])  # prepare.py knows no --arch
     if flags.get("--arch") == "lite0":
         flags.setdefault("--weights", "imagenet")
-        if flags.get("--dataset", "synthetic") != "synthetic":
+        if not are_drawn(flags):
             flags.setdefault("--preprocessing", "colour")
     return Path(parser.prog).stem, flags
 
@@ -308,6 +308,11 @@ def add_flags(parser, title, flags):
     group = parser.add_argument_group(title)
     for flag, _, settings in flags:
         group.add_argument(flag, **settings)
+
+
+def are_drawn(flags):
+    """Whether the images are the drawn ones, which need no --source."""
+    return flags.get("--dataset", "synthetic") == "synthetic"
 
 
 def check_combinations(parser, flags):
@@ -637,10 +642,6 @@ def run(processes, flags):
         train_alone(processes, clients, flags)
         report_flags = ["--compare", ALONE / "compare.csv"]
     processes.run_script("report.py", *report_flags)
-
-
-def are_drawn(flags):
-    return flags.get("--dataset", "synthetic") == "synthetic"
 
 
 def state_of_run(flags):

@@ -83,10 +83,10 @@ def test_central_training_freezes_what_the_clients_freeze():
     """A server that begins from ImageNet with lite0 tells its clients to."""
     _, flags = launch.parse(["run", "--arch", "lite0"])
     assert launch.flags_for("server", flags)[-2:] == ["--weights", "imagenet"]
-    assert "--freeze-base" not in launch.flags_for("client", flags)
+    assert launch.flags_for("client", flags) == ["--epochs", "2"]
     assert launch.central_flags(flags)[-2:] == ["--freeze-base", "--no-augmentation"]
     _, flags = launch.parse(["run", "--arch", "lite0", "--no-freeze-base"])
-    assert launch.flags_for("client", flags)[-1] == "--no-freeze-base"
+    assert launch.flags_for("client", flags) == ["--epochs", "2", "--no-freeze-base"]
     assert launch.central_flags(flags)[-1] == "imagenet"
     _, flags = launch.parse(["run", "--arch", "lite0", "--weights", "none"])
     assert launch.central_flags(flags)[-1] == "none"
