@@ -139,6 +139,8 @@ def read_columns(path):
     Raises ValueError if it cannot or must not be read.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise NotPlain("it is no file")  # of a pipe, the end would never come
         with open(path, "rb") as file:
             content = file.read(MAX_INDEX_BYTES + 1)
         if len(content) > MAX_INDEX_BYTES:
@@ -213,17 +215,10 @@ def healthy(records):
 def load_images(records, image_size, spill=None):
     """Decode every image of `records` once: uint8 (n, image_size, image_size, 3), RGB.
 
-    spill: path of a file that holds an array of more than MEMORY_BYTES; None: all in memory.
-    Raises ValueError naming a missing or unreadable image.
+    spill: path of a file that holds what does not fit into memory; None: all in memory.
+    Raises ValueError naming a missing or unreadable image, or where there is no room for them.
     """
-    shape = (len(records), image_size, image_size, 3)
-    if spill is not None and np.prod(shape) > MEMORY_BYTES:
-        images = np.lib.format.open_memmap(spill, "w+", np.uint8, shape)
-        # The mapping keeps the content of the file alive without a name. So nothing of it stays
-        # behind, however this process ends.
-        os.unlink(spill)
-    else:
-        images = np.empty(shape, np.uint8)
+    images = room_for((len(records), image_size, image_size, 3), spill)
 
     def decode(position):
         images[position] = load_image(records[position]["dir"], image_size)
@@ -233,6 +228,42 @@ def load_images(records, image_size, spill=None):
         for _ in pool.map(decode, range(len(records))):
             pass  # taking the result raises what decode raised
     return images
+
+
+def room_for(shape, spill=None):
+    """An array for images: uint8 of this shape, in memory or in the file `spill`.
+
+    Raises ValueError where there is no room for it.
+    """
+    needed = math.prod(shape)
+    in_memory = min(MEMORY_BYTES, available_memory())
+    if spill is None or needed <= in_memory:
+        return np.empty(shape, np.uint8)
+    try:
+        with open(spill, "w+b") as file:
+            # All of it now: where a mapped file has no room later, the process is killed.
+            os.posix_fallocate(file.fileno(), 0, needed)
+            # The mapping keeps the content of the file alive without a name. So nothing of it
+            # stays behind, however this process ends.
+            return np.memmap(file, np.uint8, "r+", shape=shape)
+    except OSError as error:
+        raise ValueError(
+            f"{shape[0]} images of {shape[1]} x {shape[2]} pixels take {needed / 1e9:.1f} GB: more "
+            f"than fits into memory ({in_memory / 1e9:.1f} GB), and than the disk of "
+            f"{spill.parent} has ({error.strerror}): expected smaller images, or more room"
+        ) from None
+    finally:
+        spill.unlink(missing_ok=True)
+
+
+def available_memory():
+    """Bytes that new processes may take, as Linux estimates it; infinite where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kilobytes[0] * 1024 if kilobytes else math.inf
 
 
 def load_image(path, image_size):

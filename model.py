@@ -273,7 +273,7 @@ def initialize(network, source):
         return
     # A file with fewer tensors than the network has is taken for one of its base.
     can_be_base = ARCHS[network.name].features is not None
-    if can_be_base and len(weights.shapes_of(source)) < len(shapes(network)):
+    if can_be_base and len(weights.Layout(source).tensors) < len(shapes(network)):
         load(base_of(network), source)
     else:
         load(network, source)
@@ -389,21 +389,21 @@ def save(network, path):
         written.write_bytes(content)
 
 
-def load(network, path):
-    """Loads weights after checking them.
+def load(network, path, tensors=None):
+    """Sets the network's weights from a file, after checking them.
 
+    tensors  where they lie in it (weights.Tensor); None: the file is trusted, and HDF5 reads it
     Raises ValueError, with the path, where they are not this network's.
     """
     try:
-        if not str(path).endswith(".h5") or str(path).endswith(".weights.h5"):
-            raise ValueError(
-                "Keras chooses the format by the name, expected one that ends in .h5, "
-                "but not in .weights.h5"
-            )
-        weights.check(path, shapes(network))
+        if tensors is None:
+            tensors = weights.tensors_of(path)
+        weights.check_shapes(tensors, shapes(network))
+        numbers = weights.numbers(path, tensors)
+        for (_, variable), values in zip(_named_tensors(network), numbers, strict=True):
+            variable.assign(values)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
-    network.load_weights(str(path))
 
 
 # --- training and evaluation ----------------------------------------------------------------------

@@ -9,16 +9,14 @@ Killed at any instant and started again with the same command, it takes part aga
 """
 
 import argparse
-import json
 import math
 import random
-import re
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.log import fail, say
+from common.log import below_the_lines, fail, plain, say
 from common.script import (
     at_least,
     client_name,
@@ -37,14 +35,14 @@ import grpc
 import data
 import model
 from common import files
-from common import progress as launcher
-from federation import probe, tls, weights
-from federation.telling import RoundClosed, Teller
+from federation import convert, tls, weights
 from generated import todo_pb2, todo_pb2_grpc
 from reporting import card as cards
 from reporting import metrics
 
+# The last four are of the weights that the round began with, on the images of --val-index.
 HISTORY_COLUMNS = ["round", "epoch", "loss", "accuracy", "num_examples", "seconds"]
+HISTORY_COLUMNS += ["held_out_loss", "held_out_auc", "held_out_sensitivity", "held_out_specificity"]
 
 # The flags that decide what a round's training gives; the state keeps what they were.
 TRAINING_FLAGS = [
@@ -56,8 +54,37 @@ TRAINING_FLAGS = [
     "freeze_base",
     "no_augmentation",
 ]
+# What the state says of a run that was not begun, and the types of its entries.
+NEW_STATE = {
+    "run": None,
+    "round": 0,
+    "rounds": 0,
+    "trained": None,
+    "history": [],
+    "rejections": [],
+}
+STATE_KINDS = {
+    "run": str | None,
+    "round": int,
+    "rounds": int,
+    "trained": dict | None,
+    "history": list,
+    "rejections": list,
+}
+# What a run writes into --client-dir; once the state is moved aside, the others belong to no run.
+RUN_FILES = (
+    "state.json",
+    "client_weights.h5",
+    "history.csv",
+    "server_weight.h5",
+    "server_weight.json",
+)
 
 REPORT_EVERY_S = 30
+TELL_EVERY_S = 10  # a client says where it is this often, or sooner where that has changed
+SHORTEST_PAUSE_S = 2  # between two times
+TELL_TIMEOUT_S = 10
+UNANSWERED_S = 60  # a server that answers nothing for so long is away, be its port open
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10
 CONNECT_S = 10  # what gRPC may take to connect
@@ -73,7 +100,6 @@ SEED_TASK = {
     "arch": "vgg16",
     "image_size": 224,
     "freeze_base": False,
-    "takes_progress": False,
     "preprocessing": "",
 }
 
@@ -88,8 +114,8 @@ REFUSALS = {
 }
 
 
-class Finished(Exception):
-    """The run is over."""
+class RoundClosed(Exception):
+    """The round that this client trains for was closed without it."""
 
 
 class GaveUp(Exception):
@@ -105,10 +131,8 @@ def main(argv=None):
     exit_on_signals(arguments.name, "stopped; start it again to take part again")
     try:
         with files.alone_in(arguments.client_dir):
-            federate(Site(arguments))
-    except Finished as end:
-        say(arguments.name, end)
-        return 0
+            say(arguments.name, federate(Site(arguments)))
+            return 0
     except GaveUp as error:
         return fail(arguments.name, error, error.exit_code)
     except (ValueError, OSError) as error:
@@ -116,19 +140,28 @@ def main(argv=None):
 
 
 def federate(site):
-    """The seed's five steps, round after round, until Finished is raised."""
+    """The seed's five steps, round after round, until the run is over. Returns its last words."""
     while True:
         if not site.has_trained_weights():
             task = keep_trying(ClientgetWeight, site)  # 1, 2: connect, get the weights
+            if task["round"] > task["rounds"]:
+                return finish(site, task)
             if not train(site, task):  # 3: create the model, load the weights, train, save
                 continue  # the round went on without this client
-        keep_trying(ClientsendWeight, site)  # 4: send the weights, wait for the answer
+        is_last = keep_trying(ClientsendWeight, site)  # 4: send the weights, wait for the answer
+        if is_last:
+            return (
+                f"the run is over; {site.weights} is this site's last; the merged model is the "
+                "server's"
+            )
         # 5: next round
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -162,8 +195,8 @@ def parse(argv):
         "--val-index",
         type=Path,
         metavar="FILE",
-        help="held-out images of its own: score each fetched model on them, and tell the server "
-        "the scores",
+        help="held-out images of its own: score each fetched model on them, in the log and in "
+        "history.csv, and tell the server the scores",
     )
     add(
         "--client-dir", type=Path, metavar="DIR", help="weights, state, history (default: the name)"
@@ -205,7 +238,7 @@ def parse(argv):
         "this client's certificate, in its --name",
     )
     arguments = parser.parse_args(argv)
-    tls.check_arguments(parser, arguments, arguments.server, bool(arguments.tls_ca))
+    tls.check_arguments(parser, arguments, arguments.server, bool(arguments.tls_ca), arguments.name)
     arguments.index = arguments.index or data.worker_index(arguments.name)
     if arguments.index is None:
         parser.error(
@@ -221,6 +254,7 @@ class Site:
 
     weights   client_weights.h5: fetched, then trained
     result    server_weight.h5: the merged model of the last round, once the run is over
+    layout    of the weight files of this run, once one was fetched
 
     state["trained"] says for which settings client_weights.h5 was trained, and its SHA-256, as long
     as it is not delivered; None otherwise. A client that finds it when it starts delivers that file
@@ -231,41 +265,54 @@ class Site:
     def __init__(self, arguments):
         self.arguments = arguments
         self.name = arguments.name
-        self.weights = arguments.client_dir / "client_weights.h5"
-        self.result = arguments.client_dir / "server_weight.h5"
-        self.state_path = arguments.client_dir / "state.json"
-        files.clean(arguments.client_dir)
+        self.folder = arguments.client_dir
+        self.weights = self.folder / "client_weights.h5"
+        self.result = self.folder / "server_weight.h5"
+        files.clean(self.folder)
         self.records = data.read_index(arguments.index)
         self.held_out = data.read_index(arguments.val_index) if arguments.val_index else []
-        new_state = {"run": None, "round": 0, "rounds": 0, "trained": None, "history": []}
-        remedy = "move it away; this client then begins with the open round"
-        saved = files.load_state(self.state_path, new_state, remedy) or new_state
-        self.state = {"rejections": [], **saved}  # an older client's state has none
+        self.state = self.load_state()
         arguments.threads = arguments.threads or model.default_threads()
         self.settings = {flag: getattr(arguments, flag) for flag in TRAINING_FLAGS}
-        if arguments.freeze_base is None:
-            self.settings["freeze_base"] = False  # so that the state of an older version resumes
-        elif not arguments.freeze_base:
-            self.settings["freeze_base"] = "never"
         self.settings["index"] = files.sha256_of(arguments.index)[:12]
         self.settings["num_examples"] = len(self.records)
+        self.layout = None
         self.network = None
         self.batches = None
         self.held_out_images = None
         self.prepared_for = None  # (arch, image_size, freeze_base) of `network` and `batches`
         self.sent = False  # whether the open round's weights went out whole at least once
+        self.reporter = ProgressReporter(self)
 
     def say(self, line):
         say(self.name, line)
 
+    def load_state(self):
+        path = self.folder / "state.json"
+        remedy = "move it away; this client then begins with the open round"
+        state = files.load_state(path, STATE_KINDS, remedy) or dict(NEW_STATE)
+        rounds = [row.get("round") if isinstance(row, dict) else None for row in state["history"]]
+        if not all(type(number) is int for number in rounds):
+            raise ValueError(f"{path} is not a state of this client (its history): {remedy}")
+        return state
+
     def save(self, **changes):
         self.state.update(changes)
-        files.save_state(self.state_path, self.state)
+        files.save_state(self.folder / "state.json", self.state)
+
+    def begin_run(self, run):
+        """What lies here is of another run, or nobody knows of which: it is moved aside."""
+        moved = files.move_aside(self.folder, [self.folder / name for name in RUN_FILES])
+        if moved:
+            self.say(f"another run begins: what lay in {self.folder} is in {moved}")
+        self.state = {**NEW_STATE, "run": run}
+        self.save()
+        self.layout = None
 
     def has_trained_weights(self):
         """Whether client_weights.h5 is trained, not delivered, and by the settings of now."""
         trained = self.state["trained"]
-        if trained is None or trained["sha256"] != files.sha256_of(self.weights):
+        if trained is None or trained.get("sha256") != files.sha256_of(self.weights):
             return False
         changed = [
             f"{name} was {trained.get(name)}, is {value}"
@@ -284,7 +331,7 @@ class Site:
         wanted = (task["arch"], task["image_size"], task["freeze_base"])
         if self.prepared_for == wanted:
             return
-        self.check_preprocessing(task["preprocessing"])
+        self.check_pictures(task)
         model.configure(self.arguments.seed, self.arguments.threads)
         self.network = model.build(task["arch"], task["image_size"])
         if self.freezes_base(task):
@@ -295,13 +342,8 @@ class Site:
                 f"the features of {len(self.records)} images are computed once, without rotation "
                 "and flips (--no-freeze-base trains all layers)"
             )
-        images = data.load_images(
-            self.records,
-            task["image_size"],
-            files.temporary(self.weights.with_name("images.npy")),
-        )
         self.batches = data.TrainingBatches(
-            images,
+            self.load_images(self.records, task),
             data.healthy(self.records),
             self.arguments.batch_size,
             self.arguments.seed,
@@ -309,20 +351,21 @@ class Site:
             augment=not (self.arguments.no_augmentation or self.follows_frozen_base(task)),
         )
         if self.held_out:
-            self.held_out_images = data.load_images(
-                self.held_out,
-                task["image_size"],
-                files.temporary(self.weights.with_name("held_out.npy")),
-            )
+            self.held_out_images = self.load_images(self.held_out, task)
         self.prepared_for = wanted
 
-    def check_preprocessing(self, expected):
+    def load_images(self, records, task):
+        spill = files.temporary(self.folder / "images.npy")
+        return data.load_images(records, task["image_size"], spill)
+
+    def check_pictures(self, task):
         """Raises ValueError where this site's pictures are of another kind than the server's.
 
         Nobody would notice: the network trains on either, and is good for neither.
         """
         folder = self.arguments.index.parent
-        own = cards.read_prepared(folder).get("preprocessing")
+        prepared = cards.read_prepared(folder)
+        own, expected = prepared.get("preprocessing"), task["preprocessing"]
         kinds = cards.KINDS_OF_PICTURES
         if own != expected and own in kinds and expected in kinds:
             raise ValueError(
@@ -330,13 +373,20 @@ class Site:
                 f"prepared.json), and those that the server scores with of the kind {expected!r}: "
                 "all sites have to prepare theirs in the same way (prepare.py --preprocessing)"
             )
+        own_size = prepared.get("image_size")
+        if task["run"] and isinstance(own_size, int) and own_size < task["image_size"]:
+            self.say(
+                f"warning: the pictures here have {own_size} pixels a side, and the server's "
+                f"network takes {task['image_size']}: enlarging adds no detail "
+                f"(prepare.py --image-size {task['image_size']})"
+            )
 
     def scores(self, threshold=0.5):
         """What the network scores on the held-out images; {} where there are none.
 
         threshold: of the score, for sensitivity and specificity. The names are those of
-        federation.progress.METRICS_LIMITS. A metric that cannot be measured (the AUC of one class)
-        is left out.
+        federation.status.SCORES. A metric that cannot be measured (the AUC of one class) is left
+        out.
         """
         if not self.held_out:
             return {}
@@ -365,13 +415,13 @@ class Site:
 def ClientgetWeight(stub, site):
     """get weight from server, save locally: client_weights.h5 is then the server's.
 
-    Returns the task, a dict of run, round, rounds, arch, image_size and freeze_base. Raises
-    Finished where the run is over, and what was fetched is its result; ValueError where the answer
-    makes no sense, grpc.RpcError.
+    Returns the task, a dict of run, round, rounds, arch, image_size, freeze_base and
+    preprocessing. Where its round is behind the last, what was fetched is the result, and lies in
+    server_weight.h5. Raises ValueError where the answer makes no sense, grpc.RpcError.
     """
     request_metadata = (("fedml-client", site.name), ("fedml-accept", "blob"))
-    with reporting(site, "waiting for the weights"):
-        call = stub.getWeight(todo_pb2.void(), metadata=request_metadata)
+    call = stub.getWeight(todo_pb2.void(), metadata=request_metadata)
+    with site.reporter.waiting("waiting for the weights", call):
         initial_metadata = dict(call.initial_metadata())
         if "fedml-run" in initial_metadata:
             task = task_from(initial_metadata)
@@ -384,19 +434,35 @@ def ClientgetWeight(stub, site):
             announced = initial_metadata.get("fedml-sha256", sha256)
             if announced != sha256:
                 raise ValueError(
-                    f"the weights arrived with SHA-256 {sha256}, the server announced {announced}"
+                    f"the weights arrived with SHA-256 {sha256}, the server announced "
+                    f"{plain(announced)}"
                 )
+            # Only now: a call that failed named no run either, and looks like the demo's server.
+            if task["run"] != site.state["run"]:
+                site.begin_run(task["run"])
+            site.layout = layout_of(written, site.layout)
     if is_result:
         save_card(site, initial_metadata.get("fedml-card"), sha256)
-        if site.held_out and task["takes_progress"]:
-            tell_scores_of_result(stub, site, task)
-        raise Finished(f"the run is over after {task['rounds']} rounds; {result_text(site)}")
     return task
+
+
+def layout_of(path, earlier):
+    """The Layout of a file that the server sent; it is not trusted more than one of a client.
+
+    earlier  the Layout of the one before, which most files have, or None
+    Raises ValueError.
+    """
+    try:
+        if earlier is not None and weights.fits(path, earlier):
+            return earlier
+        return weights.Layout(path, convert.tensors_of(path))
+    except ValueError as error:
+        raise ValueError(f"the server's weights cannot be used: {plain(error)}") from None
 
 
 def save_card(site, text, sha256):
     """Publish the model card of the result beside it, where the server sent one that is good."""
-    cards.path_of(site.result).unlink(missing_ok=True)  # of an earlier run
+    cards.path_of(site.result).unlink(missing_ok=True)  # of the result of fewer rounds
     if text is None:
         return
     try:
@@ -404,19 +470,9 @@ def save_card(site, text, sha256):
         if card["weights_sha256"] != sha256:
             raise ValueError("it describes other weights")
     except ValueError as error:
-        site.say(f"the server's model card is left out: {error}")
+        site.say(f"the server's model card is left out: {plain(error)}")
         return
     cards.publish(site.result, card)
-
-
-def result_text(site):
-    card_path = cards.path_of(site.result)
-    if card_path.exists():
-        return (
-            f"its result is {site.result}, with its model card {card_path}: "
-            f"predict.py --weights {site.result} scores photographs with it"
-        )
-    return f"its result is {site.result}, without a model card"
 
 
 def task_from(initial_metadata):
@@ -429,14 +485,13 @@ def task_from(initial_metadata):
             "round": at_least(1)(initial_metadata["fedml-round"]),
             "rounds": at_least(1)(initial_metadata["fedml-rounds"]),
             "freeze_base": initial_metadata.get("fedml-freeze-base") == "1",
-            "takes_progress": initial_metadata.get("fedml-progress") == "1",
             "preprocessing": initial_metadata.get("fedml-preprocessing", ""),
         }
         if task["arch"] not in model.ARCHS:
             raise ValueError(f"unknown network {task['arch']!r}")
     except (KeyError, ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(
-            f"the server names a run, but not its network and round as expected ({error}): "
+            f"the server names a run, but not its network and round as expected ({plain(error)}): "
             "is it this project's todoServer.py, of the same commit?"
         ) from None
     return task
@@ -460,54 +515,54 @@ def train(site, task):
     Returns False where the round was closed meanwhile: then nothing is kept.
     """
     title = f"round {task['round']}/{task['rounds']}"
+    site.reporter.begin(task, "loading")
+    site.prepare(task)
+    model.load(site.network, site.weights, site.layout.tensors)
+    measured = {}
+    if site.held_out:
+        site.reporter.at("scoring")
+        measured = site.scores()
+        site.say(
+            f"{title}: the fetched model on this site's own held-out images: {in_words(measured)}"
+        )
+    site.say(f"{title}: training on {len(site.records)} images")
     try:
-        with teller_of(site, task, title) as teller:
-            teller.now("loading")
-            site.prepare(task)
-            model.load(site.network, site.weights)
-            if site.held_out:
-                teller.now("scoring")
-            measured = site.scores()
-            teller.now("training")
-            site.say(f"{title}: training on {len(site.records)} images")
-            rows = train_network(site, task, title, teller)
+        rows = train_network(site, task, title)
     except RoundClosed as reason:
         site.say(f"{title}: {reason}; what was trained is dropped")
         return False
     try:
         # The numbers go into the file that was fetched: outside its tensors an upload is then the
         # server's own file, which the server can check without opening HDF5 from outside.
-        digest = weights.write_tensors(site.weights, model.tensors(site.network))
-    except ValueError as error:
+        digest = weights.write_tensors(site.weights, site.layout, model.tensors(site.network))
+    except weights.NotFinite as error:
         raise not_finite(site, f"{title}, epoch {site.arguments.epochs}: {error}") from None
-    history = rows
-    if site.state["run"] == task["run"]:
-        earlier = [row for row in site.state["history"] if row["round"] < task["round"]]
-        history = earlier + rows
+    held_out = {f"held_out_{name}": value for name, value in measured.items()}
+    earlier = [row for row in site.state["history"] if row["round"] < task["round"]]
+    history = earlier + [{**row, **held_out} for row in rows]
     if measured:
-        measured["training_loss"] = rows[-1]["loss"] if rows else 0
+        measured["training_loss"] = rows[-1]["loss"]
         measured["training_seconds"] = sum(row["seconds"] for row in rows)
-    files.publish_rows(site.arguments.client_dir / "history.csv", HISTORY_COLUMNS, history)
+    files.publish_rows(site.folder / "history.csv", HISTORY_COLUMNS, history)
     site.save(
-        run=task["run"],
         round=task["round"],
         rounds=task["rounds"],
         history=history,
-        trained={**site.settings, "sha256": digest, "metrics": measured},
-        settings=site.settings,
+        trained={**site.settings, "sha256": digest, "scores": measured},
     )
     site.sent = False
     return True
 
 
-def teller_of(site, task, title):
-    """What tells the server, and whoever looks on, where this client is while it works."""
-    return Teller(site.name, task, title, lambda: connect(site), site.say)
+def in_words(measured):
+    """'examples 60, loss 0.31, auc 0.9'."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
 
 
-def train_network(site, task, title, teller):
+def train_network(site, task, title):
     """model.train, with a line an epoch. Returns the rows of the history; raises RoundClosed."""
     epochs = site.arguments.epochs
+    began = last_line = time.monotonic()
 
     def report(row):
         if not math.isfinite(row["loss"]):
@@ -517,27 +572,77 @@ def train_network(site, task, title, teller):
             f"accuracy {row['accuracy']:.3f}  ({row['seconds']:.1f} s)"
         )
 
-    def progress_of(epoch, step, steps, loss):
-        teller.at_step(epoch, epochs, step, steps, loss)
+    def progress(epoch, step, steps, loss):
+        nonlocal last_line
+        if site.reporter.round_closed:
+            raise RoundClosed("the round was closed without this client")
+        now = time.monotonic()
+        done = (epoch - 1) * steps + step
+        left_s = (now - began) / done * (epochs * steps - done)
+        site.reporter.at("training", epoch=epoch, epochs=epochs, seconds_left=round(left_s))
+        text = f"epoch {epoch}/{epochs}, step {step}/{steps}, loss {loss:.4f}"
+        show(f"{title}: {text}", done, epochs * steps)
+        if now - last_line >= 2 * REPORT_EVERY_S:  # within a long epoch
+            last_line = now
+            site.say(f"{title}: {text}, {left_s:.0f} s to go")
 
-    return model.train(
-        site.network, site.batches, task["round"], epochs, report, progress=progress_of
+    with bar_on_terminal() as show:
+        return model.train(
+            site.network, site.batches, task["round"], epochs, report, progress=progress
+        )
+
+
+@contextmanager
+def bar_on_terminal():
+    """show(text, done, total) for the body: a bar below the lines, where there is a terminal."""
+    with below_the_lines() as console:
+        if console is None:
+            yield lambda text, done, total: None
+            return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        text_column = TextColumn("{task.description}", markup=False)
+        columns = [text_column, BarColumn(20), TimeRemainingColumn(compact=True)]
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("")
+            yield lambda text, done, total: bar.update(
+                task, description=text, completed=done, total=total
+            )
+
+
+def not_finite(site, what):
+    """The ValueError of a training that ended in numbers that are not finite."""
+    return ValueError(
+        f"{what}. Training ended in numbers that are not finite, and nothing of it is kept: try a "
+        f"smaller learning rate (ARCHS in model.py), or look for damaged images in "
+        f"{site.arguments.index}, then start this client again"
     )
 
 
-def tell_scores_of_result(stub, site, task):
-    """Score the result on the held-out images and tell the server, which waits for it."""
-    with teller_of(site, task, "the result") as teller:
-        teller.now("scoring")
+def finish(site, task):
+    """Score the result on the held-out images, tell the server that it is here. Returns words."""
+    measured = {}
+    if site.held_out:
+        site.reporter.begin(task, "scoring")
         site.prepare(task)
-        model.load(site.network, site.result)
+        model.load(site.network, site.result, site.layout.tensors)
         measured = site.scores(threshold_of_result(site))
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-    site.say(f"the result on this site's own held-out images: {shown}")
+        site.say(f"the result on this site's own held-out images: {in_words(measured)}")
+    site.reporter.end()
     try:
-        teller.tell(stub, (("fedml-metrics", json.dumps(measured)),))
-    except grpc.RpcError as error:
-        site.say(f"the server was not told ({error.code().name})")
+        tell(site, task, {"phase": "done"}, measured)
+    except (grpc.RpcError, OSError) as error:
+        site.say(f"the server was not told that the result is here: {plain(error)}")
+    card_path = cards.path_of(site.result)
+    with_card = "without a model card"
+    if card_path.exists():
+        with_card = (
+            f"with its model card {card_path}: predict.py --weights {site.result} scores "
+            "photographs with it"
+        )
+    return (
+        f"the run is over after {task['rounds']} rounds; its result is {site.result}, {with_card}"
+    )
 
 
 def threshold_of_result(site):
@@ -550,51 +655,52 @@ def threshold_of_result(site):
     return cards.used_threshold(cards.read(site.result), "any DR")
 
 
-def not_finite(site, what):
-    """The ValueError of a training that ended in numbers that are not finite."""
-    return ValueError(
-        f"{what}. Training ended in numbers that are not finite, and nothing of it is kept: try a "
-        f"smaller learning rate (learning_rate in model.py), or look for damaged images in "
-        f"{site.arguments.index}, then start this client again"
-    )
-
-
 def ClientsendWeight(stub, site):
     """send weight to server, and wait for its answer. Afterwards nothing is left to deliver.
 
-    After the last round a server of ours hands out the result, so the next step fetches it.
-
-    Raises Finished after the last round of a server that names none, ValueError where the server
-    rejects what is trained, again and for the same reason, grpc.RpcError.
+    Returns whether that was the last of a server that names no rounds; one of ours hands out the
+    result, so the next step fetches it. Raises ValueError where the server rejects what is trained,
+    again and for the same reason, grpc.RpcError.
     """
-    round_number = site.state["round"]
-    title = f"round {round_number}/{site.state['rounds']}"
+    state = site.state
+    title = f"round {state['round']}/{state['rounds']}"
+    site.reporter.begin(state, "waiting")
+    if state["run"]:
+        tell_scores(stub, site)
     messages, request_metadata = upload_of(site)
+    call = stub.sendWeight.future(messages, metadata=request_metadata)
     try:
-        launcher.tell("waiting", round=round_number, rounds=site.state["rounds"])
-        with reporting(site, f"{title}: waiting for the server's answer"):
-            answer = stub.sendWeight(messages, metadata=request_metadata)
+        with site.reporter.waiting(f"{title}: waiting for the server's answer", call):
+            answer = call.result()
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
             # Another run or another round is open by now, or the run is over.
-            site.say(f"{title}: upload rejected: {error.details()}; these weights are dropped")
+            site.say(
+                f"{title}: upload rejected: {plain(error.details())}; these weights are dropped"
+            )
             site.save(trained=None, rejections=[])
-            return
+            return False
         if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
-            train_again_or_end(site, title, error.details())
-            return
+            train_again_or_end(site, title, plain(error.details()))
+            return False
         raise
     if answer.value != 1:  # the thesis demo's server says 0 when the others did not come in time
-        site.save(trained=None, round=round_number - 1)
+        site.save(trained=None, round=state["round"] - 1)
         site.say(f"{title}: the server did not merge (answer {answer.value}): fetching again")
-        return
+        return False
     site.save(trained=None, rejections=[])
-    counted_by_client = not site.state["run"]
-    if counted_by_client and round_number >= site.state["rounds"]:
-        raise Finished(
-            f"the run is over after {site.state['rounds']} rounds; {site.weights} is this site's "
-            "last; the merged model is the server's"
-        )
+    return not state["run"] and state["round"] >= state["rounds"]
+
+
+def tell_scores(stub, site):
+    """Tell what was measured on the held-out images, once before each upload."""
+    scores = site.state["trained"].get("scores")
+    if scores:
+        status = status_message(site.state, {"phase": "waiting"}, scores)
+        try:
+            stub.tell(status, metadata=(("fedml-client", site.name),), timeout=TELL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            site.say(f"the server was not told this site's scores ({error.code().name})")
 
 
 def train_again_or_end(site, title, reason):
@@ -626,9 +732,6 @@ def upload_of(site):
             ("fedml-round", str(state["round"])),
             ("fedml-sha256", state["trained"]["sha256"]),
         )
-        measured = state["trained"].get("metrics")  # an older client's state has none
-        if measured:
-            request_metadata += (("fedml-metrics", json.dumps(measured)),)
     else:  # the thesis demo's server knows base64 only, and takes the client's name from a path
         path_on_server = f"{site.name}/{weights.SEED_FILE_NAME}"
         messages = weights.base64_messages(site.weights, path_on_server, num_examples)
@@ -659,12 +762,19 @@ def keep_trying(attempt, site):
             with connect(site) as channel:
                 return attempt(todo_pb2_grpc.FedMLStub(channel), site)
         except grpc.RpcError as error:
-            failure = error
-        if failure.code() in REFUSALS:
-            raise ValueError(f"the server refused: {failure.details()} ({failure.code().name})")
+            if error.code() in REFUSALS:
+                raise ValueError(
+                    f"the server refused: {plain(error.details())} ({error.code().name})"
+                ) from None
+            reason, may_help = tls.explain(error.details(), site.arguments)
+            if not may_help:
+                raise ValueError(reason) from None
+        except tls.NotReady as error:  # certificates that are being renewed
+            reason = str(error)
 
         now = time.monotonic()
-        if away_since is None or now - started > SERVED_S:
+        was_served = now - started > SERVED_S and not site.reporter.is_unanswered
+        if away_since is None or was_served:
             # The server was there until now: the time to give up begins anew.
             away_since = now
             last_report = None
@@ -674,24 +784,13 @@ def keep_trying(attempt, site):
             raise gave_up(site)
         if last_report is None or now - last_report >= REPORT_EVERY_S:
             last_report = now
-            report_failure(site, failure, left_s)
+            site.say(
+                f"waiting for the server at {site.arguments.server} ({plain(reason)}); giving up "
+                f"in {left_s:.0f} s"
+            )
         jitter = random.uniform(0.5, 1.5)  # or all clients would come back at the same moment
         time.sleep(min(pause_s * jitter, left_s))
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-
-def report_failure(site, failure, left_s):
-    """Say why no call succeeds. Raises ValueError where trying again does not help."""
-    reason = failure.details() or failure.code().name
-    if failure.code() == grpc.StatusCode.UNAVAILABLE:
-        found = probe.explain(site.arguments)
-        # Of a connection that failed gRPC names addresses and errors of all attempts; anything else
-        # is the server's own sentence.
-        if found and re.search("connect|socket", reason, re.I):
-            reason = found
-    site.say(
-        f"waiting for the server at {site.arguments.server} ({reason}); giving up in {left_s:.0f} s"
-    )
 
 
 def gave_up(site):
@@ -744,21 +843,102 @@ def connect(site):
     return tls.channel(site.arguments, options)
 
 
-@contextmanager
-def reporting(site, what):
-    """While the body runs, say every REPORT_EVERY_S seconds `what` it does and for how long."""
-    over = threading.Event()
-    started = time.monotonic()
+def status_message(task, where, scores):
+    return todo_pb2.clientStatus(run=task["run"], round=task["round"], scores=scores, **where)
 
-    def report():
-        while not over.wait(REPORT_EVERY_S):
-            site.say(f"{what} for {time.monotonic() - started:.0f} s")
 
-    threading.Thread(target=report, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
+def tell(site, task, where, scores=None):
+    """Tell the server where this client is. Returns the open round's number. Raises RpcError."""
+    with connect(site) as channel:
+        stub = todo_pb2_grpc.FedMLStub(channel)
+        answer = stub.tell(
+            status_message(task, where, scores or {}),
+            metadata=(("fedml-client", site.name),),
+            timeout=TELL_TIMEOUT_S,
+        )
+    return answer.round if answer.run == task["run"] else task["round"]
+
+
+class ProgressReporter:
+    """Says where this client is, in a thread of its own: to the server, and to who looks on.
+
+    The server is told only where it named a run, every TELL_EVERY_S or where something changed; on
+    a connection of its own each time, because routers and proxies drop silent ones. From the answer
+    it learns that a round was closed. A server that answers nothing for UNANSWERED_S is away,
+    though its port may be open and pings be answered: then the call that waits is ended.
+    """
+
+    def __init__(self, site):
+        self.site = site
+        self.task = None  # what this client works for: run and round; None: nothing is told
+        self.where = {}
+        self.round_closed = False
+        self.answered_at = time.monotonic()
+        self.wait = None  # (what, since when, the call) while this client waits
+        self.changed = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def begin(self, task, phase):
+        """From now on it works for this task."""
+        self.task = {"run": task["run"], "round": task["round"]} if task["run"] else None
+        self.round_closed = False
+        self.at(phase)
+
+    def at(self, phase, **numbers):
+        """It is in this phase; numbers: epoch, epochs, seconds_left."""
+        before = (self.where.get("phase"), self.where.get("epoch"))
+        self.where = {"phase": phase, **numbers}
+        if before != (phase, numbers.get("epoch")):
+            self.changed.set()
+
+    def end(self):
+        """Nothing more is told from here."""
+        self.task = None
+
+    @property
+    def is_unanswered(self):
+        return self.task is not None and time.monotonic() - self.answered_at > UNANSWERED_S
+
+    @contextmanager
+    def waiting(self, what, call):
+        """While the body waits for this call, say so; end it where the server is away."""
+        self.answered_at = time.monotonic()
+        self.wait = (what, self.answered_at, call)
+        try:
+            yield
+        finally:
+            self.wait = None
+
+    def _run(self):
+        last_line = time.monotonic()
+        while True:
+            self.changed.wait(TELL_EVERY_S)
+            self.changed.clear()
+            self._tell()
+            now = time.monotonic()
+            if self.wait is None:
+                last_line = now
+            elif now - last_line >= REPORT_EVERY_S:
+                last_line = now
+                what, since, _ = self.wait
+                self.site.say(f"{what} for {now - since:.0f} s")
+            time.sleep(SHORTEST_PAUSE_S)
+
+    def _tell(self):
+        task, wait = self.task, self.wait
+        if task is None:
+            return
+        try:
+            open_round = tell(self.site, task, self.where)
+            self.answered_at = time.monotonic()
+            if task is self.task and open_round > task["round"]:
+                self.round_closed = True
+        except (grpc.RpcError, OSError) as error:
+            code = error.code() if isinstance(error, grpc.RpcError) else None
+            if code == grpc.StatusCode.UNIMPLEMENTED:  # a server of another commit
+                self.task = None
+            elif wait is not None and self.is_unanswered:
+                wait[2].cancel()
 
 
 if __name__ == "__main__":

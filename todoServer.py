@@ -9,6 +9,8 @@ Killed at any instant, run the same command again to resume. Exit codes: 0 finis
 
 import argparse
 import functools
+import importlib.util
+import math
 import queue
 import secrets
 import shutil
@@ -23,6 +25,7 @@ from common.script import (
     at_least,
     client_name,
     end_script,
+    end_when_a_thread_dies,
     exit_on_signals,
     pixels,
     seconds,
@@ -36,18 +39,18 @@ if __name__ == "__main__":
 import data
 import model
 from common import files
-from federation import convert, probe, service, tls, weights
-from federation.followers import Follower, RoundCommand
+from federation import service, tls, weights
 from federation.rounds import Refused, Rounds, TooFewClients
-from federation.state import RunState, file_sha256_of, new_upload
+from federation.state import RunState
 from federation.status import StatusFile
 from generated import todo_pb2_grpc
 from reporting import card as cards
 from reporting import metrics
-from reporting.events import EventFiles
 
-# How long a finished server stays for clients that have not heard its last answer.
+# How long a finished server stays for clients that do not move.
 LAST_ANSWER_S = 30
+# How long answers that are on their way may take at the end.
+GRACE_S = 1.5
 # What a new run is, where no flag says otherwise.
 NEW_RUN = {
     "clients": ["client001", "client002", "client003"],
@@ -59,6 +62,19 @@ NEW_RUN = {
 }
 # Flags that belong to the run: at a restart they may be left out, but not be changed.
 FIXED_FLAGS = ("arch", "image_size", "seed", "weights")
+# What a run writes into --server-dir, beside a folder for each client. The state comes first: once
+# it is moved aside, the files that are left belong to no run.
+RUN_FILES = (
+    "state.json",
+    "server_weight.h5",
+    "server_weight.json",
+    "clients.csv",
+    "best_weight.h5",
+    "best_weight.json",
+    "history.csv",
+    "status.json",
+    "report.html",
+)
 
 
 def main(argv=None):
@@ -67,19 +83,16 @@ def main(argv=None):
     try:
         with ExitStack() as locks:
             locks.enter_context(files.alone_in(arguments.server_dir))
-            probe.check_server_certificate(arguments)
-            validation = data.read_index(arguments.index_dir / "val_set.pkl")
-            state = resume(arguments)
-            if state is None:
-                state = begin(arguments)
+            evaluator = Evaluator(arguments)
+            state = resume(arguments, evaluator) or begin(arguments, evaluator)
             clients = arguments.clients or state.clients
             check_min_clients(arguments, clients)
-            for client in sorted({*clients, *state.clients, *state.left}):
+            for client in sorted({*clients, *state.clients}):
                 locks.enter_context(files.alone_in(arguments.server_dir / client))
                 files.clean(arguments.server_dir / client)
-            rounds = open_rounds(arguments, state, validation)
+            rounds = open_rounds(arguments, state, evaluator)
             rounds.change_clients(clients)
-            code = serve(arguments, rounds)
+            code = serve(arguments, rounds, evaluator)
             # Without joining threads: one may be in the middle of an evaluation.
             end_script(code)
     except (ValueError, OSError) as error:
@@ -87,60 +100,42 @@ def main(argv=None):
 
 
 class FedMLServicer(todo_pb2_grpc.FedMLServicer):
-    """The two calls of todo.proto, as the thesis numbers the server's steps.
+    """The calls of todo.proto, as the thesis numbers the server's steps.
 
     Step 1, the first weights, is `begin`. A step that refuses a call raises Refused, and the caller
-    gets its status code and sentence.
-
-    max_examples   a client that says it has more is refused
-    serve_unnamed  whether peers are served that name nobody, neither in metadata nor by a
-                   certificate, as the thesis demo's do
-    card_text      card_text() -> the model card of the result as ASCII JSON, "" where there is none
-    preprocessing  how the pictures were made that the server scores with, "" where that is unknown
+    gets its status code and sentence. The arguments are those of `service.Service`.
     """
 
-    def __init__(
-        self,
-        rounds,
-        max_examples=10_000_000,
-        serve_unnamed=True,
-        card_text=lambda: "",
-        preprocessing="",
-    ):
+    def __init__(self, rounds, max_examples=10_000_000, serve_unnamed=True, card_text=lambda: ""):
         self.rounds = rounds
-        self.calls = service.Calls(rounds, max_examples, serve_unnamed, card_text, preprocessing)
+        self.service = service.Service(rounds, max_examples, serve_unnamed, card_text)
 
     def getWeight(self, request, context):
         # 2. Receive the void request, return the weights in pieces.
-        caller = self.calls.identify(context)
-        yield from self.calls.send_weights(caller, context)
+        caller = self.service.identify(context)
+        yield from self.service.send_weights(caller, context)
 
     def sendWeight(self, request_iterator, context):
-        # 3. Record who sends, and with how many examples.
-        caller = self.calls.identify(context)
-        upload = self.calls.begin_upload(caller, request_iterator, context)
-        # 4. Receive the weights, and check them.
-        with self.calls.received(upload, context) as (path, sha256, file_sha256):
+        # 3. Record who sends, and with how many examples. 4. Receive the weights, and check them.
+        caller = self.service.identify(context)
+        with self.service.received(caller, request_iterator, context) as upload:
             # 5. Save them in the client's folder, and wait for all clients. Step 6, merge and
             #    evaluate, is the coordinator's: `Rounds.run`, in a thread of its own.
-            is_last = self.rounds.deliver(
-                upload.client,
-                upload.num_examples,
-                sha256,
-                path,
-                upload.run,
-                upload.round_number,
-                context.is_active,
-                file_sha256,
-                upload.metrics,
-            )
+            self.rounds.deliver(upload, context.is_active)
         # 7. Answer myResponse(value=1).
-        return self.calls.answer(context, is_last)
+        return self.service.answer(context)
+
+    def tell(self, request_iterator, context):
+        # Ours: a client says where it is, and hears which round is open.
+        caller = self.service.identify(context)
+        return self.service.hear(caller, request_iterator, context)
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -208,14 +203,9 @@ def parse(argv):
         help="refuse a client that says it has more (default: %(default)s)",
     )
     add(
-        "--on-round",
-        metavar="COMMAND",
-        help="run it after each round, with the round's scores as JSON on its standard input",
-    )
-    add(
         "--tensorboard",
         action="store_true",
-        help="write each round's scores, and each client's, for TensorBoard (DIR/tensorboard)",
+        help="write each round's scores for TensorBoard (DIR/tensorboard)",
     )
     tls.add_arguments(
         add,
@@ -229,6 +219,8 @@ def parse(argv):
         parser.error(
             "--min-clients needs --round-timeout: without a limit the server waits for all clients"
         )
+    if arguments.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs its package: pip install tensorboard")
     return arguments
 
 
@@ -237,6 +229,11 @@ def client_names(text):
     names = [client_name(name) for name in text.split(",")]
     if len(set(names)) != len(names):
         raise argparse.ArgumentTypeError(f"{text!r}: expected different names")
+    taken = [name for name in names if name in (*RUN_FILES, "tensorboard")]
+    if taken:
+        raise argparse.ArgumentTypeError(
+            f"a client cannot be called {taken[0]!r}: the server has a file of that name"
+        )
     return sorted(names)
 
 
@@ -247,15 +244,15 @@ def say(line):
 # --- the run: resumed, or begun ------------------------------------------------------------------
 
 
-def resume(arguments):
+def resume(arguments, evaluator):
     """The state of the run in --server-dir as it was left; None where a new one is to begin.
 
-    Raises ValueError where the flags contradict it.
+    Raises ValueError where the flags or the validation images contradict it.
     """
-    path = arguments.server_dir / "state.json"
+    folder = arguments.server_dir
     if arguments.fresh:
         return None
-    state = RunState.load(path, remedy="move it away, or begin with --fresh")
+    state = RunState.load(folder / "state.json", remedy="move it away, or begin with --fresh")
     if state is None:
         return None
     for name in FIXED_FLAGS:
@@ -263,25 +260,32 @@ def resume(arguments):
         kept = getattr(state, name)
         if given is not None and given != kept:
             raise ValueError(
-                f"--{name.replace('_', '-')} is {given}, but the run in {arguments.server_dir} has "
-                f"{kept}: leave the flag out to go on with that run, or begin a new one with "
-                "--fresh"
+                f"--{name.replace('_', '-')} is {given}, but the run in {folder} has {kept}: leave "
+                "the flag out to go on with that run, or begin a new one with --fresh"
+            )
+    for name in ("validation_sha256", "preprocessing"):
+        if getattr(state, name) != getattr(evaluator, name):
+            raise ValueError(
+                f"the run in {folder} is scored on other images than {arguments.index_dir} has now "
+                f"({name} was {getattr(state, name)[:12]!r}, is "
+                f"{getattr(evaluator, name)[:12]!r}): put val_set.pkl and prepared.json back, or "
+                "begin with --fresh"
             )
     if arguments.rounds:
         state = state.changed(rounds=arguments.rounds)
-    if state.evaluated >= state.rounds:
+    if state.is_over:
         say(
-            f"run {state.run} is finished ({state.evaluated} rounds); --rounds N goes on, "
-            "--fresh begins a new one"
+            f"run {state.run} is over ({state.evaluated} rounds); --rounds N goes on, --fresh "
+            "begins a new one"
         )
     else:
         # This may be a round less than are merged: the last evaluation is then repeated.
         next_round = state.evaluated + 1
-        say(f"resuming run {state.run} at round {next_round}/{state.rounds} from {path}")
+        say(f"resuming run {state.run} at round {next_round}/{state.rounds} from {folder}")
     return state
 
 
-def begin(arguments):
+def begin(arguments, evaluator):
     """Step 1 of the thesis: initialize the model. Publishes its weights, then a new run's state."""
     choices = dict(NEW_RUN)
     for name in NEW_RUN:
@@ -295,7 +299,7 @@ def begin(arguments):
         f"a new run of {choices['rounds']} rounds: {choices['arch']} at {size} x {size} pixels, "
         f"seed {choices['seed']}, clients {', '.join(choices['clients'])}"
     )
-    dataset = cards.read_prepared(arguments.index_dir).get("dataset", "synthetic")
+    dataset = evaluator.prepared.get("dataset", "synthetic")
     from_random = choices["weights"] == "none"
     if choices["arch"] == "drcnn" and from_random and dataset != "synthetic":
         say(
@@ -305,14 +309,33 @@ def begin(arguments):
     model.configure(choices["seed"])
     network = model.build(choices["arch"], size, choices["seed"])
     model.initialize(network, choices["weights"])
-    moved = files.move_aside(arguments.server_dir)  # not before this run has all that it needs
+    moved = move_aside(arguments.server_dir)  # not before this run has all that it needs
     if moved:
         say(f"the old run's files are in {moved}")
     path = arguments.server_dir / "server_weight.h5"
     model.save(network, path)
-    state = RunState(run=secrets.token_hex(8), weights_sha256=files.sha256_of(path), **choices)
+    state = RunState(
+        run=secrets.token_hex(8),
+        weights_sha256=files.sha256_of(path),
+        validation_sha256=evaluator.validation_sha256,
+        preprocessing=evaluator.preprocessing,
+        **choices,
+    )
     state.save(arguments.server_dir / "state.json")
     return state
+
+
+def move_aside(folder):
+    """Move what a run wrote into `folder`, and nothing else, to a new folder there (or None)."""
+    sites = sorted({upload.parent for upload in folder.glob("*/client_weights*.h5")})
+    return files.move_aside(
+        folder,
+        [
+            *(folder / name for name in RUN_FILES),
+            # A state.json beside it means that a client works there, in its own folder.
+            *(site for site in sites if not (site / "state.json").exists()),
+        ],
+    )
 
 
 def check_min_clients(arguments, clients):
@@ -322,7 +345,7 @@ def check_min_clients(arguments, clients):
         )
 
 
-def open_rounds(arguments, state, validation):
+def open_rounds(arguments, state, evaluator):
     """The Rounds of this run, with whatever a crash interrupted finished."""
     folder = arguments.server_dir
     path = folder / "server_weight.h5"
@@ -330,21 +353,25 @@ def open_rounds(arguments, state, validation):
     files.clean(folder)
     # Every file of this run has the layout of this one.
     layout = weights.Layout(path)
-    state = check_uploads(folder, state, layout)
 
     def merge(paths, num_examples):
         return weights.fedavg(paths, num_examples, layout, target=path)
 
-    judge = Judge(folder, state, validation, arguments.index_dir)
+    def after_round(row):
+        if arguments.tensorboard:
+            write_events(folder / "tensorboard" / state.run, row)
+
+    evaluator.open(state)
     rounds = Rounds(
         folder,
         state,
         merge,
-        judge.evaluate,
+        evaluator.evaluate,
         arguments.min_clients,
         arguments.round_timeout,
         say,
-        judge.publish_result,
+        evaluator.publish_result,
+        after_round,
     )
     rounds.open()
     return rounds
@@ -352,97 +379,58 @@ def open_rounds(arguments, state, validation):
 
 def check_weights(path, state):
     """Raises ValueError where server_weight.h5 is not the model that the state names."""
-    if not path.exists():
+    found = files.sha256_of(path)
+    if not found:
         raise ValueError(
             f"{path} is missing, though {path.with_name('state.json')} knows a run: put it back, "
             "or begin with --fresh"
         )
     # Of a frozen round the merge may be done and not yet committed: the file is then newer.
-    if not state.frozen and files.sha256_of(path) != state.weights_sha256:
+    if not state.frozen and found != state.weights_sha256:
         raise ValueError(
             f"{path} is not the model of round {state.round} of the run in "
             f"{path.with_name('state.json')}: put that back, or begin with --fresh"
         )
 
 
-def check_uploads(folder, state, layout):
-    """Check the uploads of the open round like those that arrive; returns the state that remains.
-
-    They lay on the disk, and an earlier version of this program may have accepted them: it kept
-    them in whatever layout they came.
-    """
-    converters = convert.Converters(layout)
-    for client in state.uploads:
-        path = folder / client / "client_weights.h5"
-        sha256 = files.sha256_of(path)
-        held = [each for each in state.uploads[client] if file_sha256_of(each) == sha256]
-        if not held:
-            continue  # a crash came before the file: Rounds knows what that means
-        try:
-            if not weights.inspect(path, layout)[1]:
-                state = convert_upload(folder, state, client, held[0], converters)
-        except ValueError as error:
-            say(f"upload rejected: {client}: {error}")
-            others = {name: each for name, each in state.uploads.items() if name != client}
-            state = state.changed(uploads=others)
-    return state
-
-
-def convert_upload(folder, state, client, upload, converters):
-    """Bring a stored upload into the server's layout; returns the state that names it.
-
-    As with an upload that replaces another, the state comes first and names both; after a crash the
-    file's SHA-256 says which holds.
-    """
-    path = folder / client / "client_weights.h5"
-    with files.replacing(path) as converted:
-        shutil.copyfile(path, converted)
-        try:
-            file_sha256 = converters.convert(client, converted)
-        except OSError as error:
-            raise OSError(
-                f"{path} could not be converted: {error}; start the server again"
-            ) from None
-        stored = new_upload(upload["num_examples"], upload["sha256"], file_sha256)
-        state = state.changed(uploads={**state.uploads, client: [upload, stored]})
-        state.save(folder / "state.json")
-    say(f"{path} had another layout than the server's file: converted")
-    return state
-
-
-class Judge:
+class Evaluator:
     """Scores the merged model on the validation images, and publishes what came out.
 
     What came out is the model card, server_weight.json, and the best model so far, best_weight.h5
     with its card.
     """
 
-    def __init__(self, folder, state, validation, index_dir):
-        self.weights_path = folder / "server_weight.h5"
-        self.best_path = folder / "best_weight.h5"
-        self.seed = state.seed
-        self.arch = state.arch
-        self.image_size = state.image_size
-        self.validation = validation
-        self.images = data.load_images(
-            validation, state.image_size, files.temporary(folder / "images.npy")
-        )
+    def __init__(self, arguments):
+        self.folder = arguments.server_dir
+        self.weights_path = self.folder / "server_weight.h5"
+        self.best_path = self.folder / "best_weight.h5"
+        index = arguments.index_dir / "val_set.pkl"
+        self.validation = data.read_index(index)
         # Both as they are now: prepare.py may make another data set while this run goes on.
-        self.validation_sha256 = files.sha256_of(index_dir / "val_set.pkl")
-        self.prepared = cards.read_prepared(index_dir)
-        self.assessed = None  # what `evaluate` found, for the card
+        self.validation_sha256 = files.sha256_of(index)
+        self.prepared = cards.read_prepared(arguments.index_dir)
+        found = self.prepared.get("preprocessing")
+        # "" where that cannot be told to clients
+        self.preprocessing = found if found in cards.KINDS_OF_PICTURES else ""
+
+    def open(self, state):
+        """Load the images of this run: once, before anyone is served."""
+        self.state = state
+        self.images = data.load_images(
+            self.validation, state.image_size, files.temporary(self.folder / "images.npy")
+        )
 
     @functools.cached_property
     def network(self):
         # Built for the first evaluation: clients can fetch before TensorFlow is loaded.
-        model.configure(self.seed)
-        return model.build(self.arch, self.image_size)
+        model.configure(self.state.seed)
+        return model.build(self.state.arch, self.state.image_size)
 
     def evaluate(self):
         """The metrics (dict) of server_weight.h5 over all validation images."""
         model.load(self.network, self.weights_path)
         p_healthy = model.predict(self.network, self.images)
-        self.assessed = metrics.assess(p_healthy, self.validation)
+        self.assessed = metrics.assess(p_healthy, self.validation)  # for the card
         return metrics.scores(p_healthy, data.healthy(self.validation))
 
     def publish_result(self, state, row):
@@ -461,6 +449,10 @@ class Judge:
         cards.publish(self.best_path, card)
         return {"round": row["round"], "auc": area, "sha256": state.weights_sha256}
 
+    def card_text(self):
+        """The card of server_weight.h5 as fedml-card sends it."""
+        return cards.to_wire(cards.read(self.weights_path))
+
 
 def is_better(area, best):
     """Whether an AUC is greater than that of the best round. Without one the newer round is."""
@@ -469,34 +461,29 @@ def is_better(area, best):
     return area > best["auc"]
 
 
-def card_text(weights_path):
-    """The card beside a weight file as fedml-card sends it; "" where there is none of it."""
+def write_events(folder, row):
+    """The scores of a round as events that TensorBoard draws; what fails here is a warning."""
     try:
-        return cards.to_wire(cards.read(weights_path))
-    except ValueError:  # a run that an older version finished has none
-        return ""
+        import tensorflow as tf  # the evaluation has loaded it by now
 
-
-def preprocessing_of(index_dir):
-    """How the server's pictures were made, where that can be told to clients."""
-    found = cards.read_prepared(index_dir).get("preprocessing")
-    return found if found in cards.KINDS_OF_PICTURES else ""
+        with tf.summary.create_file_writer(str(folder)).as_default(step=row["round"]):
+            for name in ("loss", "accuracy", "auc", "sensitivity", "specificity"):
+                if math.isfinite(row[name]):
+                    tf.summary.scalar(name, row[name])
+    except Exception as error:
+        say(f"warning: --tensorboard: {type(error).__name__}: {error}; the run goes on")
 
 
 # --- serving -------------------------------------------------------------------------------------
 
 
-def listen(arguments, rounds):
+def listen(arguments, rounds, evaluator):
     """A started gRPC server."""
     service.raise_descriptor_limit()
     service.keep_one_heap()
     is_local = tls.is_this_machine(arguments.listen)
     servicer = FedMLServicer(
-        rounds,
-        arguments.max_examples,
-        serve_unnamed=is_local or arguments.insecure,
-        card_text=lambda: card_text(rounds.weights_path),
-        preprocessing=preprocessing_of(arguments.index_dir),
+        rounds, arguments.max_examples, is_local or arguments.insecure, evaluator.card_text
     )
     credentials = tls.server_credentials(arguments)
     server, address = service.create_server(servicer, arguments.listen, credentials)
@@ -511,62 +498,34 @@ def listen(arguments, rounds):
     return server
 
 
-def serve(arguments, rounds):
+def serve(arguments, rounds, evaluator):
     """Listen, and run the rounds until they are over or a signal comes. Returns the exit code."""
     codes = queue.SimpleQueue()  # the one thing that the main thread waits for
     watch_signals([signal.SIGTERM, signal.SIGINT], lambda number: codes.put(128 + number))
-    server = listen(arguments, rounds)
+    end_when_a_thread_dies("server")
+    server = listen(arguments, rounds, evaluator)
     status = StatusFile(rounds)
-    status.start()
-    followers = follow(arguments, rounds)
+    threading.Thread(target=status.follow, daemon=True).start()
     threading.Thread(target=lambda: codes.put(coordinate(rounds)), daemon=True).start()
     code = codes.get()
-    if code == 0:
-        # Let calls that are answered just now end, and what the flags ask for after a round, but
-        # still hear a signal.
-        def see_off():
-            server.stop(LAST_ANSWER_S).wait(LAST_ANSWER_S)
-            for each in followers:
-                each.finish()
-            codes.put(0)
-
-        threading.Thread(target=see_off, daemon=True).start()
-        code = codes.get()
     if code == 0:
         say(f"finished after {rounds.state.rounds} rounds; the model is {rounds.weights_path}")
         best = rounds.state.best
         if best and best["round"] != rounds.state.evaluated:
-            path = rounds.folder / "best_weight.h5"
-            say(f"the best round by AUC was {best['round']}; its model is {path}")
-        status.publish()
-        return 0
-    if code > 128:
+            say(f"the best round by AUC was {best['round']}; its model is {evaluator.best_path}")
+    elif code > 128:
         say("stopping; what has arrived is kept, start the server again to go on")
         rounds.stop("UNAVAILABLE", "the server is stopping; it goes on when it is started again")
-    status.publish()
-    server.stop(1).wait(1.5)
+    server.stop(GRACE_S).wait(GRACE_S)
+    status.write()
     return code
-
-
-def follow(arguments, rounds):
-    """The Followers that the flags ask for."""
-    followers = []
-    if arguments.on_round:
-        command = RoundCommand(arguments.on_round, rounds.state, say)
-        followers.append(Follower(rounds, command.tell, "--on-round"))
-    if arguments.tensorboard:
-        # Before an event file starts TensorFlow: how many threads it has cannot be set afterwards.
-        model.configure(rounds.state.seed)
-        files_of_run = EventFiles(arguments.server_dir / "tensorboard" / rounds.state.run)
-        followers.append(Follower(rounds, files_of_run.write, "--tensorboard"))
-    return followers
 
 
 def coordinate(rounds):
     """Close round after round, then stay for the last answers. Returns the exit code."""
     try:
         rounds.run()
-        rounds.wait_until_all_left(LAST_ANSWER_S)
+        rounds.wait_until_all_done(LAST_ANSWER_S)
         return 0
     except TooFewClients as error:
         return fail("server", error, 3)
@@ -575,7 +534,7 @@ def coordinate(rounds):
     except Exception as error:
         return fail(
             "server",
-            f"round {rounds.answered + 1} failed: {type(error).__name__}: {error}; what was "
+            f"round {rounds.state.evaluated + 1} failed: {type(error).__name__}: {error}; what was "
             "delivered is kept: start the server again when the cause is gone",
         )
 

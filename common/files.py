@@ -19,19 +19,7 @@ from pathlib import Path
 
 from common import log
 
-STATE_VERSION = 1
-# What a server's run writes into its folder, apart from the clients' uploads. The state comes
-# first: once it is moved aside, the files that are left belong to no run.
-RUN_FILES = (
-    "state.json",
-    "server_weight.h5",
-    "server_weight.json",
-    "clients.csv",
-    "best_weight.h5",
-    "best_weight.json",
-    "history.csv",
-    "report.html",
-)
+STATE_VERSION = 2
 
 
 # --- publishing ----------------------------------------------------------------------------------
@@ -87,10 +75,22 @@ def replacing(path):
     """
     written = temporary(path)
     try:
-        yield written
-        publish(written, path)
+        with naming(path):
+            yield written
+            publish(written, path)
     finally:
         written.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path):
+    """Name `path` in what a full disk raises in the body, which names no file by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def publish_text(path, text):
@@ -128,34 +128,42 @@ def save_state(path, state):
     publish_text(path, json.dumps({"version": STATE_VERSION, **state}, indent=1) + "\n")
 
 
-def load_state(path, required_keys=(), remedy="move it away"):
+def load_state(path, kinds, remedy="move it away"):
     """Return the state as a dict, or None where there is no such file.
 
-    required_keys  names that the state must have
-    remedy         what the user can do about a file that is no state of this program; the caller
-                   knows it, because a server's user has other means than a client's
+    kinds   {name: type} of what the state must have, all of it and nothing else; a type may be a
+            union, as `list | None`
+    remedy  what the user can do about a file that is no state of this program; the caller knows
+            it, because a server's user has other means than a client's
 
-    Raises ValueError where the file is not a state of this version, or lacks a key.
+    Raises ValueError where the file is not a state of this version, or says what it cannot.
     """
-    path = Path(path)
-    if not path.exists():
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
         return None
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(content)
         version = state.pop("version")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not a state file of this program ({error!r}): {remedy}"
+            f"{path} is not a state file of this program ({str(error)[:80]}): {remedy}"
         ) from None
     if version != STATE_VERSION:
         raise ValueError(
-            f"{path} has version {version}, this program writes {STATE_VERSION}: finish the run "
-            f"with the program that began it, or {remedy}"
+            f"{path} has version {str(version)[:20]}, this program writes {STATE_VERSION}: finish "
+            f"the run with the program that began it, or {remedy}"
         )
-    missing = [key for key in required_keys if key not in state]
-    if missing:
+    differing = set(state) ^ set(kinds)
+    wrong = [
+        name
+        for name in set(state) & set(kinds)
+        if not isinstance(state[name], kinds[name]) or isinstance(state[name], bool)
+    ]
+    if differing or wrong:
         raise ValueError(
-            f"{path} is not a state file of this program (no {', '.join(missing)}): {remedy}"
+            f"{path} is not a state file of this program (look at "
+            f"{', '.join(sorted([*differing, *wrong]))[:200]}): {remedy}"
         )
     return state
 
@@ -178,7 +186,8 @@ def alone_in(folder):
 
     A second server or client in the same folder would remove the temporary files that the first is
     writing. The lock belongs to the open folder, so the operating system releases it however the
-    process ends. Raises ValueError where another process holds the folder.
+    process ends. Raises ValueError where another process holds the folder, OSError where this one
+    cannot write into it: told now, and not at the first upload.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     folder_fd = os.open(folder, os.O_RDONLY)
@@ -196,6 +205,9 @@ def alone_in(folder):
             "processes work in one folder"
         )
     try:
+        writable = temporary(Path(folder) / "writable")
+        writable.touch()
+        writable.unlink()
         yield
     finally:
         os.close(folder_fd)
@@ -219,17 +231,12 @@ def first_free(folder, pattern):
     return Path(folder) / pattern.format(number)
 
 
-def move_aside(folder):
-    """Move what a server's run wrote into `folder`, and nothing else, to a new folder old-N there.
+def move_aside(folder, paths):
+    """Move these files and folders, as far as they are there, to a new folder old-N in `folder`.
 
     Returns the new folder (pathlib.Path), or None where there was nothing to move.
     """
-    folder = Path(folder)
-    old_files = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    for site in sorted({upload.parent for upload in folder.glob("*/client_weights*.h5")}):
-        # A state.json beside it means that a client works there, in its own folder: not the run's.
-        if not (site / "state.json").exists():
-            old_files.append(site)
+    old_files = [path for path in paths if path.exists()]
     if not old_files:
         return None
     aside = first_free(folder, "old-{}")

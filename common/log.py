@@ -8,16 +8,19 @@ newest MAX_LINES lines; at the end of the process it is waited for FLUSH_S at mo
 """
 
 import atexit
+import contextlib
 import logging
+import math
 import os
 import queue
 import select
-import shutil
 import sys
 import threading
 import time
 
 MAX_LINES = 10_000
+MAX_CHARACTERS = 300  # of a text from outside
+MAX_KEYS = 1000
 FLUSH_S = 1
 LINE_FORMAT = "%(asctime)s %(message)s"
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -51,22 +54,78 @@ def pass_on(line, to_stderr=False):
     LOGGER.log(level, "%s", line, extra={"as_it_is": True})
 
 
-def show_status(text):
-    """On a terminal, show `text` below the lines, in place of the one before; "" removes it."""
-    for handler in LOGGER.handlers:
-        if isinstance(handler, _Queued) and handler.fd == 1 and os.isatty(1):
-            handler.lines.put(_Status(text))
+def plain(text):
+    """A text from outside, for one line: control characters escaped, 300 characters at most."""
+    text = _escaped(str(text))
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " ..."
 
 
-class _Status(str):
-    """A text that is written over by the next one, or by a line."""
+def _escaped(text):
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+class OncePerMinute:
+    """say(line), but each key's lines only once a minute: one peer can cause them by thousands."""
+
+    def __init__(self, say):
+        self.say = say
+        self.lock = threading.Lock()
+        self.said = {}  # key -> (time.monotonic() of its last line, how many were left out since)
+
+    def __call__(self, key, line):
+        now = time.monotonic()
+        with self.lock:
+            said_at, left_out = self.said.pop(key, (-math.inf, 0))
+            is_new = now - said_at >= 60
+            self.said[key] = (now, 0) if is_new else (said_at, left_out + 1)
+            if len(self.said) > MAX_KEYS:
+                del self.said[next(iter(self.said))]  # the oldest
+        if is_new:
+            self.say(line + (f" (and {left_out} more in the minute before)" if left_out else ""))
+
+
+@contextlib.contextmanager
+def below_the_lines():
+    """A rich Console for what is redrawn below the lines; None where stdout is no terminal.
+
+    What it draws goes the way of the lines: a terminal that stands still holds nobody up.
+    """
+    handler = next((each for each in LOGGER.handlers if getattr(each, "fd", None) == 1), None)
+    if handler is None or not os.isatty(1) or os.environ.get("TERM", "dumb") == "dumb":
+        yield None
+        return
+    from rich.console import Console  # here: only scripts that draw need the package
+
+    handler.console = Console(file=_ToQueue(handler), force_terminal=True, highlight=False)
+    try:
+        yield handler.console
+    finally:
+        handler.console = None
+
+
+class _ToQueue:
+    """A file whose text goes into a handler's queue, for rich."""
+
+    def __init__(self, handler):
+        self.handler = handler
+
+    def write(self, text):
+        self.handler.put(text)
+
+    def flush(self):
+        pass
 
 
 class _Formatter(logging.Formatter):
     def format(self, record):
         if getattr(record, "as_it_is", False):
             return record.getMessage()
-        return super().format(record)
+        # What others write stays text: no line of theirs moves the cursor, or looks like ours.
+        return _escaped(super().format(record))
 
 
 class _Direct(logging.Handler):
@@ -92,13 +151,20 @@ class _Queued(logging.Handler):
         self.lines = queue.SimpleQueue()
         self.dropped = 0  # lines, since that was last told
         self.write_began = None  # time.monotonic(), while the thread writes
-        self.status = ""  # what stands below the lines
+        self.console = None  # rich's, while it draws below the lines
         threading.Thread(target=self._write_lines, daemon=True).start()
 
     def emit(self, record):
+        line = self.format(record)
+        if self.console is not None:
+            self.console.print(line, markup=False, soft_wrap=True)  # above what it draws
+        else:
+            self.put(line + "\n")
+
+    def put(self, text):
         while self.lines.qsize() >= MAX_LINES:
             self._drop_oldest()
-        self.lines.put(self.format(record) + "\n")
+        self.lines.put(text)
 
     def _drop_oldest(self):
         try:
@@ -132,19 +198,8 @@ class _Queued(logging.Handler):
             self.write_began = time.monotonic()
             if dropped:
                 self._write(f"... {dropped} lines are left out here: nobody read them in time\n")
-            self._write_item(item)
+            self._write(item)
             self.write_began = None
-
-    def _write_item(self, item):
-        remove = ""
-        if self.status:
-            remove = "\r\x1b[K"  # to the beginning of the line, which is erased
-        if isinstance(item, _Status):
-            # a longer one would wrap, and its first part could not be written over
-            self.status = item[: shutil.get_terminal_size().columns - 1]
-            self._write(remove + self.status)
-        else:
-            self._write(remove + item + self.status)
 
     def _write(self, text):
         # A file name on Linux is bytes, not text: what is no UTF-8 is written as \\udc..

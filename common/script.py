@@ -25,6 +25,8 @@ def start_script():
     # HDF5 locks each file that it opens, and fails where a network file system has no locks. Our
     # folders are held by one process already (files.alone_in).
     os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
+    # gRPC's own lines: one for each failed handshake of whoever reaches the port.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     open_closed_outputs()
     let_no_one_wait_for_stderr()
     sys.stdout = Output(1)
@@ -155,6 +157,21 @@ def exit_on_signals(who, last_words):
         end_script(128 + number)
 
     watch_signals([signal.SIGINT, signal.SIGTERM], end)
+
+
+def end_when_a_thread_dies(who):
+    """From here on an exception that ends a thread ends the process, with exit code 1.
+
+    It is started again, and goes on; with a thread less it would look alive, and serve nobody.
+    """
+
+    def end(death):
+        if death.exc_type is not SystemExit:
+            threading.__excepthook__(death)
+            log.fail(who, f"a thread died ({death.exc_type.__name__}): start it again to go on")
+            end_script(1)
+
+    threading.excepthook = end
 
 
 def watch_signals(numbers, on_signal):

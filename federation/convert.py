@@ -1,9 +1,10 @@
-"""Weight files of another layout, brought into the server's layout by a process of their own.
+"""Weight files from outside: a process of its own finds out where their tensors lie.
 
-A peer of 2020 and a user's own client may send any Keras weight file. To read it takes HDF5, and a
-small hostile file can keep HDF5 busy for minutes, make it take gigabytes, or crash it. So such a
-file is opened by a process that is started for this one file, bounds itself before it opens
-anything, and ends with the server. `Converters` starts it; `main` is what it runs.
+A peer of 2020 and a user's own client may send any Keras weight file, and a client does not know
+what a server sends. To read such a file takes HDF5, and a small hostile file can keep HDF5 busy for
+minutes, make it take gigabytes, or crash it. So it is opened by a process that is started for this
+one file, bounds itself before it opens anything, ends with its parent, and answers with nothing but
+names, shapes and offsets. The numbers are then read as they lie in the file.
 
 Whose fault it is when that process does not succeed:
 
@@ -11,8 +12,8 @@ Whose fault it is when that process does not succeed:
     it crashes (SIGSEGV, SIGBUS, SIGABRT), and a second one too          the file's: ValueError
     it is killed or stopped from outside, or cannot be started           ours: ChildProcessError
 
-Ours is told the client as "try again": a client must not give up its weights for a fault that is
-not its own.
+Ours is told a client as "try again": it must not give up its weights for a fault that is not its
+own.
 """
 
 import ctypes
@@ -27,130 +28,99 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common.files import temporary
 from federation import weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
-MOST_PROCESSES = 2  # conversions at the same time; one a client
-CPU_S = 5  # and a second for each 20 MB of the model: processor time, from the imports on
+MOST_PROCESSES = 2  # at the same time
+CPU_S = 5  # and a second for each 20 MB of the file: processor time, from the imports on
 WALL_S = 60  # and four times its processor time: longer only if it is stopped, or the machine is
-MEMORY_BYTES = 256 << 20  # and twice the model, beside what the imports take
-MOST_CHARACTERS = 2000  # of a sentence: a name that it quotes may be of any length
-LOOK_EVERY_S = 0.25  # whether the client still waits
+MEMORY_BYTES = 256 << 20  # and twice the file, beside what the imports take
+LOOK_EVERY_S = 0.25  # whether somebody still waits
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT}
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
+PLACES = threading.Semaphore(MOST_PROCESSES)
 # The kernel ends the process when the *thread* that started it ends, and gRPC's threads come and
-# go. So all are started by this one, which lasts as long as the server.
+# go. So all are started by this one, which lasts as long as its process.
 STARTER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starts-converters")
 
 
-class Converters:
-    """Converts uploads, at most one of a client and MOST_PROCESSES in all at the same time."""
+def convert(path, layout, is_awaited=lambda: True):
+    """Replace the file `path` by one with the same numbers in this layout.
 
-    def __init__(self, layout):
-        self.layout = layout
-        self.cpu_s = CPU_S + layout.size // 20_000_000
-        self.memory_bytes = MEMORY_BYTES + 2 * layout.size
-        self.busy = set()  # clients whose files are being converted
-        self.changed = threading.Condition()
-
-    def convert(self, client, path, is_awaited=lambda: True):
-        """Replace the file `path` by one with the same numbers in the server's layout.
-
-        is_awaited: is_awaited() says whether anybody still waits for the result.
-
-        Returns the SHA-256 of the new file. Raises ValueError, with a sentence for the client,
-        where the file cannot be used, and ChildProcessError where that is not the file's fault.
-        """
-        with self.changed:
-            while client in self.busy or len(self.busy) >= MOST_PROCESSES:
-                if not is_awaited():
-                    raise ChildProcessError("nobody waits for it any more")
-                self.changed.wait(LOOK_EVERY_S)
-            self.busy.add(client)
-        converted = temporary(path)
-        try:
-            self._write_outside(converted)
-            self._run_until_it_ends_well(path, converted, is_awaited)
-            # The process has opened a hostile file: what it wrote is not trusted either.
-            digest, fits = weights.inspect(converted, self.layout)
-            if not fits:
-                raise ChildProcessError("the converter wrote a file of another layout")
-            os.replace(converted, path)
-            return digest
-        finally:
-            converted.unlink(missing_ok=True)
-            with self.changed:
-                self.busy.discard(client)
-                self.changed.notify_all()
-
-    def _write_outside(self, path):
-        """The server's file without its numbers, which the process fills in."""
-        with open(path, "wb") as file:
-            for begin, content in self.layout.outside:
-                file.seek(begin)
-                file.write(content)
-
-    def _run_until_it_ends_well(self, path, converted, is_awaited):
-        for attempt in (1, 2):
-            code, answer = self._run(path, converted, is_awaited)
-            crashed = code < 0 and -code in CRASHES
-            if not crashed or attempt == 2:
-                break
-        if code == 0:
-            sentence = json.loads(answer)
-            if sentence:
-                raise ValueError(sentence)
-        elif crashed:
-            raise ValueError(
-                "not a whole HDF5 weight file (the library that reads it crashed, twice)"
-            )
-        elif code == -signal.SIGXCPU:
-            raise ValueError(too_expensive(self.cpu_s, self.memory_bytes))
-        elif code < 0:
-            name = signal.Signals(-code).name
-            raise ChildProcessError(f"the process that converts it was ended by {name}")
-        else:
-            raise ChildProcessError(f"the process that converts it failed with exit code {code}")
-
-    def _run(self, path, converted, is_awaited):
-        """(exit code, what it said) of one process. Raises ChildProcessError."""
-        task = {
-            "path": str(path),
-            "converted": str(converted),
-            "tensors": self.layout.tensors,
-            "cpu_s": self.cpu_s,
-            "memory_bytes": self.memory_bytes,
-            "file_bytes": int(1.1 * self.layout.size),
-            "server": os.getpid(),
-        }
-        try:
-            process = STARTER.submit(start).result()
-        except OSError as error:
-            raise ChildProcessError(f"no process could be started for it: {error}") from None
-        unsent = json.dumps(task)
-        until = time.monotonic() + WALL_S + 4 * self.cpu_s
-        try:
-            while time.monotonic() < until:
-                try:
-                    answer, _ = process.communicate(unsent, timeout=LOOK_EVERY_S)
-                    return process.returncode, answer
-                except subprocess.TimeoutExpired:
-                    unsent = None  # communicate() goes on where it was
-                if not is_awaited():
-                    raise ChildProcessError("nobody waits for it any more")
-            # its processor time would have ended it long before
-            raise ChildProcessError("the process that converts it stands still")
-        finally:
-            process.kill()
-            process.wait()
+    Returns the SHA-256 of the new file. Raises as `tensors_of`.
+    """
+    return weights.rewrite(path, tensors_of(path, is_awaited), layout)
 
 
-def start():
+def tensors_of(path, is_awaited=lambda: True):
+    """[weights.Tensor] of a file from outside, in Keras's order.
+
+    is_awaited  is_awaited() says whether anybody still waits for the result
+
+    Raises ValueError, with a sentence for whoever sent it, where the file cannot be used, and
+    ChildProcessError where that is not the file's fault.
+    """
+    while not PLACES.acquire(timeout=LOOK_EVERY_S):
+        if not is_awaited():
+            raise ChildProcessError("nobody waits for it any more")
+    try:
+        code, answer = _run(path, is_awaited)
+        if -code in CRASHES:
+            code, answer = _run(path, is_awaited)
+    finally:
+        PLACES.release()
+    if -code in CRASHES:
+        raise ValueError("not a whole HDF5 weight file (the library that reads it crashed, twice)")
+    if code == -signal.SIGXCPU:
+        raise ValueError(too_expensive())
+    if code != 0:
+        raise ChildProcessError(f"the process that reads it ended with exit code {code}")
+    answer = json.loads(answer)
+    if answer["problem"]:
+        raise ValueError(answer["problem"])
+    return [
+        weights.Tensor(layer, tuple(shape), begin, end)
+        for layer, shape, begin, end in answer["tensors"]
+    ]
+
+
+def _run(path, is_awaited):
+    """(exit code, what it said) of one process. Raises ChildProcessError."""
+    size = os.path.getsize(path)
+    cpu_s = CPU_S + size // 20_000_000
+    task = {
+        "path": str(Path(path).absolute()),
+        "cpu_s": cpu_s,
+        "memory_bytes": MEMORY_BYTES + 2 * size,
+        "parent": os.getpid(),
+    }
+    try:
+        process = STARTER.submit(_start).result()
+    except (OSError, RuntimeError) as error:
+        raise ChildProcessError(f"no process could be started for it: {error}") from None
+    unsent = json.dumps(task)
+    until = time.monotonic() + WALL_S + 4 * cpu_s
+    try:
+        while time.monotonic() < until:
+            try:
+                answer, _ = process.communicate(unsent, timeout=LOOK_EVERY_S)
+                return process.returncode, answer
+            except subprocess.TimeoutExpired:
+                unsent = None  # communicate() goes on where it was
+            if not is_awaited():
+                raise ChildProcessError("nobody waits for it any more")
+        # its processor time would have ended it long before
+        raise ChildProcessError("the process that reads it stands still")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _start():
     return subprocess.Popen(
-        # -P: no module is imported from the folder that the server was started in
+        # -P: no module is imported from the folder that the script was started in
         [sys.executable, "-P", "-m", "federation.convert"],
         text=True,
         stdin=subprocess.PIPE,
@@ -158,14 +128,14 @@ def start():
         stderr=subprocess.DEVNULL,
         # one thread: NumPy's others would only take address space
         env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
-        start_new_session=True,  # Ctrl-C in a terminal is for the server
+        start_new_session=True,  # Ctrl-C in a terminal is for its parent
     )
 
 
-def too_expensive(cpu_s, memory_bytes):
+def too_expensive():
     return (
-        f"the file cannot be read within {cpu_s} s and {memory_bytes // 1_000_000} MB: send it as "
-        "plain Keras weights, or write the numbers into the file that was fetched"
+        "the file cannot be read within the time and the memory that a file of its size may take: "
+        "send it as plain Keras weights, or write the numbers into the file that was fetched"
     )
 
 
@@ -173,42 +143,28 @@ def too_expensive(cpu_s, memory_bytes):
 
 
 def main():
-    """The task as JSON on stdin; on stdout null, or a sentence that says what is wrong."""
+    """The task as JSON on stdin; on stdout the tensors, or a sentence that says what is wrong."""
     task = json.load(sys.stdin)
-    end_with(task["server"])
-    set_bounds(task["cpu_s"], task["memory_bytes"], task["file_bytes"])
-    tensors = [weights.Tensor(*tensor) for tensor in task["tensors"]]
-    sentence = convert(task, tensors)
-    print(json.dumps(sentence and sentence[:MOST_CHARACTERS]))
-
-
-def convert(task, tensors):
-    """What is wrong with the file; None once its numbers lie in the converted one."""
-    expected = [(tensor.layer, tensor.shape) for tensor in tensors]
+    end_with(task["parent"])
+    set_bounds(task["cpu_s"], task["memory_bytes"])
+    tensors, problem = [], None
     try:
-        offsets = weights.check(task["path"], expected)
+        tensors = weights.tensors_of(task["path"])
     except ValueError as error:
-        return str(error)
+        problem = str(error)
     except MemoryError:
-        return too_expensive(task["cpu_s"], task["memory_bytes"])
-    # From here on what fails is not the file's fault: a disk that is full, for example.
-    with open(task["path"], "rb") as source, open(task["converted"], "r+b") as target:
-        for tensor, offset in zip(tensors, offsets, strict=True):
-            source.seek(offset)
-            target.seek(tensor.begin)
-            for first in range(tensor.begin, tensor.end, weights.BLOB_BYTES):
-                target.write(source.read(min(weights.BLOB_BYTES, tensor.end - first)))
-    return None
+        problem = too_expensive()
+    print(json.dumps({"tensors": tensors, "problem": problem}))
 
 
-def end_with(server):
-    """Ask the kernel for SIGKILL when the server ends, however it ends and whatever we do then."""
+def end_with(parent):
+    """Ask the kernel for SIGKILL when the parent ends, however it ends and whatever we do then."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != server:  # it ended before that
+    if os.getppid() != parent:  # it ended before that
         os._exit(1)
 
 
-def set_bounds(cpu_s, memory_bytes, file_bytes):
+def set_bounds(cpu_s, memory_bytes):
     """Limits that the kernel keeps, because HDF5 does not come back to us while it is busy."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     until_s = int(used.ru_utime + used.ru_stime) + 1 + cpu_s
@@ -219,7 +175,7 @@ def set_bounds(cpu_s, memory_bytes, file_bytes):
     address_space = pages * resource.getpagesize() + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes no file
 
 
 if __name__ == "__main__":

@@ -1,26 +1,44 @@
-"""The rounds of a run: the barrier, the freeze, the merge, the answers. Standard library only.
+"""The rounds of a run: the verdict, the barrier, the freeze, the merge, the answers.
 
-Threads meet here. Each client's call stands in `deliver` until its round is over; one coordinator
-thread, in `run`, closes a round as soon as all uploads are there. Merging and evaluating are handed
-in, so nothing here knows about weights or images.
+Threads meet here. Each client's call stands in `deliver` until its round is evaluated; one
+coordinator thread, in `run`, closes a round as soon as all uploads are there. Merging and
+evaluating are handed in, so nothing here knows about weights or images. Standard library only.
+
+Does this upload count? `verdict` answers; the first row that fits holds:
+
+| of the server's state and the upload                             | verdict                     |
+|------------------------------------------------------------------|-----------------------------|
+| no round can be told                                             | refused: fetch, then send   |
+| this run; this client's counted upload has this round and digest | REPEAT: answer it again     |
+| the client is not, or no more, one of this run's                 | refused: PERMISSION_DENIED  |
+| another run                                                      | refused: fetch again        |
+| not the open round, or the last round is merged                  | refused: fetch again        |
+| the open round, not frozen                                       | NEW                         |
+| the open round, frozen with this client and this digest          | REPEAT                      |
+| the open round, frozen without that                              | refused: it is being merged |
 
 What is published in which order, and what a start does after a crash, stands in `federation.state`.
 """
 
+import contextlib
+import csv
 import errno
 import threading
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
+from common import log
 from common.files import first_free, publish, publish_rows, sha256_of
-from federation import progress
-from federation.state import file_sha256_of, new_upload
+from federation import status
+from federation.state import HISTORY_COLUMNS, file_sha256_of
 
-HISTORY_COLUMNS = (
-    "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds"
-).split(",")
 REPORT_EVERY_S = 30  # how often the server says for whom it waits
 RETRY_S = 1  # how soon a step is tried again for which no file could be opened
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # of this process, of this machine
+
+NEW = "new"
+REPEAT = "repeat"
 
 
 class Refused(Exception):
@@ -36,6 +54,69 @@ class TooFewClients(Exception):
     """--round-timeout is over, and fewer than --min-clients uploads are there."""
 
 
+@dataclass(frozen=True)
+class Upload:
+    """A complete, checked upload."""
+
+    client: str
+    num_examples: int
+    run: str | None  # as the peer names it; None: a peer of 2020, which names none
+    round_number: int | None  # named, or last fetched on the same connection; None: unknown
+    sha256: str  # of what was sent
+    file: Path  # where it lies: a temporary file
+    file_sha256: str  # of that file; another one than `sha256` where a layout was converted
+
+
+def verdict(state, all_required, client, run, round_number, sha256):
+    """(NEW or REPEAT, the number of the round that it is for). Raises Refused.
+
+    state         RunState
+    all_required  whether no round is ever closed without one of the clients
+    run           as the peer names it; None: a peer of 2020, whose run is this one
+    round_number  None where a peer of 2020 was not seen to fetch, as after a restart
+    """
+    counted = state.counted.get(client, {})
+    if round_number is None and counted.get("sha256") == sha256:
+        # Only here may the bytes alone decide: a client whose training changes nothing sends the
+        # same bytes every round.
+        round_number = counted["round"]
+    elif round_number is None and all_required:
+        round_number = state.round
+    elif round_number is None:
+        raise Refused(
+            "FAILED_PRECONDITION",
+            f"{client} did not fetch on this connection, so its round is unknown: fetch, then "
+            f"send; the open round is {state.round}",
+        )
+    is_this_run = run in (None, state.run)
+    is_counted = (counted.get("round"), counted.get("sha256")) == (round_number, sha256)
+    if is_this_run and is_counted:
+        return REPEAT, round_number
+    if client not in state.clients:
+        raise Refused(
+            "PERMISSION_DENIED",
+            f"{client} is not one of this run's clients, or no more: expected "
+            f"{', '.join(state.clients)} (the server's --clients)",
+        )
+    if not is_this_run:
+        raise _fetch_again(state, client, f"run {run[:40]!r}")
+    if round_number != state.round or state.is_last_merged:
+        raise _fetch_again(state, client, f"round {round_number}, which is not open")
+    if state.frozen is None:
+        return NEW, round_number
+    if client in state.frozen and state.uploads[client][0]["sha256"] == sha256:
+        return REPEAT, round_number
+    raise _fetch_again(state, client, f"round {round_number}, which is over: it is being merged")
+
+
+def _fetch_again(state, client, what):
+    return Refused(
+        "FAILED_PRECONDITION",
+        f"{client} delivers for {what}; the server is in run {state.run}, round {state.round}: "
+        "fetch again",
+    )
+
+
 class Rounds:
     """All rounds of one run. Any thread may call the public methods; `open`, then `run`, only one.
 
@@ -49,6 +130,7 @@ class Rounds:
     min_clients      how many uploads are enough once the time limit is over; None: all
     round_timeout_s  the time limit of a round; 0: none
     say              say(line): the server's log
+    after_round      after_round(row): called once a round is committed
     """
 
     def __init__(
@@ -61,55 +143,34 @@ class Rounds:
         round_timeout_s=0,
         say=print,
         publish_result=lambda state, row: None,
+        after_round=lambda row: None,
     ):
         self.folder = folder
         self.state = state
         self.merge = merge
         self.evaluate = evaluate
         self.publish_result = publish_result
+        self.after_round = after_round
         self.given_min_clients = min_clients
         self.round_timeout_s = round_timeout_s
         self.say = say
+        self.say_of = log.OncePerMinute(say)  # for lines that one peer can cause again and again
 
         # One lock for all that follows. Whoever changes something notifies, and every waiting call
         # then looks for itself whether its wait is over.
         self.changed = threading.Condition()
         self.uploads = self._uploads_on_disk()  # client -> its accepted upload for the open round
         self.waiting = {}  # client -> a token of its newest waiting call: only that one is answered
-        self.last_seen = {}  # client -> time.monotonic()
-        self.heard = {}  # client -> (time.monotonic(), progress), what it said of itself
-        self.finished = set()  # clients that have the result, or all that they can use of it
-        self.over = None  # a Refused for everyone, once no round can be closed any more
+        self.clients = status.Clients(state.clients)  # who is where
+        self.scores = {}  # client -> what it measured, for its upload of the open round
+        self.done_clients = set()  # that have the result, or all that they can use of it
+        self.stop_reason = None  # a Refused for everyone, once no round can be closed any more
         self.opened = time.monotonic()  # when the round opened, or the server started again
-        self.moved = time.monotonic()  # when a client last made progress, at the end of the run
-
-    # --- what the state says ---------------------------------------------------------------------
-
-    @property
-    def clients(self):
-        return self.state.clients
+        self.last_progress_at = time.monotonic()  # when a client last made progress
 
     @property
     def min_clients(self):
-        return self.given_min_clients or len(self.clients)
-
-    @property
-    def round(self):
-        return self.state.round
-
-    @property
-    def done(self):
-        """Whether the last round is merged (its evaluation may still run)."""
-        return self.state.is_over
-
-    @property
-    def is_evaluating_last(self):
-        return self.done and self.answered < self.state.rounds
-
-    @property
-    def answered(self):
-        """The last round whose uploads may be answered with 1."""
-        return self.state.evaluated
+        return self.given_min_clients or len(self.state.clients)
 
     @property
     def weights_path(self):
@@ -117,6 +178,17 @@ class Rounds:
 
     def upload_path(self, client):
         return self.folder / client / "client_weights.h5"
+
+    def verdict(self, client, run, round_number, sha256):
+        """`verdict` of this run; with the stop reason before it."""
+        with self.changed:
+            self._check_running()
+            all_required = self.min_clients >= len(self.state.clients)
+            return verdict(self.state, all_required, client, run, round_number, sha256)
+
+    def _check_running(self):
+        if self.stop_reason:
+            raise self.stop_reason
 
     def _save(self, **changes):
         """Publish the state with these changes. If the write fails, self.state is unchanged."""
@@ -145,15 +217,15 @@ class Rounds:
         lost = set(self.state.frozen or ()) - set(self.uploads)
         if lost:
             raise ValueError(
-                f"round {self.round} was being merged, but the weights of {', '.join(sorted(lost))}"
-                f" in {self.folder} are not those that were delivered: put them back, or begin with"
-                " --fresh"
+                f"round {self.state.round} was being merged, but the weights of "
+                f"{', '.join(sorted(lost))} in {self.folder} are not those that were delivered: "
+                "put them back, or begin with --fresh"
             )
         if self.state.frozen:
             self._merge_and_commit()
-        if self.answered < self.round - 1:
+        if self.state.evaluated < self.state.round - 1:
             self._evaluate()
-        # The crash may have come between the last state and its history.csv.
+        # The crash may have come between the last state and these two.
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, self.state.history)
         self._publish_scores()
 
@@ -163,48 +235,27 @@ class Rounds:
         names  sorted
         Raises ValueError where no round is open any more.
         """
-        joined = sorted(set(names) - set(self.clients))
-        left = sorted(set(self.clients) - set(names))
-        if joined or left:
-            if self.done:
-                raise ValueError(
-                    f"all {self.state.rounds} rounds of the run in {self.folder} are over, and the "
-                    "clients of an open round only can change: give more --rounds, or leave "
-                    "--clients out"
-                )
-            change = {"round": self.round, "joined": joined, "left": left}
-            stay = {name: each for name, each in self.state.uploads.items() if name in names}
-            self._save(clients=names, uploads=stay, membership=[*self.state.membership, change])
-            self.uploads = {name: each for name, each in self.uploads.items() if name in names}
-            if joined:
-                self.say(f"{', '.join(joined)} joined in round {self.round}")
-            if left:
-                self.say(f"{', '.join(left)} left in round {self.round}")
-        self._move_uncounted_aside()
-
-    def _move_uncounted_aside(self):
-        """Of clients that left: an upload that no round counts. A crash may have come before it."""
-        for client, round_number in self.state.left.items():
+        if names == self.state.clients:
+            return
+        if self.state.is_last_merged:
+            raise ValueError(
+                f"all {self.state.rounds} rounds of the run in {self.folder} are over, and the "
+                "clients of an open round only can change: give more --rounds, or leave "
+                "--clients out"
+            )
+        for client in sorted(set(self.uploads) - set(names)):
             path = self.upload_path(client)
-            sha256 = sha256_of(path)
-            counted = self.state.counted.get(client)
-            if not sha256 or (counted and file_sha256_of(counted) == sha256):
-                continue
             aside = first_free(path.parent, "client_weights-not-counted-{}.h5")
             path.rename(aside)
             self.say(
-                f"{client} left in round {round_number}: what it had delivered for it is not "
-                f"counted, and lies in {aside}"
+                f"{client} takes part no more: what it had delivered for round {self.state.round} "
+                f"is not counted, and lies in {aside}"
             )
-
-    def check_has_not_left(self, client):
-        """Raises Refused for a client that took part once, and does no more."""
-        if client in self.state.left:
-            raise Refused(
-                "PERMISSION_DENIED",
-                f"{client} left in round {self.state.left[client]} (the server's --clients), so "
-                "there is nothing for it to do any more",
-            )
+        stay = {name: each for name, each in self.state.uploads.items() if name in names}
+        self._save(clients=names, uploads=stay)
+        self.uploads = {name: each for name, each in self.uploads.items() if name in names}
+        self.clients = status.Clients(names)
+        self.say(f"from round {self.state.round} on the clients are {', '.join(names)}")
 
     def run(self):
         """Close one round after the other until the last.
@@ -213,26 +264,26 @@ class Rounds:
         Every waiting call has then got its answer or a refusal.
         """
         try:
-            while not self.done:
+            while not self.state.is_last_merged:
                 self._wait_for_clients()
                 for step in (self._freeze, self._merge_and_commit, self._evaluate):
-                    self._do(step)
+                    self._retry_when_out_of_files(step)
         except TooFewClients as error:
             self.stop("UNAVAILABLE", str(error))
             raise
         except BaseException as error:
             self.stop(
                 "INTERNAL",
-                f"round {self.answered + 1} could not be closed: {type(error).__name__}: {error}; "
-                "what was delivered is kept, the server stops",
+                f"round {self.state.evaluated + 1} could not be closed: {type(error).__name__}: "
+                f"{error}; what was delivered is kept, the server stops",
             )
             raise
 
     def stop(self, code, sentence):
         """End every waiting call, and each that still comes; the first sentence stays."""
         with self.changed:
-            if self.over is None:
-                self.over = Refused(code, sentence)
+            if self.stop_reason is None:
+                self.stop_reason = Refused(code, sentence)
             self.changed.notify_all()
 
     def _wait_for_clients(self):
@@ -243,21 +294,22 @@ class Rounds:
         if self.round_timeout_s:
             limit = self.opened + self.round_timeout_s
         with self.changed:
-            while len(self.uploads) < len(self.clients):
-                if self.over:
-                    raise self.over
+            while len(self.uploads) < len(self.state.clients):
+                self._check_running()
                 now = time.monotonic()
                 if now >= limit:
                     self._check_enough_clients()
                     break
                 if now - reported >= REPORT_EVERY_S:
-                    waited_s = now - self.opened
-                    self.say(f"round {self.round}: {self.describe()}; waiting for {waited_s:.0f} s")
+                    self.say(
+                        f"round {self.state.round}: {self.describe()}; waiting for "
+                        f"{now - self.opened:.0f} s"
+                    )
                     reported = now
                 next_event = min(reported + REPORT_EVERY_S, limit)
                 self.changed.wait(max(0.01, next_event - now))
 
-    def _do(self, step):
+    def _retry_when_out_of_files(self, step):
         """step(), and once more where this machine is out of open files, until they come back.
 
         That is nobody's fault in this run, and each step can be repeated: a crash may interrupt it
@@ -269,10 +321,12 @@ class Rounds:
             except OSError as error:
                 if error.errno not in OUT_OF_FILES:
                     raise
-                self.say(f"round {self.answered + 1}: {error}; trying again until there are some")
+                self.say(
+                    f"round {self.state.evaluated + 1}: {error}; trying again until there are some"
+                )
             with self.changed:
-                if self.changed.wait_for(lambda: self.over, RETRY_S):
-                    raise self.over
+                self.changed.wait_for(lambda: self.stop_reason, RETRY_S)
+                self._check_running()
 
     def _freeze(self):
         """From here on the set is fixed, and a crash cannot change it."""
@@ -287,48 +341,36 @@ class Rounds:
         """Raises TooFewClients where the time limit is over without --min-clients uploads."""
         if len(self.uploads) < self.min_clients:
             raise TooFewClients(
-                f"round {self.round}: {self.describe()}; {len(self.uploads)} of at least "
+                f"round {self.state.round}: {self.describe()}; {len(self.uploads)} of at least "
                 f"{self.min_clients} clients after {self.round_timeout_s:g} s: the server stops, "
                 "its state is kept"
             )
 
     def describe(self):
-        """'have client001, client003; waiting for client002, last seen 14 s ago', or 'have all'."""
-        missing = [client for client in self.clients if client not in self.uploads]
+        """'have client001; waiting for client002 (working, fetched 14 s ago)', or 'have all'."""
+        missing = [client for client in self.state.clients if client not in self.uploads]
         if not missing:
             return "have all"
         have = "no uploads yet"
         if self.uploads:
             have = f"have {', '.join(sorted(self.uploads))}"
-        return f"{have}; waiting for {'; '.join(map(self._when_seen, missing))}"
-
-    def _when_seen(self, client):
-        if client in self.heard:
-            heard, told = self.heard[client]
-            quiet_s = time.monotonic() - heard
-            if quiet_s > progress.QUIET_S:
-                return f"{client} (not heard for {progress.duration(quiet_s)})"
-            return f"{client} ({progress.in_words(told)}, heard {quiet_s:.0f} s ago)"
-        seen = self.last_seen.get(client)
-        if seen is None:
-            return f"{client}, not seen yet"
-        return f"{client}, last seen {time.monotonic() - seen:.0f} s ago"
+        waiting_for = [f"{name} ({self.clients.where(name)})" for name in missing]
+        return f"{have}; waiting for {'; '.join(waiting_for)}"
 
     def _merge_and_commit(self):
         """Merge the frozen uploads, then open the next round: from here on they are counted."""
         started = time.monotonic()
-        number = self.round
+        number = self.state.round
         names = self.state.frozen
         num_examples = [self.uploads[name]["num_examples"] for name in names]
         # Without the lock: a merge may take long, and repeats and disconnects go on meanwhile. The
         # freeze keeps the uploads as they are.
         weights_sha256 = self.merge([self.upload_path(name) for name in names], num_examples)
         with self.changed:
-            closing = {
-                **self._who_came_and_went(number),
+            merged = {
                 "round": number,
                 "clients": len(names),
-                "missing": " ".join(sorted(set(self.clients) - set(names))),
+                "missing": " ".join(sorted(set(self.state.clients) - set(names))),
                 "num_examples": sum(num_examples),
                 "wait_seconds": started - self.opened,
                 "merge_seconds": time.monotonic() - started,
@@ -336,51 +378,23 @@ class Rounds:
             counted = dict(self.state.counted)
             for name, upload in self.uploads.items():
                 counted[name] = {"round": number, **upload}
-                # The next round's waiting is not told by what a client said in this one.
-                self.heard.pop(name, None)
-            client_scores = [
-                *self.state.client_scores,
-                # A client scores the weights that it fetched, the result of the round before.
-                *(
-                    _scores_row(number - 1, name, upload)
-                    for name, upload in sorted(self.uploads.items())
-                    if upload.get("metrics")
-                ),
-            ]
             self._save(
-                client_scores=client_scores,
                 round=number + 1,
                 weights_sha256=weights_sha256,
-                closing=closing,
+                merged=merged,
                 uploads={},
                 frozen=None,
                 counted=counted,
             )
             self.uploads = {}
-            self._publish_scores()
+            self.scores = {}
+            self.clients.begin_round()
             self.changed.notify_all()
-
-    def _who_came_and_went(self, round_number):
-        """For a row of the history: {"joined": "client004", "left": "client002"}, if any did."""
-        told = {}
-        for what in ("joined", "left"):
-            changes = [each for each in self.state.membership if each["round"] == round_number]
-            names = sorted({name for change in changes for name in change[what]})
-            if names:
-                told[what] = " ".join(names)
-        return told
-
-    def _publish_scores(self):
-        """server/clients.csv, whole from the state; none where no client measures anything."""
-        if self.state.client_scores:
-            publish_rows(
-                self.folder / "clients.csv", progress.SCORES_COLUMNS, self.state.client_scores
-            )
 
     def _evaluate(self):
         """Evaluate the merged weights, write the row of the history; then answer everyone."""
         started = time.monotonic()
-        row = {**self.state.closing, **self.evaluate()}
+        row = {**self.state.merged, **self.evaluate()}
         now = time.monotonic()
         row["evaluate_seconds"] = now - started
         row["seconds"] = now - self.opened
@@ -391,6 +405,29 @@ class Rounds:
             self._save(history=history, best=best)
             self.say(self._round_line(row))
             self.changed.notify_all()
+            self._publish_scores()
+        self.after_round(row)
+
+    def _publish_scores(self):
+        """Add to clients.csv what the counted uploads say that their clients measured."""
+        self._add_scores(
+            # A client scores the weights that it fetched, the result of the round before.
+            {**upload, **upload["scores"], "client": name, "round": upload["round"] - 1}
+            for name, upload in sorted(self.state.counted.items())
+            if upload.get("scores") and upload["round"] <= self.state.evaluated
+        )
+
+    def _add_scores(self, rows):
+        """Add these rows to clients.csv, but for those of a round and client that are there."""
+        path = self.folder / "clients.csv"
+        there = []
+        with contextlib.suppress(FileNotFoundError):
+            with open(path, encoding="utf-8", errors="replace", newline="") as file:
+                there = list(csv.DictReader(file))
+        known = {(row.get("round"), row.get("client")) for row in there}
+        new = [row for row in rows if (str(row["round"]), row["client"]) not in known]
+        if new:
+            publish_rows(path, status.SCORES_COLUMNS, [*there, *new])
 
     def _round_line(self, row):
         without = ""
@@ -422,71 +459,91 @@ class Rounds:
         alive   alive() says whether someone still waits for the weights
         """
         with self.changed:
-            self.check_has_not_left(client)
-            while (self.state.frozen or self.is_evaluating_last) and not self.over:
+            if client is not None and client not in self.state.clients:
+                raise Refused(
+                    "PERMISSION_DENIED",
+                    f"{client} takes part in this run no more (the server's --clients)",
+                )
+            while self.state.frozen or (self.state.is_last_merged and not self.state.is_over):
+                self._check_running()
                 if not alive():
                     raise Refused("CANCELLED", f"{client or 'a peer'} went away before the weights")
                 self.changed.wait()
-            if self.over:
-                raise self.over
-            return self.round, self.state.weights_sha256, open(self.weights_path, "rb")
+            self._check_running()
+            if client is not None:
+                self.clients.note_fetch(client)
+            return self.state.round, self.state.weights_sha256, open(self.weights_path, "rb")
 
-    def admit(self, client, run, round_number, sha256):
-        """Refuse an upload that cannot count, before a byte of it is received.
+    def deliver(self, upload, alive):
+        """Accept a complete, checked Upload; wait until its round is evaluated.
 
-        A peer that names no run, or announces no SHA-256, is judged in `deliver`.
+        alive  alive() says whether someone still waits for the answer
+        Raises Refused.
         """
+        client = upload.client
         with self.changed:
-            if run is not None and sha256 is not None:
-                self._is_repeat(client, run, round_number, sha256)
-
-    def deliver(
-        self,
-        client,
-        num_examples,
-        sha256,
-        written,
-        run,
-        round_number,
-        alive,
-        file_sha256=None,
-        metrics=None,
-    ):
-        """Accept a complete, checked upload that lies in the file `written`; wait for its round.
-
-        sha256             of what was sent
-        file_sha256        of what lies in the file, where that was converted
-        run, round_number  as the peer names them; None where unknown
-        alive              alive() says whether someone still waits for the answer
-        metrics            what the client measured (dict), as progress.METRICS_LIMITS names it
-        Returns whether that was the last of all rounds. Raises Refused.
-        """
-        with self.changed:
-            if round_number is None:
-                round_number = self._round_of_silent_peer(client, sha256)
-            if self._is_repeat(client, run, round_number, sha256):
-                written.unlink(missing_ok=True)  # a call that waits holds no room on the disk
+            found, round_number = self.verdict(
+                client, upload.run, upload.round_number, upload.sha256
+            )
+            if found == REPEAT:
+                upload.file.unlink(missing_ok=True)  # a call that waits holds no room on the disk
+            elif client in self.uploads and not alive():
+                # A late upload of a lost connection. The one that it would replace is newer: the
+                # client sent that one again and waits for its answer.
+                raise Refused("CANCELLED", f"{client} went away; its earlier upload stays")
             else:
-                if client in self.uploads and not alive():
-                    # A late upload of a lost connection. The one that it would replace is newer:
-                    # the client sent that one again and waits for its answer.
-                    raise Refused("CANCELLED", f"{client} went away; its earlier upload stays")
-                upload = new_upload(num_examples, sha256, file_sha256 or sha256, metrics)
-                self._accept(client, upload, written)
+                self._accept(upload)
             self._wait_for_answer(client, round_number, alive)
-            done = self.done
-            is_old_peer = run is None  # it ends with this answer; a new one fetches the result
-            if done and is_old_peer and alive():
-                self.leave(client)
-            return done
+            is_old_peer = upload.run is None  # it ends with this answer; a new one fetches
+            if is_old_peer and self.state.is_over and alive():
+                self.done_clients.add(client)
+                self.changed.notify_all()
+
+    def _accept(self, upload):
+        """Make it the client's upload for the open round.
+
+        Write the state first, listing old and new upload, then rename the file; after a crash the
+        file's SHA-256 says which entry holds. The other way round, a crash between the two would
+        leave a file that no entry names: an upload lost that was there before.
+        """
+        client = upload.client
+        new = {"num_examples": upload.num_examples, "sha256": upload.sha256}
+        if upload.file_sha256 != upload.sha256:
+            new["file_sha256"] = upload.file_sha256
+        if client in self.scores:
+            new["scores"] = self.scores[client]
+        old = self.uploads.get(client)
+        same_bytes = old is not None and file_sha256_of(old) == file_sha256_of(new)
+        listed = [new]
+        if old is not None and not same_bytes:
+            listed = [old, new]
+        self._save(uploads={**self.state.uploads, client: listed})
+        if not same_bytes:
+            try:
+                publish(upload.file, self.upload_path(client))
+            except BaseException:
+                # The rename may be done although a later step failed: look which upload is there.
+                self.uploads = self._uploads_on_disk()
+                raise
+        self.uploads[client] = new
+        again = ""
+        if same_bytes:
+            again = " again, the same weights"
+        elif old is not None:
+            again = " again, replacing its earlier upload"
+        self.say_of(
+            (client, self.state.round, again),
+            f"round {self.state.round}: {client} delivered {new['num_examples']} examples{again}; "
+            f"{self.describe()}",
+        )
 
     def _wait_for_answer(self, client, round_number, alive):
         """Return once the round is evaluated. Raises Refused where this call is not answered."""
         token = object()
-        if self.answered < round_number and alive():
+        if self.state.evaluated < round_number and alive():
             self.waiting[client] = token  # an older call of this client sees that it is replaced
         self.changed.notify_all()
-        while self.answered < round_number:
+        while self.state.evaluated < round_number:
             if not alive():
                 raise Refused("CANCELLED", f"{client} went away; what it delivered counts")
             if self.waiting[client] is not token:
@@ -494,164 +551,46 @@ class Rounds:
                     "ABORTED",
                     f"{client} has delivered again on another connection, which gets the answer",
                 )
-            if self.over:
-                raise self.over
+            self._check_running()
             self.changed.wait()
 
-    def note_heard(self, client, told):
-        """A client said where it is. told: from progress.parse_progress."""
-        with self.changed:
-            self.heard[client] = (time.monotonic(), told)
-            self.note_progress()
-            self.changed.notify_all()
+    def hear(self, client, run, round_number, where, scores):
+        """A client says where it is, and what it measured. Returns the open round's number.
 
-    @property
-    def reports(self):
-        """What clients said of themselves: {client: progress and "heard", time.time() of then}."""
-        now = time.monotonic()
-        return {
-            client: {**told, "heard": time.time() - (now - heard)}
-            for client, (heard, told) in list(self.heard.items())
-        }
-
-    def will_score_result(self, client):
-        """Whether a client that has fetched the result will say how it scores it.
-
-        Whoever scored what it fetched before its last upload does.
+        run, round_number  what it works for, as it says
+        where              dict of `status.WHERE`; its phase "done" is its last word
+        scores             dict of `status.SCORES`, {} where it measured nothing
         """
-        has_scored = "examples" in self.state.counted.get(client, {}).get("metrics", {})
-        return has_scored and not self._has_scored_result(client)
-
-    def _has_scored_result(self, client):
-        last = self.state.rounds
-        return any(
-            row["client"] == client and row["round"] == last for row in self.state.client_scores
-        )
-
-    def note_result_scores(self, client, metrics):
-        """A client says how the result scores on its own images: all that it stayed for."""
         with self.changed:
-            if metrics and not self._has_scored_result(client):
-                row = _scores_row(self.state.rounds, client, {"metrics": metrics})
-                self._save(client_scores=[*self.state.client_scores, row])
-                self._publish_scores()
-                self.say(f"{client} scored the result: {_in_words(metrics)}")
-            self.leave(client)
-
-    def leave(self, client):
-        """A client has all that it came for: the result, or of an old peer its last answer."""
-        with self.changed:
-            self.finished.add(client)
+            self.last_progress_at = time.monotonic()
+            self.clients.note_told(client, where)
+            is_result = self.state.is_over and round_number > self.state.rounds
+            if run == self.state.run and is_result:
+                if scores:
+                    self._add_scores([{"round": self.state.rounds, "client": client, **scores}])
+                if where["phase"] == "done":
+                    self.done_clients.add(client)
+            elif run == self.state.run and scores and round_number == self.state.round:
+                self.scores[client] = scores
             self.changed.notify_all()
+            return self.state.round
 
     def note_progress(self):
-        """A client is still moving: the end of the run waits for it."""
-        self.moved = time.monotonic()
+        """Bytes move: the end of the run waits for them."""
+        self.last_progress_at = time.monotonic()
 
-    def wait_until_all_left(self, timeout_s):
-        """After the last round: until every client has left, or none moved for `timeout_s`."""
+    def wait_until_all_done(self, timeout_s):
+        """After the last round: until every client has the result, or none moved so long."""
         with self.changed:
-            self.say("the run is over; waiting until every client has fetched the result")
+            self.say("the run is over; waiting until every client has the result")
             self.note_progress()
-            while not self.finished >= set(self.clients):
-                left_s = self.moved + timeout_s - time.monotonic()
+            while not self.done_clients >= set(self.state.clients):
+                left_s = self.last_progress_at + timeout_s - time.monotonic()
                 if left_s <= 0:
-                    missing = ", ".join(sorted(set(self.clients) - self.finished))
-                    self.say(f"{missing} did not fetch the result within {timeout_s:g} s")
+                    missing = ", ".join(sorted(set(self.state.clients) - self.done_clients))
+                    self.say(
+                        f"{missing} has not said that it has the result, and nothing moved for "
+                        f"{timeout_s:g} s"
+                    )
                     return
                 self.changed.wait(left_s)
-
-    def _round_of_silent_peer(self, client, sha256):
-        """The round of an upload by a peer that names none, and was not seen to fetch.
-
-        That happens when the server was restarted in between. Equal bytes are then a repeat of what
-        was counted. Only here may the bytes alone decide: a client whose training changes nothing
-        sends the same bytes every round.
-        """
-        counted = self.state.counted.get(client)
-        if counted and counted["sha256"] == sha256:
-            return counted["round"]
-        self.check_has_not_left(client)
-        if self.min_clients < len(self.clients):
-            # A round may have been closed without this client: its upload may be for that one.
-            raise Refused(
-                "FAILED_PRECONDITION",
-                f"{client} did not fetch on this connection, so its round is unknown: fetch, "
-                f"then send; the open round is {self.round}",
-            )
-        return self.round
-
-    def _is_repeat(self, client, run, round_number, sha256):
-        """Whether the server has this very upload already, and only an answer is due.
-
-        False: it is new, and for the open round. Raises Refused for what cannot count.
-        """
-        if self.over:
-            raise self.over
-        is_this_run = run in (None, self.state.run)
-        counted = self.state.counted.get(client)
-        same = counted and counted["round"] == round_number and counted["sha256"] == sha256
-        if same and is_this_run:
-            return True
-        self.check_has_not_left(client)
-        if not is_this_run:
-            raise self._not_for_now(client, f"run {run[:40]!r}")
-        if round_number < self.round:
-            raise self._not_for_now(client, f"round {round_number}, which is over")
-        if round_number > self.round or self.done:
-            raise self._not_for_now(client, f"round {round_number}, which is not open")
-        if not self.state.frozen:
-            return False
-        if client in self.uploads and self.uploads[client]["sha256"] == sha256:
-            return True
-        raise self._not_for_now(client, f"round {round_number}, which is over (being merged)")
-
-    def _not_for_now(self, client, what):
-        return Refused(
-            "FAILED_PRECONDITION",
-            f"{client} delivers for {what}; the server is in run {self.state.run}, "
-            f"round {self.round}: fetch again",
-        )
-
-    def _accept(self, client, upload, written):
-        """Make the upload in the file `written` the client's upload for the open round.
-
-        Write the state first, listing old and new upload, then rename the file; after a crash the
-        file's SHA-256 says which entry holds. The other way round, a crash between the two would
-        leave a file that no entry names: an upload lost that was there before.
-        """
-        old = self.uploads.get(client)
-        same_bytes = old is not None and file_sha256_of(old) == file_sha256_of(upload)
-        listed = [upload]
-        if old is not None and not same_bytes:
-            listed = [old, upload]
-        self._save(uploads={**self.state.uploads, client: listed})
-        if not same_bytes:
-            try:
-                publish(written, self.upload_path(client))
-            except BaseException:
-                # The rename may be done although a later step failed: look which upload is there.
-                self.uploads = self._uploads_on_disk()
-                raise
-        self.uploads[client] = upload
-        again = ""
-        if same_bytes:
-            again = " again, the same weights"
-        elif old is not None:
-            again = " again, replacing its earlier upload"
-        self.say(
-            f"round {self.round}: {client} delivered {upload['num_examples']} examples{again}; "
-            f"{self.describe()}"
-        )
-
-
-def _scores_row(round_number, client, upload):
-    """A row of clients.csv; what was not measured is empty."""
-    empty = dict.fromkeys(progress.SCORES_COLUMNS, "")
-    row = {"round": round_number, "client": client, "num_examples": upload.get("num_examples", "")}
-    return {**empty, **row, **upload["metrics"]}
-
-
-def _in_words(metrics):
-    """'examples 60, loss 0.31, auc 0.9'."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

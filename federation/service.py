@@ -1,15 +1,13 @@
-"""The gRPC side of the server: its port, who calls, what a call brings, and how it is answered.
+"""The gRPC side of the server: its port, who calls, what is moving, and how a call is answered.
 
-The two calls themselves, step by step, are `todoServer.FedMLServicer`; what counts is decided in
+The three calls themselves, step by step, are `todoServer.FedMLServicer`; what counts is decided in
 `federation.rounds`.
 """
 
 import contextlib
 import ctypes
-import functools
 import itertools
 import resource
-import socket
 import threading
 import time
 from concurrent import futures
@@ -18,13 +16,21 @@ from dataclasses import dataclass
 import grpc
 
 from common import files
-from federation import convert, progress, streams, tls, weights
-from federation.rounds import Refused
-from federation.streams import Stream, Streams
-from generated import todo_pb2, todo_pb2_grpc
+from federation import convert, status, tls, weights
+from federation.rounds import Refused, Upload
+from generated import todo_pb2
 
-# A peer that has not said who it is, and has fetched nothing, may hold a thread for so long.
+STALL_S = 30  # a call that moves no bytes for so long is ended
+# So is one of a peer that has not said who it is, or that tells where it is, in:
 FIRST_MESSAGE_S = 1
+# A peer without a name has in all so long as a line of 10 kB/s needs for the model, and a minute.
+SLOWEST_BYTES_PER_S = 10_000
+EXTRA_S = 60
+LOOK_EVERY_S = 0.25  # how often the watchdog looks
+# An upload comes in pieces of 75 kB (the thesis demo) or more. Each message costs some time of the
+# server's processor, however small it is, so their number is limited as well as their bytes.
+SMALLEST_PIECE_BYTES = 10_000
+EXTRA_MESSAGES = 100
 # Who connects and then says nothing is sent away after this.
 HANDSHAKE_S = 5
 # A connection without a call is closed after this. Where peers of the thesis demo are served it
@@ -32,9 +38,8 @@ HANDSHAKE_S = 5
 # that they fetched on it.
 IDLE_S = 60
 IDLE_WITH_SEED_PEERS_S = 3600
-# Connections leave so many descriptors for files, and for what the libraries open.
-SPARE_DESCRIPTORS = 64
-DESCRIPTORS_PER_CLIENT = 4  # a download, two uploads, and its upload in the merge
+CONNECTIONS = 64  # and for each client:
+CONNECTIONS_PER_CLIENT = 16
 MESSAGE_BYTES = 2 << 20  # of one message
 METADATA_BYTES = 8 << 10  # of one call
 CALLS_PER_CONNECTION = 16
@@ -42,6 +47,7 @@ REMEMBERED_CONNECTIONS = 1000
 M_ARENA_MAX = -8  # of glibc's malloc.h: how many heaps
 SEED_ARCH = "vgg16"  # the thesis demo's network; its peers know no other
 SENTENCE_CHARACTERS = 2000  # of a refusal; gRPC drops a longer answer, its status code included
+NEVER = float("inf")
 
 
 def create_server(servicer, listen, credentials=None):
@@ -51,10 +57,10 @@ def create_server(servicer, listen, credentials=None):
     credentials  from tls.server_credentials; None is plaintext
     Raises ValueError where it cannot listen there.
     """
-    calls = servicer.calls
+    service = servicer.service
+    connections = CONNECTIONS + CONNECTIONS_PER_CLIENT * len(service.rounds.state.clients)
     server = grpc.server(
-        futures.ThreadPoolExecutor(calls.max_threads),
-        interceptors=[CallInterceptor(calls)],
+        started_pool(service.max_threads),
         options=[
             # Without this a second server would share the port, and neither would say so.
             ("grpc.so_reuseport", 0),
@@ -62,20 +68,74 @@ def create_server(servicer, listen, credentials=None):
             ("grpc.max_concurrent_streams", CALLS_PER_CONNECTION),
             ("grpc.max_metadata_size", METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", METADATA_BYTES),
-            # Descriptors for connections are limited; these three get them back.
-            ("grpc.max_allowed_incoming_connections", max_connections(calls, listen)),
+            # What is above is closed at once; the next two make room again.
+            ("grpc.max_allowed_incoming_connections", connections),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
-            ("grpc.max_connection_idle_ms", calls.idle_s * 1000),
+            ("grpc.max_connection_idle_ms", service.idle_s * 1000),
             # A client that waits or trains sends pings; gRPC would hang up on it by itself.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 4000),
         ],
     )
-    todo_pb2_grpc.add_FedMLServicer_to_server(servicer, server)
+    add_to_server(servicer, server)
     address = bind(server, listen, credentials)
     server.start()
-    threading.Thread(target=calls.streams.run_watchdog, daemon=True).start()
+    threading.Thread(target=service.run_watchdog, daemon=True).start()
     return server, address
+
+
+def started_pool(num_threads):
+    """A thread pool, all threads of which run already.
+
+    By itself it starts one when a call needs it, in gRPC's only serving thread. Where the machine
+    has no thread to give for a moment, that one dies, and the server is deaf with its port open.
+    """
+    pool = futures.ThreadPoolExecutor(num_threads)
+    all_run = threading.Barrier(num_threads)
+    for each in [pool.submit(all_run.wait) for _ in range(num_threads)]:
+        each.result()
+    return pool
+
+
+def add_to_server(servicer, server):
+    """Register the three methods, each as a stream of requests.
+
+    On the wire a single request is a stream of one. But registered as a single one, it holds a
+    thread of the pool until it has arrived, before any code of ours runs: who opens such calls and
+    says nothing would hold all threads.
+    """
+    service = servicer.service
+
+    def get_weight(requests, context):
+        with service.refusals(context):
+            yield from servicer.getWeight(todo_pb2.void(), context)  # `void` says nothing
+
+    def answered(method):
+        def serve(requests, context):
+            with service.refusals(context):
+                return method(requests, context)
+
+        return serve
+
+    handlers = {
+        "getWeight": grpc.stream_stream_rpc_method_handler(
+            get_weight,
+            todo_pb2.void.FromString,
+            todo_pb2.modelWeight.SerializeToString,
+        ),
+        "sendWeight": grpc.stream_unary_rpc_method_handler(
+            answered(servicer.sendWeight),
+            todo_pb2.modelWeight.FromString,
+            todo_pb2.myResponse.SerializeToString,
+        ),
+        "tell": grpc.stream_unary_rpc_method_handler(
+            answered(servicer.tell),
+            todo_pb2.clientStatus.FromString,
+            todo_pb2.openRound.SerializeToString,
+        ),
+    }
+    generic = grpc.method_handlers_generic_handler("todoPackage.FedML", handlers)
+    server.add_generic_rpc_handlers((generic,))
 
 
 def raise_descriptor_limit():
@@ -95,44 +155,17 @@ def keep_one_heap():
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-def max_connections(calls, listen):
-    """How many connections leave enough descriptors for the server itself.
-
-    gRPC closes those above it at once. It counts for each address that it listens on.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        limit = 1 << 20
-    needed = SPARE_DESCRIPTORS + DESCRIPTORS_PER_CLIENT * len(calls.rounds.clients)
-    at_least = 2 * len(calls.rounds.clients)  # or no round could be closed at all
-    return max(at_least, (limit - needed) // count_addresses(listen))
-
-
-def count_addresses(listen):
-    """How many addresses gRPC may listen on for HOST:PORT, at least 2.
-
-    It takes localhost as 127.0.0.1 and ::1, whatever the system's own tables say.
-    """
-    host = listen.rpartition(":")[0].strip("[]")
-    try:
-        return max(2, len(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)))
-    except OSError:
-        return 2  # binding it says what is wrong
-
-
 def bind(server, listen, credentials):
     """Bind the server; returns HOST:PORT with the number of its port. Raises ValueError."""
     host, _, port = listen.rpartition(":")
     bound = 0
     # gRPC is content when one of the host's addresses is free: look at all of them first.
     if not tls.is_taken(host, port):
-        try:
+        with contextlib.suppress(RuntimeError):  # what gRPC raises where it cannot bind
             if credentials:
                 bound = server.add_secure_port(listen, credentials)
             else:
                 bound = server.add_insecure_port(listen)
-        except RuntimeError:
-            pass  # what gRPC raises where it cannot bind, and only "0" in older versions
     if not bound:
         raise ValueError(
             f"cannot listen on {listen}: is another server running there? "
@@ -141,66 +174,11 @@ def bind(server, listen, credentials):
     return f"{host}:{bound}"
 
 
-class CallInterceptor(grpc.ServerInterceptor):
-    """What gRPC does differently for every call of the servicer, whatever rpcs todo.proto has.
-
-    - A `Refused` that a method raises is the caller's gRPC status.
-    - A call with one request and a streamed answer (getWeight) is served as a stream, and its
-      method gets an empty request at once. By itself gRPC holds a thread until the request has
-      arrived: who opens such calls and says nothing would hold all threads. The request is never
-      read, so it must be one that says nothing, as `void` is.
-    """
-
-    def __init__(self, calls):
-        self.calls = calls
-
-    def intercept_service(self, continuation, handler_call_details):
-        handler = continuation(handler_call_details)
-        if handler is None:  # no such method: gRPC answers UNIMPLEMENTED
-            return None
-        parser = handler.request_deserializer
-        serializer = handler.response_serializer
-        if handler.unary_stream:
-            request = parser(b"")
-            method = self.streaming(handler.unary_stream, request)
-            return grpc.stream_stream_rpc_method_handler(method, parser, serializer)
-        if handler.stream_stream:
-            method = self.streaming(handler.stream_stream)
-            return grpc.stream_stream_rpc_method_handler(method, parser, serializer)
-        if handler.stream_unary:
-            method = self.answering(handler.stream_unary)
-            return grpc.stream_unary_rpc_method_handler(method, parser, serializer)
-        method = self.answering(handler.unary_unary)
-        return grpc.unary_unary_rpc_method_handler(method, parser, serializer)
-
-    def streaming(self, method, empty_request=None):
-        """The method, of a streamed answer; with `empty_request` in place of what is sent."""
-
-        @functools.wraps(method)
-        def serve(requests, context):
-            if empty_request is not None:
-                requests = empty_request
-            with self.calls.refusals(context):
-                yield from method(requests, context)
-
-        return serve
-
-    def answering(self, method):
-        """The method, of one answer."""
-
-        @functools.wraps(method)
-        def serve(request_or_requests, context):
-            with self.calls.refusals(context):
-                return method(request_or_requests, context)
-
-        return serve
-
-
 @dataclass(frozen=True)
 class Caller:
     """Who calls, as far as its metadata and its certificate say it."""
 
-    client: str | None  # one of this run's clients; None: a peer that names nobody
+    client: str | None  # one that this run knows; None: a peer that names nobody
     metadata: dict
     connection: str
 
@@ -210,39 +188,57 @@ class Caller:
         return "fedml-client" in self.metadata
 
 
-@dataclass(frozen=True)
-class Upload:
-    """An upload whose first message has arrived."""
+class Transfer:
+    """One call while it moves bytes, which the watchdog ends when it does not.
 
-    client: str
-    num_examples: int
-    messages: object  # an iterator over all of them, the first included
-    run: str | None  # as a new peer names it
-    round_number: int | None  # named, or last fetched on the same connection; None: unknown
-    announced_sha256: str | None
-    metrics: dict  # what the client measured, {} where it says nothing
+    client   whose it is; None: a peer without a name
+    what     "upload", "download" or "report"
+    stall_s  how long it may move nothing
+    total_s  how long it may take in all
+    """
+
+    def __init__(self, client, what, context, stall_s, total_s):
+        self.client = client
+        self.what = what
+        self.context = context
+        self.stall_s = stall_s
+        self.ends_at = time.monotonic() + total_s
+        self.moved()
+
+    def moved(self):
+        self.last_moved = time.monotonic()
+
+    def is_late(self):
+        now = time.monotonic()
+        return now > self.last_moved + self.stall_s or now > self.ends_at
 
 
-class Calls:
-    """What all calls of one server share: its limits, who is here, and what is moving."""
+class Service:
+    """What all calls of one server share: its limits, who is here, and what is moving.
 
-    def __init__(self, rounds, max_examples, serve_unnamed, card_text, preprocessing):
+    rounds         Rounds
+    max_examples   a client that says it has more is refused
+    serve_unnamed  whether peers are served that name nobody, neither in metadata nor by a
+                   certificate, as the thesis demo's do
+    card_text      card_text() -> the model card of the result as ASCII JSON, "" where there is none
+    """
+
+    def __init__(self, rounds, max_examples, serve_unnamed, card_text):
         self.rounds = rounds
-        self.card_text = card_text
-        self.preprocessing = preprocessing
         self.max_examples = max_examples
         self.serve_unnamed = serve_unnamed
-        self.say = rounds.say
-        self.streams = Streams(rounds.say)
+        self.card_text = card_text
         self.layout = weights.Layout(rounds.weights_path)
-        self.converters = convert.Converters(self.layout)
         self.max_bytes = int(1.1 * self.layout.size)
-        self.lock = threading.Lock()
+        self.max_messages = EXTRA_MESSAGES + self.max_bytes // SMALLEST_PIECE_BYTES
+        self.changed = threading.Condition()
+        self.transfers = set()
+        self.newest = {}  # (client, what) -> its newest Transfer
         # What the thesis demo's clients last fetched: connection -> round, the oldest first.
         self.fetched = {}
         # Peers that name nobody get few threads, and of their own: who takes all of them delays no
         # one who is enrolled.
-        self.max_unnamed = len(rounds.clients) + 1
+        self.max_unnamed = len(rounds.state.clients) + 1 if serve_unnamed else 0
         self.unnamed = threading.Semaphore(self.max_unnamed)
 
     @property
@@ -253,10 +249,12 @@ class Calls:
     def max_threads(self):
         """Enough for all calls that can hold one, and four for those that are just ending.
 
-        A client holds three at most: a download, an upload, and a complete upload that waits.
+        A client holds four at most: an upload, a complete upload that waits, a download, a report.
         """
-        known = len(self.rounds.clients) + len(self.rounds.state.left)
-        return 3 * known + self.max_unnamed + 4
+        known = set(self.rounds.state.clients) | set(self.rounds.state.counted)
+        return 4 * len(known) + self.max_unnamed + 4
+
+    # --- how a call is refused -------------------------------------------------------------------
 
     @contextlib.contextmanager
     def refusals(self, context):
@@ -265,21 +263,24 @@ class Calls:
             yield
         except Refused as error:
             self.refuse(context, error.code, error.sentence)
-        except OSError as error:
-            sentence = f"the server could not read or store a file: {error}; try again"
+        except (OSError, MemoryError) as error:
+            reason = error or "out of memory"
+            sentence = f"the server could not read or store a file: {reason}; try again"
             self.refuse(context, "INTERNAL", sentence)
 
     def refuse(self, context, code, sentence):
         if len(sentence) > SENTENCE_CHARACTERS:
             sentence = sentence[:SENTENCE_CHARACTERS] + " ..."
-        if not self.rounds.over:  # a server that stops says the same to everyone
-            self.say(f"refused: {sentence} ({code})")
+        if not self.rounds.stop_reason:  # a server that stops says the same to everyone
+            name = dict(context.invocation_metadata()).get("fedml-client")
+            known = name if name in self.rounds.clients.rows else "unnamed"
+            self.rounds.say_of((known, code), f"refused: {sentence} ({code})")
         context.abort(grpc.StatusCode[code], sentence)
 
     # --- who calls -------------------------------------------------------------------------------
 
     def identify(self, context):
-        """The Caller: one of this run's clients, or where they are served a peer without a name.
+        """The Caller: one that this run knows, or where they are served a peer without a name.
 
         A client is named by its metadata or its certificate, by both only if they say the same.
         Raises Refused.
@@ -289,7 +290,7 @@ class Calls:
         certified = certified_names(context)
         if certified is not None:
             if name is None:
-                own = [each for each in certified if self.takes_part(each)]
+                own = [each for each in certified if self.is_known(each)]
                 name = [*own, *certified, ""][0]
             if name not in certified:
                 raise Refused(
@@ -298,7 +299,7 @@ class Calls:
                     "expected one in its own name",
                 )
         if name is not None:
-            self.check_enrolled(name)
+            self.check_known(name)
         elif not self.serve_unnamed:
             raise Refused(
                 "UNAUTHENTICATED",
@@ -307,48 +308,104 @@ class Calls:
             )
         return Caller(name, metadata, context.peer())
 
-    def takes_part(self, client):
-        """Whether it does, or did: who has left may still ask for its last answer."""
-        return client in self.rounds.clients or client in self.rounds.state.left
+    def is_known(self, client):
+        """Whether it takes part, or did: who has left may still ask for its last answer."""
+        return client in self.rounds.state.clients or client in self.rounds.state.counted
 
-    def check_enrolled(self, client):
-        if not self.takes_part(client):
+    def check_known(self, client):
+        if not self.is_known(client):
             raise Refused(
                 "PERMISSION_DENIED",
                 f"client {client[:80]!r} is not one of this run's: expected "
-                f"{', '.join(self.rounds.clients)} (--clients)",
+                f"{', '.join(self.rounds.state.clients)} (--clients)",
             )
-        self.rounds.last_seen[client] = time.monotonic()
+        self.rounds.clients.note(client)
+
+    # --- what is moving --------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def thread_for(self, caller):
-        """The body runs in one of the few threads for peers without a name, where it is one."""
-        if caller.client is not None:
-            yield
-            return
-        if not self.unnamed.acquire(blocking=False):
+    def moving(self, client, what, context, stall_s=STALL_S):
+        """The body is a Transfer, which it gets. A client's newer one of a kind ends its older.
+
+        The older is usually one of a connection that the client lost. It has ended before the body
+        runs: two of them never hold memory or a file at the same time. Raises Refused.
+        """
+        total_s = NEVER if client else EXTRA_S + self.max_bytes / SLOWEST_BYTES_PER_S
+        transfer = Transfer(client, what, context, stall_s, total_s)
+        if client is None and not self.unnamed.acquire(blocking=False):
             raise Refused(
                 "RESOURCE_EXHAUSTED",
                 f"{self.max_unnamed} peers that name nobody are here already: try again later",
             )
         try:
-            yield
+            self._begin(transfer)
+            yield transfer
         finally:
-            self.unnamed.release()
+            with self.changed:
+                self.transfers.discard(transfer)
+                if self.newest.get((client, what)) is transfer:
+                    del self.newest[client, what]
+                self.changed.notify_all()
+            if client is None:
+                self.unnamed.release()
+
+    def _begin(self, transfer):
+        """Add it to what is moving, once the client's older one of this kind has ended."""
+        key = (transfer.client, transfer.what)
+        with self.changed:
+            if transfer.client is not None:
+                self.newest[key] = transfer
+                older = [other for other in self.transfers if (other.client, other.what) == key]
+                for other in older:
+                    other.context.cancel()
+                    self.rounds.say_of(
+                        (*key, "newer"),
+                        f"{transfer.client} began a new {transfer.what}: its unfinished one is "
+                        "ended",
+                    )
+                self.changed.notify_all()  # one that waits here is not the newest any more
+                while any(other in self.transfers for other in older):
+                    self.changed.wait()
+                    if self.newest.get(key) is not transfer:
+                        raise Refused("CANCELLED", f"{transfer.client} began another one")
+            transfer.moved()
+            self.transfers.add(transfer)
+
+    def run_watchdog(self):
+        """End what moves no bytes, for ever."""
+        while True:
+            time.sleep(LOOK_EVERY_S)
+            with self.changed:
+                late = [transfer for transfer in self.transfers if transfer.is_late()]
+            for transfer in late:
+                who = transfer.client or "a peer without a name"
+                self.rounds.say_of(
+                    (who, transfer.what, "late"), f"{who}: its {transfer.what} stands still: ended"
+                )
+                transfer.context.cancel()
+
+    def first_message(self, caller, what, requests, context):
+        """Wait for the first message of a stream. Raises Refused."""
+        stall_s = STALL_S
+        if what == "report" or (caller.client is None and caller.connection not in self.fetched):
+            stall_s = FIRST_MESSAGE_S
+        who = caller.client or caller.connection
+        with self.moving(caller.client, what, context, stall_s):
+            try:
+                first = next(requests, None)
+            except grpc.RpcError:
+                raise Refused("CANCELLED", f"{who} went away before it sent anything") from None
+        if first is None:
+            raise Refused("INVALID_ARGUMENT", f"{who} sent an empty stream")
+        return first
 
     # --- getWeight -------------------------------------------------------------------------------
 
     def send_weights(self, caller, context):
         """The messages of a download: the weights of the open round, once one is open."""
-        if caller.is_new and "fedml-progress" in caller.metadata:
-            self.take_progress(caller, context)
-            return
-        with (
-            self.thread_for(caller),
-            Stream(self.streams, context, "download", caller.client) as stream,
-        ):
-            # A client that goes away wakes its call, where that waits for a merge.
-            context.add_callback(self.rounds.wake)
+        # A client that goes away wakes its call, where that waits for a merge.
+        context.add_callback(self.rounds.wake)
+        with self.moving(caller.client, "download", context, NEVER) as transfer:
             round_number, sha256, file = self.rounds.fetch(caller.client, context.is_active)
             with file:
                 self.log_fetch(caller, round_number)
@@ -359,106 +416,85 @@ class Calls:
                 messages = weights.base64_messages(file)
                 if caller.metadata.get("fedml-accept") == "blob":
                     messages = weights.blob_messages(file)
-                for message in stream.pass_on(messages, self.max_bytes):
+                transfer.stall_s = STALL_S
+                transfer.moved()
+                for message in messages:
                     yield message
+                    transfer.moved()
                     self.rounds.note_progress()
-            if caller.is_new and round_number > self.rounds.state.rounds:
-                if not self.rounds.will_score_result(caller.client):
-                    self.rounds.leave(caller.client)
 
     def log_fetch(self, caller, round_number):
-        who = caller.client or f"a peer without a name ({caller.connection})"
+        who = caller.client or "a peer without a name"
         what = f"weights of round {round_number}"
-        if self.rounds.done:
+        if self.rounds.state.is_over:
             what = "result"
-        self.say(f"{who} fetches the {what}")
+        self.rounds.say_of((who, what), f"{who} fetches the {what}")
         arch = self.rounds.state.arch
         if not caller.is_new and arch != SEED_ARCH:
-            self.say(
+            self.rounds.say_of(
+                (who, "old"),
                 f"warning: {who} names no round, as a peer of 2020 does; such a peer can load the "
-                f"weights of --arch {SEED_ARCH} only, and this run's are {arch}"
+                f"weights of --arch {SEED_ARCH} only, and this run's are {arch}",
             )
-
-    def take_progress(self, caller, context):
-        """Note where a client is, and what it measured of the result; tell it the open round.
-
-        That is a call of getWeight without weights: it waits for nothing and ends no other call.
-        """
-        client = caller.client
-        self.rounds.check_has_not_left(client)
-        told, problems = progress.parse_progress(caller.metadata["fedml-progress"])
-        self.rounds.note_heard(client, told)
-        metrics_text = caller.metadata.get("fedml-metrics")
-        if metrics_text is not None:
-            metrics, more_problems = progress.parse_metrics(metrics_text)
-            problems += more_problems
-            if self.rounds.done and caller.metadata.get("fedml-run") == self.rounds.state.run:
-                self.rounds.note_result_scores(client, metrics)
-        self.say_problems(client, problems)
-        state = self.rounds.state
-        context.send_initial_metadata([("fedml-run", state.run), ("fedml-round", str(state.round))])
-
-    def metrics_of(self, client, caller):
-        """What a client measured before this upload (dict); {} where it says nothing."""
-        text = caller.metadata.get("fedml-metrics")
-        if text is None:
-            return {}
-        metrics, problems = progress.parse_metrics(text)
-        self.say_problems(client, problems)
-        return metrics
-
-    def say_problems(self, client, problems):
-        for problem in problems[:3]:
-            self.say(f"{client} says what is left out here: {problem}")
 
     def announce(self, round_number, sha256, context):
         """Tell a new peer, before the weights, what they are and what to train with them."""
         state = self.rounds.state
-        initial_metadata = [
-            ("fedml-run", state.run),
-            ("fedml-round", str(round_number)),
-            ("fedml-rounds", str(state.rounds)),
-            ("fedml-sha256", sha256),
-            ("fedml-arch", state.arch),
-            ("fedml-image-size", str(state.image_size)),
-            ("fedml-progress", "1"),
-        ]
-        if state.freezes_base:
-            initial_metadata.append(("fedml-freeze-base", "1"))
-        if self.preprocessing:
-            initial_metadata.append(("fedml-preprocessing", self.preprocessing))
-        if self.rounds.done:
-            card_text = self.card_text()
-            if card_text:
-                initial_metadata.append(("fedml-card", card_text))
-        context.send_initial_metadata(initial_metadata)
+        initial_metadata = {
+            "fedml-run": state.run,
+            "fedml-round": str(round_number),
+            "fedml-rounds": str(state.rounds),
+            "fedml-sha256": sha256,
+            "fedml-arch": state.arch,
+            "fedml-image-size": str(state.image_size),
+            "fedml-preprocessing": state.preprocessing,
+            "fedml-freeze-base": "1" if state.freezes_base else "",
+            "fedml-card": self.card_text() if state.is_over else "",
+        }
+        context.send_initial_metadata([each for each in initial_metadata.items() if each[1]])
 
     def remember_fetch(self, caller, round_number):
         """A client of 2020 names no round: its upload is for what its connection last fetched."""
-        with self.lock:
+        with self.changed:
             self.fetched.pop(caller.connection, None)  # so that it is the newest again
             self.fetched[caller.connection] = round_number
             if len(self.fetched) > REMEMBERED_CONNECTIONS:
-                oldest = next(iter(self.fetched))
-                del self.fetched[oldest]
+                del self.fetched[next(iter(self.fetched))]
 
     # --- sendWeight ------------------------------------------------------------------------------
 
-    def begin_upload(self, caller, request_iterator, context):
-        """The Upload, of which only the first message was read; nothing is stored yet.
+    @contextlib.contextmanager
+    def received(self, caller, requests, context):
+        """Receive an upload into a temporary file and check it: the body gets the rounds.Upload.
 
-        Raises Refused, also for one that cannot count any more.
+        The file is gone after the body, unless that has put it somewhere. Raises Refused.
         """
         run, round_number = named_round(caller.metadata)
         if run is None:
             round_number = self.fetched.get(caller.connection)
-        with self.thread_for(caller):
-            first = self.first_message(caller, request_iterator, context)
+        announced = caller.metadata.get("fedml-sha256")
+        first = self.first_message(caller, "upload", requests, context)
+        client = self.sender_of(first, caller)
+        if run is not None and announced is not None:
+            self.rounds.verdict(client, run, round_number, announced)  # refuses what cannot count
+        path = files.temporary(self.rounds.upload_path(client))
+        # A client that goes away wakes its call, where that waits for its round.
+        context.add_callback(self.rounds.wake)
+        try:
+            with self.moving(client, "upload", context) as transfer:
+                messages = self.counted(itertools.chain([first], requests), transfer)
+                sha256, file_sha256 = self.store(client, messages, path, announced, context)
+            yield Upload(client, first.clientsize, run, round_number, sha256, path, file_sha256)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def sender_of(self, first, caller):
+        """The client that the first message of an upload names. Raises Refused."""
         try:
             client = weights.client_of(first.clientname)
         except ValueError as error:
             raise Refused("INVALID_ARGUMENT", str(error)) from None
-        self.check_enrolled(client)
+        self.check_known(client)
         if caller.client not in (None, client):
             raise Refused(
                 "PERMISSION_DENIED", f"{caller.client} sent weights in the name of {client}"
@@ -469,73 +505,40 @@ class Calls:
                 f"{client} says it has {first.clientsize} examples, expected 1 to "
                 f"{self.max_examples} (--max-examples)",
             )
-        announced_sha256 = caller.metadata.get("fedml-sha256")
-        self.rounds.admit(client, run, round_number, announced_sha256)
-        return Upload(
-            client,
-            first.clientsize,
-            itertools.chain([first], request_iterator),
-            run,
-            round_number,
-            announced_sha256,
-            self.metrics_of(client, caller),
-        )
+        return client
 
-    def first_message(self, caller, request_iterator, context):
-        """Wait for the first message, which names the client. Raises Refused."""
-        limit_s = streams.STALL_S
-        if caller.client is None and caller.connection not in self.fetched:
-            limit_s = FIRST_MESSAGE_S
-        who = caller.client or caller.connection
-        with Stream(self.streams, context, "upload", caller.client) as stream:
-            stream.limit(limit_s)
-            try:
-                first = next(request_iterator, None)
-            except grpc.RpcError:
-                raise Refused("CANCELLED", f"{who} went away before it sent anything") from None
-        if first is None:
-            raise Refused("INVALID_ARGUMENT", f"{who} sent an empty stream, expected weights")
-        return first
+    def counted(self, messages, transfer):
+        """The same messages; those with content are progress. Raises ValueError for too many."""
+        for number, message in enumerate(messages):
+            if number >= self.max_messages:
+                raise ValueError(
+                    f"the upload comes in more than {self.max_messages} messages: expected pieces "
+                    "of 100,000 characters, or of 1 MiB"
+                )
+            if message.model or message.blob:
+                transfer.moved()
+            yield message
+        transfer.stall_s = NEVER  # it is complete, and now checked
 
-    @contextlib.contextmanager
-    def received(self, upload, context):
-        """Receive an upload into a temporary file and check it: (path, SHA-256) for the body.
+    def store(self, client, messages, path, announced, context):
+        """Write an upload to `path`, check it, and bring it into the server's layout.
 
-        The file is gone after the body, unless that has put it somewhere. Raises Refused.
+        Returns the SHA-256 of what was sent, and that of the file. Raises Refused.
         """
-        path = files.temporary(self.rounds.upload_path(upload.client))
         try:
-            sha256, file_sha256 = self.receive(upload, path, context)
-            # A client that goes away wakes the call that waits for its round.
-            context.add_callback(self.rounds.wake)
-            yield path, sha256, file_sha256
-        finally:
-            path.unlink(missing_ok=True)
-
-    def receive(self, upload, path, context):
-        """Write the upload to `path` and check it as it arrives; in the server's layout it stays.
-
-        Returns the SHA-256 of what was sent, and that of the file.
-        """
-        client = upload.client
-        inspection = weights.Inspection(self.layout)
-        try:
-            with Stream(self.streams, context, "upload", client) as stream:
-                messages = stream.pass_on(upload.messages, self.max_bytes)
-                sha256 = weights.spool(messages, path, self.max_bytes, inspection.look)
-                announced = upload.announced_sha256
-                if announced not in (None, sha256):
-                    raise ValueError(
-                        f"what arrived has SHA-256 {sha256[:16]}..., announced was "
-                        f"{announced[:16]}..."
-                    )
-                if inspection.fits():
-                    return sha256, sha256
-                # A newer upload of this client ends this one also while it is converted.
-                self.say(f"{client} sent a file of another layout than the server's: converting it")
-                return sha256, self.converters.convert(client, path, context.is_active)
-        except Refused:
-            raise
+            sha256 = weights.spool(messages, path, self.max_bytes)
+            if announced not in (None, sha256):
+                raise ValueError(
+                    f"what arrived has SHA-256 {sha256[:16]}..., announced was {announced[:16]}..."
+                )
+            if weights.fits(path, self.layout):
+                return sha256, sha256
+            self.rounds.say_of(
+                (client, "converts"),
+                f"{client} sent a file of another layout than the server's: converting it",
+            )
+            # A newer upload of this client ends this one also while it is converted.
+            return sha256, convert.convert(path, self.layout, context.is_active)
         except Exception as error:
             # Whatever a broken connection led to, it is not a fault of the file.
             if isinstance(error, grpc.RpcError) or not context.is_active():
@@ -543,18 +546,41 @@ class Calls:
                 raise Refused("CANCELLED", sentence) from None
             if isinstance(error, ValueError):
                 raise Refused("INVALID_ARGUMENT", f"{client}: {error}") from None
-            if isinstance(error, OSError):
-                sentence = f"{client}: the server could not store the upload: {error}; send again"
-                raise Refused("INTERNAL", sentence) from None
             raise
 
-    def answer(self, context, is_last):
+    def answer(self, context):
         """The answer to a counted upload whose round is merged, evaluated and on disk."""
-        trailing_metadata = [("fedml-round", str(self.rounds.round))]
-        if is_last:
+        state = self.rounds.state
+        trailing_metadata = [("fedml-round", str(state.round))]
+        if state.is_over:
             trailing_metadata.append(("fedml-done", "1"))
         context.set_trailing_metadata(trailing_metadata)
         return todo_pb2.myResponse(value=1)
+
+    # --- tell ------------------------------------------------------------------------------------
+
+    def hear(self, caller, requests, context):
+        """Note where a client is and what it measured; the answer is the open round."""
+        if caller.client is None:
+            raise Refused("INVALID_ARGUMENT", "a peer without a name has nothing to tell")
+        told = self.first_message(caller, "report", requests, context)
+        where, problems = status.within(
+            {name: getattr(told, name) for name in status.WHERE if getattr(told, name)},
+            status.WHERE,
+        )
+        where["phase"] = told.phase
+        if told.phase not in status.PHASES:
+            where["phase"] = "working"
+            problems.append(f"phase is {told.phase[:30]!r}, expected {', '.join(status.PHASES)}")
+        scores, more_problems = status.within(
+            dict(itertools.islice(told.scores.items(), len(status.SCORES))), status.SCORES
+        )
+        for problem in [*problems, *more_problems][:3]:
+            self.rounds.say_of(
+                (caller.client, "said"), f"{caller.client} says what is left out here: {problem}"
+            )
+        round_number = self.rounds.hear(caller.client, told.run, told.round, where, scores)
+        return todo_pb2.openRound(run=self.rounds.state.run, round=round_number)
 
 
 def certified_names(context):

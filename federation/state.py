@@ -6,14 +6,14 @@ reader, or a server that starts again, finds the state before a step or after it
 
 What the fields say together about the current round:
 
-| the round is | `frozen`     | `round`                  | `history` has      | `closing`          |
+| the round is | `frozen`     | `round`                  | `history` has      | `merged`           |
 |--------------|--------------|--------------------------|--------------------|--------------------|
 | open         | None         | its number               | all rounds before  | (of the one before)|
 | frozen       | its clients  | its number               | all rounds before  | (of the one before)|
 | merged       | None         | its number + 1           | all rounds before  | what its row needs |
 | evaluated    | None         | its number + 1           | its row too        | (no longer needed) |
 
-Only an evaluated round is answered with 1. The run is over once `round` is larger than `rounds`.
+Only an evaluated round is answered with 1. The run is over once its last round is evaluated.
 
 The crash promise: what each step publishes, in this order, and what a start does when the server
 was killed after that publish and before the next one:
@@ -29,41 +29,28 @@ was killed after that publish and before the next one:
 | merge    | server_weight.h5                             | merges the same uploads again, which   |
 |          |                                              | gives the same bits                    |
 | commit   | state.json: next `round`, `weights_sha256`,  | evaluates server_weight.h5             |
-|          | `counted`, `closing`; no uploads             |                                        |
+|          | `counted`, `merged`; no uploads              |                                        |
 | evaluate | server_weight.json, the model card           | evaluates again, publishes all of this |
 |          | if it is the best: best_weight.h5, its card  | again                                  |
 |          | history.csv                                  |                                        |
-|          | state.json: `history`, `best`                | has nothing to repeat                  |
+|          | state.json: `history`, `best`                | adds what clients.csv lacks            |
+|          | clients.csv: what the clients measured       | has nothing to repeat                  |
 | answer   | nothing: each waiting call gets its 1        | finds in `counted` what a client sends |
 |          |                                              | again because it got no answer         |
 
-Other clients, at a restart whose --clients names others (of an open round, before anyone is
-served):
-
-| step     | publishes                                    | a start then                           |
-|----------|----------------------------------------------|----------------------------------------|
-| change   | state.json: `clients`, `membership`; no      | awaits the new clients in this round   |
-|          | upload of a client that left                 |                                        |
-| aside    | moves such an upload's file                  | moves it, if it is still there         |
+A start whose --clients names others (they hold from the open round on) moves the files of the
+uploads of those that left aside, then publishes the state without them; killed in between, the next
+start finds no such file and does the rest.
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from common import files
+from common.script import CLIENT_NAME
 
-# Fields that a state file may lack: of a run without a merge, or one that an older version began.
-# Whoever adds a field adds its name here and gives it a default, so that older runs still resume.
-OPTIONAL_FIELDS = {"weights", "closing", "best", "client_scores", "membership"}
-
-
-def new_upload(num_examples, sha256, file_sha256, metrics=None):
-    """The entry of an upload in the state. metrics: what the client measured, or nothing."""
-    upload = {"num_examples": num_examples, "sha256": sha256}
-    if file_sha256 != sha256:
-        upload["file_sha256"] = file_sha256
-    if metrics:
-        upload["metrics"] = metrics
-    return upload
+HISTORY_COLUMNS = (
+    "round,loss,accuracy,auc,sensitivity,specificity,clients,missing,num_examples,seconds"
+).split(",")
 
 
 def file_sha256_of(upload):
@@ -79,7 +66,7 @@ class RunState:
     # weights that were trained for an earlier run are never counted in this one.
     run: str
 
-    # The names of all clients that take part, sorted. A restart may name others: `membership`.
+    # The names of all clients that take part, sorted. A restart may name others.
     clients: list
 
     # How many rounds the whole run has. A restart with a larger --rounds makes it longer.
@@ -94,13 +81,19 @@ class RunState:
     seed: int  # of the first weights
     weights: str = "none"  # where the first weights came from: none (random), imagenet or a file
 
+    # What the rounds are scored on: SHA-256 of val_set.pkl, and which kind of pictures it names.
+    # Another one at a restart is refused: the rows of one history must be of the same patients.
+    validation_sha256: str = ""
+    preprocessing: str = ""
+
     # Number of the open (or frozen) round, from 1; rounds + 1 once the last one is merged.
     round: int = 1
 
     # Accepted uploads of the open round: {client: [upload, ...]}, an upload being
-    # {"num_examples": 300, "sha256": of what was sent, "file_sha256": of what lies in its file}.
-    # The two differ, and the second is there, only where another layout was converted: the first
-    # recognises what a client sends again, the second finds the file after a crash.
+    # {"num_examples": 300, "sha256": of what was sent, "file_sha256": of what lies in its file,
+    # "scores": what the client measured}.
+    # The two SHA-256 differ, and the second is there, only where another layout was converted: the
+    # first recognises what a client sends again, the second finds the file after a crash.
     # A list, because both are named here while a newer upload replaces an older one: the file
     # client001/client_weights.h5 is one of them, and its SHA-256 says which.
     uploads: dict = field(default_factory=dict)
@@ -114,42 +107,31 @@ class RunState:
     # instead of being counted twice.
     counted: dict = field(default_factory=dict)
 
-    # Of the last merged round, all that its row of the history needs beside the evaluation: round,
-    # clients, missing, num_examples, wait_seconds, merge_seconds. The uploads are forgotten at the
-    # commit, so a crash before the evaluation would otherwise lose these numbers.
-    closing: dict | None = None
+    # Of the last merged round, all that its row of the history needs beside the evaluation. The
+    # uploads are forgotten at the commit: a crash before the evaluation would lose these numbers.
+    merged: dict | None = None
 
-    # One row (dict) for each evaluated round: `closing`, its metrics and seconds. history.csv is
+    # One row (dict) for each evaluated round: `merged`, its metrics and seconds. history.csv is
     # written whole from it, so a crash neither doubles nor drops a row.
     history: list = field(default_factory=list)
 
-    # What the clients measured (progress.SCORES_COLUMNS), one row (dict) a round and client, oldest
-    # first; clients.csv is written whole from it. `round` is the one whose result was scored.
-    client_scores: list = field(default_factory=list)
-
-    # The best round so far: {"round": 7, "auc": 0.98, "sha256": of best_weight.h5}. None before the
-    # first, and in a run that an older version began.
+    # The best round so far: {"round": 7, "auc": 0.98, "sha256": of best_weight.h5}.
     best: dict | None = None
 
-    # Who joined and who left since the run began, one entry a change, the oldest first:
-    # {"round": 5, "joined": ["client004"], "left": ["client002"]}. The round is the one that was
-    # open then: the first without the one and with the other.
-    membership: list = field(default_factory=list)
-
     @property
-    def is_over(self):
-        """Whether the last round is merged (its evaluation may still run)."""
+    def is_last_merged(self):
+        """Whether the last round is merged; its evaluation may still run."""
         return self.round > self.rounds
 
     @property
-    def left(self):
-        """{client: the round in which it left}, of those that have not joined again."""
-        left = {}
-        for change in self.membership:
-            left.update(dict.fromkeys(change["left"], change["round"]))
-            for client in change["joined"]:
-                left.pop(client, None)
-        return left
+    def is_over(self):
+        """Whether the last round is evaluated."""
+        return self.evaluated >= self.rounds
+
+    @property
+    def evaluated(self):
+        """The number of the last round that is merged, evaluated and in the history; 0 at first."""
+        return len(self.history)
 
     @property
     def freezes_base(self):
@@ -158,11 +140,6 @@ class RunState:
         Not of the thesis's vgg16: there each client chooses, with --freeze-base.
         """
         return self.weights == "imagenet" and self.arch == "lite0"
-
-    @property
-    def evaluated(self):
-        """The number of the last round that is merged, evaluated and in the history; 0 at first."""
-        return len(self.history)
 
     def changed(self, **changes):
         """A new state with these changes; this one stays as it is."""
@@ -179,14 +156,54 @@ class RunState:
         remedy: what the user can do about a file that is not the state of a server's run; it ends
         the sentence of the ValueError that is raised then.
         """
-        known = {each.name for each in fields(cls)}
-        content = files.load_state(path, sorted(known - OPTIONAL_FIELDS), remedy)
+        kinds = {each.name: each.type for each in fields(cls)}
+        content = files.load_state(path, kinds, remedy)
         if content is None:
             return None
-        unknown = sorted(set(content) - known)
-        if unknown:
-            raise ValueError(
-                f"{path} has {', '.join(unknown)}, which this program does not know, so a newer "
-                f"version wrote it: use that one, or {remedy}"
-            )
-        return cls(**content)
+        state = cls(**content)
+        problem = _problem_of(state)
+        if problem:
+            raise ValueError(f"{path} is not the state of a run ({problem}): {remedy}")
+        return state
+
+
+def _problem_of(state):
+    """What no state of a run can say, as text; None where all of it can be."""
+    uploads = [each for listed in state.uploads.values() for each in _list(listed)]
+    names = [*state.clients, *state.uploads, *state.counted, *(state.frozen or [])]
+    checks = {
+        "clients": state.clients and all(_is_name(name) for name in names),
+        "rounds": state.rounds >= 1,
+        "round": state.round >= 1,
+        "image_size": 16 <= state.image_size <= 4096,
+        "history": all(set(HISTORY_COLUMNS) <= set(_dict(row)) for row in state.history)
+        and state.evaluated in (state.round - 1, state.round - 2),
+        "merged": state.evaluated == state.round - 1 or "num_examples" in _dict(state.merged),
+        "uploads": all(state.uploads.values()) and all(map(_is_upload, uploads)),
+        "counted": all(
+            _is_upload(each) and type(each.get("round")) is int for each in state.counted.values()
+        ),
+        "frozen": set(state.frozen or []) <= set(state.uploads),
+        "best": state.best is None or {"round", "auc", "sha256"} <= set(state.best),
+    }
+    wrong = [name for name, is_right in checks.items() if not is_right]
+    return f"its {', '.join(wrong)} cannot be" if wrong else None
+
+
+def _is_upload(entry):
+    entry = _dict(entry)
+    digests = [entry.get("sha256"), entry.get("file_sha256", "")]
+    is_counted = type(entry.get("num_examples")) is int and entry["num_examples"] >= 1
+    return is_counted and all(type(digest) is str for digest in digests)
+
+
+def _is_name(name):
+    return type(name) is str and CLIENT_NAME.fullmatch(name) is not None
+
+
+def _dict(value):
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value):
+    return value if isinstance(value, list) else [None]

@@ -1,113 +1,253 @@
-"""server/status.json: where a run is, for whoever watches it. Standard library only.
+"""Who is where: one table of a run's clients, one file of it, one picture of it.
 
-It is published whole at each change. Nothing reads it back: the run's own state is state.json.
-Times are seconds since 1970 by the server's clock.
+The server notes here what it sees of its clients and what they say of themselves. None of that is
+trusted: it is shown, it decides nothing. `Clients` is the table, server/status.json the file, and
+`draw` the picture, for whoever watches a run. Times are seconds since 1970 by the server's clock.
 """
 
 import json
-import threading
+import math
+import os
 import time
 
-from common.files import publish_text
-from federation.rounds import HISTORY_COLUMNS
+from common.files import temporary
+from federation.state import HISTORY_COLUMNS
 
-STATUS_VERSION = 1
-REFRESH_S = 10  # it is written again after so long, also where nothing has changed
+STATUS_VERSION = 2
+SHORTEST_PAUSE_S = 2  # between two writings of the file
+LONGEST_PAUSE_S = 10  # it is written again after so long, also where nothing has changed
+LATE_S = 30  # a file that is older is a copy, or its server is gone
+QUIET_S = 30  # a client that has told where it is, and then nothing for so long, may be stopped
+
+PHASES = ("loading", "training", "scoring", "waiting", "done")
+WHERE = {  # what a client says of where it is, beside its phase: (least, most)
+    "epoch": (1, 1_000_000),
+    "epochs": (1, 1_000_000),
+    "seconds_left": (0, 10_000_000),
+}
+SCORES = {  # what a client measured: (least, most)
+    "examples": (1, 999_999_999),
+    "loss": (0, 1_000_000),
+    "auc": (0, 1),
+    "threshold": (0, 1),  # of the score, for the two that follow
+    "sensitivity": (0, 1),
+    "specificity": (0, 1),
+    "training_loss": (0, 1_000_000),
+    "training_seconds": (0, 10_000_000),
+}
+SCORES_COLUMNS = ["round", "client", "num_examples", *SCORES]
+
+
+def within(values, limits):
+    """(what is known and within its limits, a text for each thing that is not)."""
+    good, problems = {}, []
+    for name, value in values.items():
+        least, most = limits.get(name, (None, None))
+        if least is None:
+            problems.append(f"{name[:30]!r} is not known")
+        elif math.isfinite(value) and least <= value <= most:
+            good[name] = int(value) if value == int(value) and most > 1 else value
+        else:
+            problems.append(f"{name} is {value}, expected {least} to {most}")
+    return good, problems
+
+
+class Clients:
+    """The table: what is known of each client in this round. Whoever calls holds the run's lock.
+
+    rows  client -> {"last_seen": time or None, "fetched": time or None, "told": time or None, and
+          where it said that it is, as `PHASES` and `WHERE`}
+    """
+
+    def __init__(self, names):
+        self.rows = {name: {"last_seen": None, "fetched": None, "told": None} for name in names}
+
+    def begin_round(self):
+        """What was fetched and told is of the round that is over."""
+        for name, row in self.rows.items():
+            self.rows[name] = {"last_seen": row["last_seen"], "fetched": None, "told": None}
+
+    def note(self, client, **more):
+        """It calls: its last sign of life is now."""
+        if client in self.rows:
+            self.rows[client] |= {"last_seen": time.time(), **more}
+
+    def note_fetch(self, client):
+        self.note(client, fetched=time.time())
+
+    def note_told(self, client, where):
+        unsaid = dict.fromkeys(("phase", *WHERE))
+        self.note(client, told=time.time(), **{**unsaid, **where})
+
+    def where(self, client):
+        return where(self.rows[client], time.time())
+
+
+def where(row, now):
+    """'training, epoch 2 of 5, 3 min to go, heard 4 s ago': a row of the table in words."""
+    if row.get("is_done"):
+        return "has the result"
+    if row.get("num_examples"):
+        return "delivered"
+    if row["last_seen"] is None:
+        return "not seen yet"
+    if row["told"]:
+        quiet_s = now - row["told"]
+        if quiet_s > QUIET_S:
+            return f"not heard for {duration(quiet_s)}"
+        return f"{_phase(row)}, heard {duration(quiet_s)} ago"
+    if row["fetched"]:
+        return f"working, fetched {duration(now - row['fetched'])} ago"
+    return f"last seen {duration(now - row['last_seen'])} ago"
+
+
+def _phase(row):
+    words = [row["phase"]]
+    if row["epoch"] and row["epochs"]:
+        words.append(f"epoch {row['epoch']} of {row['epochs']}")
+    if row["seconds_left"]:
+        words.append(f"{duration(row['seconds_left'])} to go")
+    return ", ".join(words)
+
+
+def duration(seconds):
+    """'8 s', '14 min', '3 h'."""
+    if seconds < 100:
+        return f"{max(0, seconds):.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h"
+
+
+# --- the file ------------------------------------------------------------------------------------
 
 
 def status_of(rounds):
-    """The status as a dict; call it with `rounds.changed` held.
-
-    {"run": "1f0c...", "round": 3, "rounds": 10, "phase": "open", "opened": 1764080000,
-     "clients": [{"name": "client001", "where": "delivered", "last_seen": 1764080012,
-                  "num_examples": 300, "report": {...}}, ...],
-     "history": [rows of history.csv]}
-    """
-    state = rounds.state
-    since_epoch = time.time() - time.monotonic()  # turns a monotonic time into one of the clock
-    reports = rounds.reports
-    clients = []
-    for name in state.clients:
-        seen = rounds.last_seen.get(name)
-        upload = rounds.uploads.get(name)
-        client = {
-            "name": name,
-            "where": where(rounds, name),
-            "last_seen": None if seen is None else round(seen + since_epoch),
-            "num_examples": upload["num_examples"] if upload else None,
+    """The status of these `Rounds` as a dict of JSON values."""
+    with rounds.changed:
+        state = rounds.state
+        clients = [
+            {
+                "name": name,
+                **row,
+                "num_examples": rounds.uploads.get(name, {}).get("num_examples"),
+                "is_done": name in rounds.done_clients,
+            }
+            for name, row in rounds.clients.rows.items()
+        ]
+        return {
+            "version": STATUS_VERSION,
+            "run": state.run,
+            "arch": state.arch,
+            "round": min(state.round, state.rounds),
+            "rounds": state.rounds,
+            "phase": phase_of(rounds),
+            "clients": clients,
+            "history": [{name: row[name] for name in HISTORY_COLUMNS} for row in state.history],
         }
-        report = reports.get(name)
-        if report:  # what it says of itself
-            client["report"] = {**report, "heard": round(report["heard"])}
-        clients.append(client)
-    return {
-        "version": STATUS_VERSION,
-        "run": state.run,
-        "arch": state.arch,
-        "round": min(state.round, state.rounds),
-        "rounds": state.rounds,
-        "phase": phase(rounds),
-        "opened": round(rounds.opened + since_epoch),
-        "clients": clients,
-        # None: a name that the row lacks, be it of another version, or where nobody joined or left
-        "history": [
-            {name: row.get(name) for name in (*HISTORY_COLUMNS, "joined", "left")}
-            for row in state.history
-        ],
-    }
 
 
-def phase(rounds):
-    """Of the round: "open", "merging" or "evaluating"; "over" after the last; "stopped"."""
-    if rounds.over:
+def phase_of(rounds):
+    """Of the round: "open", "frozen" or "merged"; "over" after the last; "stopped"."""
+    state = rounds.state
+    if rounds.stop_reason:
         return "stopped"
-    if rounds.state.frozen:
-        return "merging"
-    if rounds.answered < rounds.round - 1:
-        return "evaluating"
-    return "over" if rounds.done else "open"
-
-
-def where(rounds, client):
-    """Of a client: "delivered", "missing", or after the last round "has the result"."""
-    if client in rounds.uploads:
-        return "delivered"
-    if rounds.done:
-        return "has the result" if client in rounds.finished else "result is due"
-    return "missing" if client in rounds.last_seen else "not seen yet"
+    if state.frozen:
+        return "frozen"
+    if state.evaluated < state.round - 1:
+        return "merged"
+    return "over" if state.is_over else "open"
 
 
 class StatusFile:
-    """Keeps server/status.json up to date."""
+    """Keeps server/status.json up to date; nothing reads it back."""
 
     def __init__(self, rounds):
         self.rounds = rounds
         self.path = rounds.folder / "status.json"
-        self.published = None  # the status that the file holds
-        self.published_at = 0  # time.monotonic()
-        self.writing = threading.Lock()
+        self.written = None  # the status that the file holds
+        self.written_at = 0.0  # time.monotonic()
 
-    def start(self):
-        """From here on a thread publishes every change, and every REFRESH_S a sign of life."""
-        threading.Thread(target=self._follow, daemon=True).start()
-
-    def _follow(self):
+    def follow(self):
+        """For a thread of its own: writes what has changed, for ever."""
         while True:
-            self.publish()
-            with self.rounds.changed:
-                self.rounds.changed.wait(REFRESH_S)
+            self.write()
+            time.sleep(SHORTEST_PAUSE_S)
 
-    def publish(self):
-        """Publish the status, unless the file holds it already."""
-        with self.writing:
-            with self.rounds.changed:
-                status = status_of(self.rounds)
-            is_old = time.monotonic() - self.published_at >= REFRESH_S
-            if status == self.published and not is_old:
-                return
-            try:
-                publish_text(self.path, json.dumps(status, indent=1) + "\n")
-            except OSError:
-                return  # a full disk: the run says so itself, where it matters
-            self.published = status
-            self.published_at = time.monotonic()
+    def write(self):
+        """Write the status, unless the file holds it already. Without fsync: it is no promise."""
+        status = status_of(self.rounds)
+        is_old = time.monotonic() - self.written_at >= LONGEST_PAUSE_S
+        if status == self.written and not is_old:
+            return
+        written = temporary(self.path)
+        try:
+            written.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
+            os.replace(written, self.path)
+        except OSError:
+            written.unlink(missing_ok=True)
+            return  # a full disk: the run says so itself, where it matters
+        self.written = status
+        self.written_at = time.monotonic()
+
+
+def read(path):
+    """(status, when it was written). Raises ValueError where it is none, OSError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            status = json.load(file)
+            written = os.fstat(file.fileno()).st_mtime
+        version = status["version"]
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}: a server writes it when it runs") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a server's status.json") from None
+    if version != STATUS_VERSION:
+        raise ValueError(f"{path} has version {version}, this program reads {STATUS_VERSION}")
+    return status, written
+
+
+# --- the picture ---------------------------------------------------------------------------------
+
+PHASES_OF_A_ROUND = {
+    "open": "is open",
+    "frozen": "is being merged",
+    "merged": "is being evaluated",
+    "over": "was the last: the run is over",
+    "stopped": "was open when the server stopped",
+}
+ROUND_COLUMNS = ("round", "auc", "sensitivity", "specificity", "accuracy", "loss", "clients")
+
+
+def draw(status, written, most_rounds=None):
+    """The status as a rich renderable: the round, the clients, and the last `most_rounds` rounds.
+
+    written  when it was written
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    now = time.time()
+    is_ended = status["phase"] in ("over", "stopped")
+    title = (
+        f"run {status['run']}: {status['arch']}, round {status['round']}/{status['rounds']} "
+        f"{PHASES_OF_A_ROUND[status['phase']]}"
+    )
+    if now - written > LATE_S and not is_ended:
+        title += f"\nwritten {duration(now - written)} ago: the server is gone, or this is a copy"
+    clients = Table("client", "where", "images", box=None, pad_edge=False)
+    for row in status["clients"]:
+        images = "" if row["num_examples"] is None else str(row["num_examples"])
+        # What others write stays text: without markup.
+        clients.add_row(Text(row["name"]), Text(where(row, now)), images)
+    rounds = Table(*ROUND_COLUMNS, "missing", box=None, pad_edge=False)
+    first = 0 if most_rounds is None else max(0, len(status["history"]) - most_rounds)
+    for row in status["history"][first:]:
+        cells = [_cell(row[name]) for name in ROUND_COLUMNS]
+        rounds.add_row(*cells, Text(row["missing"]))
+    return Group(Text(title), "", clients, *(["", rounds] if status["history"] else []))
+
+
+def _cell(value):
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

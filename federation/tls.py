@@ -32,7 +32,7 @@ def add_arguments(add, ca_help, cert_help):
     )
 
 
-def check_arguments(parser, arguments, address, encrypted):
+def check_arguments(parser, arguments, address, encrypted, name=None):
     """End the script, as wrong usage, where address and TLS flags do not work together.
 
     That is: no HOST:PORT, files that TLS cannot use, or plaintext that would leave this machine.
@@ -167,3 +167,11 @@ def has_usable_key(certificate):
 
 def _text(path):
     return path.read_text(encoding="latin-1")  # a PEM file may have any comments
+
+
+class NotReady(OSError):
+    """Placeholder until the tls branch is merged."""
+
+
+def explain(details, arguments):
+    return details or "", True

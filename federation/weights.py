@@ -6,13 +6,13 @@ A weight file has Keras's `.h5` layout: the attribute `layer_names` and, in the 
 
 All files of a run have one layout, that of the server's first file: a client writes its numbers
 into the file that it fetched. So an upload must equal the server's own file byte for byte outside
-the tensors. That can be checked while it arrives (`Inspection`), without a second reading and
-without HDF5, which is not safe to open hostile files with. What is laid out otherwise goes through
-`convert.py`.
+the tensors (`fits`), which is checked without HDF5: that is not safe to open hostile files with.
+What is laid out otherwise goes through `convert.py`.
 """
 
 import base64
 import binascii
+import errno
 import hashlib
 import os
 from contextlib import ExitStack, contextmanager
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from common.files import replacing
+from common.files import naming, replacing
 from common.script import CLIENT_NAME
 from generated import todo_pb2
 
@@ -106,10 +106,8 @@ def client_of(clientname):
     return name
 
 
-def spool(messages, path, max_bytes, look=None):
+def spool(messages, path, max_bytes):
     """Write a stream of messages to `path` as it arrives; returns the SHA-256 of the file.
-
-    look: called with each piece of the file (bytes), in order.
 
     Raises ValueError: another client or size within the stream, base64 and bytes mixed, bad base64,
     more than `max_bytes`, nothing at all.
@@ -117,7 +115,7 @@ def spool(messages, path, max_bytes, look=None):
     joiner = Joiner()
     digest = hashlib.sha256()
     written = 0
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         for message in messages:
             piece = joiner.bytes_of(message)
             written += len(piece)
@@ -127,8 +125,6 @@ def spool(messages, path, max_bytes, look=None):
                     "the most that is accepted for this model"
                 )
             digest.update(piece)
-            if look is not None:
-                look(piece)
             file.write(piece)
             message = piece = None  # the next may be long in coming: hold no memory until then
     joiner.finish()
@@ -205,32 +201,44 @@ class Joiner:
 # --- what is in a file --------------------------------------------------------------------------
 
 
-def shapes_of(path):
-    """[(layer name, shape)] of the tensors of a trusted file, in order: what `check` compares with.
+class NotFinite(ValueError):
+    """A tensor holds NaN or infinity."""
 
-    Raises ValueError.
+
+class Tensor(NamedTuple):
+    """Where a tensor lies in a file: float32 numbers, one behind the other, in C order."""
+
+    layer: str
+    shape: tuple
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+def tensors_of(path):
+    """[Tensor] of a weight file, in Keras's order: HDF5 reads it, so it must be trusted.
+
+    A file from outside is read by the bounded process of `convert.tensors_of`.
+    Raises ValueError where it is no whole weight file, OSError for faults of this machine.
     """
-    with _trusted(path) as file:
-        return [(layer, dataset.shape) for layer, _, dataset in tensors(file)]
-
-
-@contextmanager
-def _trusted(path):
-    """An open HDF5 file of our own, or of the user's. Raises ValueError."""
     try:
-        file = h5py.File(path, "r")
-    except OSError:
+        with h5py.File(path, "r") as file:
+            return [_tensor_of(*each) for each in datasets(file)]
+    except (ValueError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise ValueError("there is no such file") from None
+    # HDF5 reports damage in many classes of exceptions; all of them mean the same here
+    except Exception as error:
+        # It leaves the number of the system's error where that was the cause: too many open files,
+        # a disk that cannot be read. That is no fault of the file.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise ValueError(
-            f"{path} cannot be used: there is no such file, or it is no HDF5 weight file"
+            f"not a whole HDF5 weight file ({type(error).__name__}: {str(error)[:200]})"
         ) from None
-    try:
-        with file:
-            yield file
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from None
 
 
-def tensors(file):
+def datasets(file):
     """[(layer name, weight name, dataset)] of an open HDF5 file, in Keras's order.
 
     Raises ValueError.
@@ -242,7 +250,7 @@ def tensors(file):
     for layer in _names(root, "layer_names"):
         group = _member(root, layer)
         if not isinstance(group, h5py.Group):
-            raise ValueError(f"layer {layer!r} is not a group")
+            raise ValueError(f"layer {layer[:80]!r} is not a group")
         for weight in _names(group, "weight_names"):
             dataset = _member(group, weight)
             if not isinstance(dataset, h5py.Dataset):
@@ -258,7 +266,7 @@ def _names(group, attribute):
     """A list attribute of Keras's layout; its type and size are looked at before it is read."""
     if attribute not in group.attrs:
         raise ValueError(
-            f"group {group.name!r} has no attribute {attribute!r}: not a Keras weight file"
+            f"group {group.name[:80]!r} has no attribute {attribute!r}: not a Keras weight file"
         )
     found = group.attrs.get_id(attribute)
     is_list = len(found.shape) == 1 and found.shape[0] <= MOST_NAMES
@@ -266,7 +274,7 @@ def _names(group, attribute):
     is_text = found.dtype.kind in "SO" or found.shape == (0,)
     if not is_list or not is_text:
         raise ValueError(
-            f"attribute {attribute!r} of {group.name!r} is {found.dtype} {found.shape}, "
+            f"attribute {attribute!r} of {group.name[:80]!r} is {found.dtype} {found.shape}, "
             "expected a list of names"
         )
     return [_text(name) for name in group.attrs[attribute]]
@@ -281,68 +289,60 @@ def _member(group, path):
     """What lies at `path` below `group`, by hard links only: no other file is ever opened."""
     for name in path.split("/"):
         if not isinstance(group, h5py.Group) or name in ("", ".", "..") or name not in group:
-            raise ValueError(f"{path!r} is named but not in the file")
+            raise ValueError(f"{path[:80]!r} is named but not in the file")
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise ValueError(f"{path!r} is a link: expected the weights themselves")
+            raise ValueError(f"{path[:80]!r} is a link: expected the weights themselves")
         group = group[name]
     return group
 
 
-def check(path, expected):
-    """Raise ValueError, naming layer and reason, unless `path` holds what the model needs.
-
-    expected: [(layer name, shape)] of the receiver's own model, see `shapes_of`. The file must hold
-    finite float32 tensors of these shapes, in this order. They are read one slab at a time.
-
-    Returns where each tensor begins (bytes from the start of the file), in order.
-    """
-    offsets = []
-    try:
-        with h5py.File(path, "r") as file:
-            found = tensors(file)
-            if len(found) != len(expected):
-                raise ValueError(f"the file has {len(found)} tensors, the model {len(expected)}")
-            for (layer, weight, dataset), (own_layer, shape) in zip(found, expected, strict=True):
-                where = f"layer {layer[:80]!r} ({weight[:80]!r}; here {own_layer!r})"
-                _check_storage(where, dataset, shape)
-                _check_numbers(where, path, dataset.id.get_offset(), shape)
-                offsets.append(dataset.id.get_offset())
-        return offsets
-    except (ValueError, MemoryError):
-        raise
-    except FileNotFoundError:
-        raise ValueError("there is no such file") from None
-    # HDF5 reports damage in many classes of exceptions; all of them mean the same here
-    except Exception as error:
-        raise ValueError(
-            f"not a whole HDF5 weight file ({type(error).__name__}: {str(error)[:200]})"
-        ) from None
-
-
-def _check_storage(where, dataset, shape):
+def _tensor_of(layer, weight, dataset):
+    where = f"layer {layer[:80]!r} ({weight[:80]!r})"
     if dataset.dtype != np.dtype("<f4"):
         raise ValueError(f"{where} has dtype {dataset.dtype}, expected float32")
-    if dataset.shape != tuple(shape):
-        raise ValueError(f"{where} has shape {dataset.shape}, expected {tuple(shape)}")
-    layout = dataset.id.get_create_plist().get_layout()
-    if layout != h5py.h5d.CONTIGUOUS or dataset.external or dataset.id.get_offset() is None:
+    plain = dataset.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
+    begin = dataset.id.get_offset()
+    if dataset.shape is None or not plain or dataset.external or begin is None:
         raise ValueError(
             f"{where} is stored chunked, compressed, virtual, outside the file or not at all: "
             "expected plain storage, as Keras writes"
         )
+    return Tensor(layer[:80], dataset.shape, begin, begin + dataset.size * NUMBER_BYTES)
 
 
-def _check_numbers(where, path, offset, shape):
-    """Read past HDF5: from plain storage the numbers can be read as they lie in the file."""
+def check_shapes(tensors, expected):
+    """Raise ValueError unless these tensors have the shapes of the model, in its order.
+
+    expected  [(layer name, shape)] of the receiver's own model
+    """
+    if len(tensors) != len(expected):
+        raise ValueError(f"the file has {len(tensors)} tensors, the model {len(expected)}")
+    for tensor, (layer, shape) in zip(tensors, expected, strict=True):
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"layer {tensor.layer!r} (here {layer!r}) has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(shape)}"
+            )
+
+
+def numbers(path, tensors):
+    """Yields each of these tensors of a file: float32 arrays of their shapes. Raises ValueError."""
     with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        for _, count in _slabs(shape):
-            slab = np.fromfile(file, "<f4", count)
-            if len(slab) != count:
-                raise ValueError(f"{where} ends in the middle: the file is cut short")
-            value = first_not_finite(slab)
-            if value is not None:
-                raise ValueError(f"{where} holds {value}: only finite numbers are averaged")
+        for tensor in tensors:
+            whole = np.empty(tensor.shape, "<f4")
+            for first, count in _slabs(tensor.shape):
+                _read(file, tensor, first, whole.reshape(-1)[first : first + count])
+            check_finite(whole, tensor.layer)
+            yield whole
+
+
+def _finite_slabs(file, tensor):
+    """Yields the numbers of a tensor in slabs, which share one array. Raises ValueError."""
+    slab = np.empty(SLAB_ELEMENTS, "<f4")
+    for first, count in _slabs(tensor.shape):
+        _read(file, tensor, first, slab[:count])
+        check_finite(slab[:count], tensor.layer)
+        yield slab[:count]
 
 
 def _slabs(shape):
@@ -351,16 +351,26 @@ def _slabs(shape):
     return [(first, min(SLAB_ELEMENTS, size - first)) for first in range(0, size, SLAB_ELEMENTS)]
 
 
+def _read(file, tensor, first, numbers):
+    """Fill the array `numbers` from a tensor, beginning with number `first`. Raises ValueError."""
+    offset = tensor.begin + first * NUMBER_BYTES
+    if os.preadv(file.fileno(), [numbers], offset) != numbers.nbytes:
+        raise ValueError(f"layer {tensor.layer!r} ends in the middle: the file is cut short")
+
+
+def check_finite(numbers, layer):
+    """Raise NotFinite where a float32 array holds NaN or infinity."""
+    if not numbers.size:
+        return
+    # Both hand a NaN on. Two passes without a temporary array are faster than np.isfinite.
+    with np.errstate(invalid="ignore"):
+        if np.isfinite(numbers.min()) and np.isfinite(numbers.max()):
+            return
+    value = numbers[~np.isfinite(numbers)][0]
+    raise NotFinite(f"layer {layer!r} holds {value}: only finite numbers are averaged")
+
+
 # --- one layout ---------------------------------------------------------------------------------
-
-
-class Tensor(NamedTuple):
-    """Where a tensor lies in a file: float32 numbers, one behind the other, in C order."""
-
-    layer: str
-    shape: tuple
-    begin: int  # bytes from the start of the file
-    end: int
 
 
 class Layout:
@@ -371,23 +381,26 @@ class Layout:
     size       of the file, in bytes
     """
 
-    def __init__(self, path):
-        """Describe the trusted file `path`. Raises ValueError where it has no plain tensors."""
-        self.tensors = []
-        with _trusted(path) as file:
-            for layer, weight, dataset in tensors(file):
-                # a dataset without a shape is refused by the comparison with ()
-                _check_storage(f"layer {layer!r} ({weight!r})", dataset, dataset.shape or ())
-                begin = dataset.id.get_offset()
-                end = begin + dataset.size * NUMBER_BYTES
-                self.tensors.append(Tensor(layer, dataset.shape, begin, end))
+    def __init__(self, path, tensors=None):
+        """Describe the file `path`.
+
+        tensors  where they lie in it; None: the file is trusted, and HDF5 reads it here
+        Raises ValueError where it has no plain tensors.
+        """
+        try:
+            self.tensors = tensors_of(path) if tensors is None else tensors
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from None
         self.size = os.path.getsize(path)
         self.outside = []
         with open(path, "rb") as file:
             position = 0
             for tensor in self.in_file_order():
-                if tensor.begin < position:
-                    raise ValueError(f"{path} cannot be used: two tensors share the same bytes")
+                if not position <= tensor.begin <= tensor.end <= self.size:
+                    raise ValueError(
+                        f"{path} cannot be used: layer {tensor.layer!r} lies outside the file, or "
+                        "shares its bytes with another tensor"
+                    )
                 file.seek(position)
                 self.outside.append((position, file.read(tensor.begin - position)))
                 position = tensor.end
@@ -396,7 +409,7 @@ class Layout:
 
     @property
     def shapes(self):
-        """[(layer name, shape)] of every tensor, as `check` expects it."""
+        """[(layer name, shape)] of every tensor, as `check_shapes` expects it."""
         return [(tensor.layer, tensor.shape) for tensor in self.tensors]
 
     def in_file_order(self):
@@ -404,137 +417,58 @@ class Layout:
         return sorted(self.tensors, key=lambda tensor: tensor.begin)
 
 
-class Inspection:
-    """Compares a file with the server's layout while its pieces arrive; they may end anywhere.
+def fits(path, layout):
+    """Whether a file from outside has this layout: the same bytes outside the tensors.
 
-    Outside the tensors every byte must be that of the server's file. Inside, the first number that
-    is not finite is noted. The verdict falls when the file is complete: see `fits`.
+    It is read once, in slabs. Not by a memory map: its pages count as resident memory, and a read
+    error is a signal that ends the process.
+
+    Raises ValueError for a file of this layout that is cut short, or holds what is not finite.
     """
-
-    def __init__(self, layout):
-        self.layout = layout
-        self.position = 0  # bytes seen so far
-        self.differs = False  # outside the tensors
-        self.not_finite = None  # (layer name, value) of the first such number
-        self._parts = self._all_parts()
-        self._part = next(self._parts)
-        self._begun_number = b""  # the bytes of a number that the last piece ended in
-
-    def _all_parts(self):
-        """(end, expected bytes or None, layer name or None) of all parts of the file, in order."""
-        tensors = iter(self.layout.in_file_order())
-        for begin, expected in self.layout.outside:
-            yield begin + len(expected), expected, None
-            tensor = next(tensors, None)
-            if tensor is not None:
-                yield tensor.end, None, tensor.layer
-
-    def look(self, piece):
-        """The next bytes of the file."""
-        piece = memoryview(piece)
-        while len(piece) and not self.differs:
-            if self._part is None:
-                self.differs = True  # the file goes on behind the end of the server's
-                return
-            end, expected, layer = self._part
-            inside, piece = piece[: end - self.position], piece[end - self.position :]
-            if expected is not None:
-                begin = len(expected) - (end - self.position)
-                self.differs = inside != expected[begin : begin + len(inside)]
-            else:
-                self._look_at_numbers(inside, layer)
-            self.position += len(inside)
-            if self.position == end:
-                self._part = next(self._parts, None)
-
-    def _look_at_numbers(self, content, layer):
-        if self.not_finite is not None:
-            return
-        if self._begun_number:
-            missing = NUMBER_BYTES - len(self._begun_number)
-            self._begun_number += bytes(content[:missing])
-            content = content[missing:]
-            if len(self._begun_number) < NUMBER_BYTES:
-                return
-            self._note(np.frombuffer(self._begun_number, "<f4"), layer)
-        whole = len(content) // NUMBER_BYTES * NUMBER_BYTES
-        self._begun_number = bytes(content[whole:])
-        if whole:
-            self._note(np.frombuffer(content[:whole], "<f4"), layer)
-
-    def _note(self, numbers, layer):
-        value = first_not_finite(numbers)
-        if value is not None and self.not_finite is None:
-            self.not_finite = (layer, value)
-
-    def fits(self):
-        """The verdict on the complete file: True if it has the server's layout, False if another.
-
-        Raises ValueError for a file in the server's layout that is cut short or has a number that
-        is not finite.
-        """
-        if self.differs:
-            return False
-        if self.position < self.layout.size:
-            raise ValueError(
-                f"the file is cut short: it has {self.position:,} of {self.layout.size:,} bytes"
-            )
-        if self.not_finite is not None:
-            raise not_finite(*self.not_finite)
-        return True
-
-
-def first_not_finite(numbers):
-    """The first NaN or infinity of a float32 array, or None."""
-    if not numbers.size:
-        return None
-    if not numbers.flags.aligned:
-        numbers = numbers.copy()  # NumPy is ten times slower on numbers between two words
-    # Both hand a NaN on. Two passes without a temporary array are faster than np.isfinite.
-    with np.errstate(invalid="ignore"):
-        finite = np.isfinite(numbers.min()) and np.isfinite(numbers.max())
-    return None if finite else numbers[~np.isfinite(numbers)][0]
-
-
-def not_finite(layer, value):
-    return ValueError(f"layer {layer!r} holds {value}: only finite numbers are averaged")
-
-
-def inspect(path, layout):
-    """(SHA-256 of a file that lies on the disk, whether it fits). Raises ValueError like `fits`."""
-    inspection = Inspection(layout)
-    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while piece := file.read(BLOB_BYTES):
-            digest.update(piece)
-            inspection.look(piece)
-    return digest.hexdigest(), inspection.fits()
+        size = os.fstat(file.fileno()).st_size
+        for begin, expected in layout.outside:
+            file.seek(begin)
+            # of a file that ends here, what is there has to be the same
+            if size > layout.size or file.read(len(expected)) != expected[: max(0, size - begin)]:
+                return False
+        if size < layout.size:
+            raise ValueError(f"the file is cut short: it has {size:,} of {layout.size:,} bytes")
+        for tensor in layout.in_file_order():
+            for _ in _finite_slabs(file, tensor):
+                pass
+    return True
 
 
-def write_tensors(path, tensors):
-    """Publish `path` anew, with other numbers in its tensors. Returns the SHA-256.
+def rewrite(path, tensors, layout):
+    """Publish the file `path`, whose tensors lie as they say, anew in this layout.
 
-    path     a weight file, fetched from the server; what lies outside its tensors stays
-    tensors  arrays in Keras's order, or what NumPy makes an array of: Keras's variables
-
-    Raises ValueError where they are not of the file's shapes or not finite; then `path` stays.
+    Returns the SHA-256. Raises ValueError where its numbers cannot be used.
     """
-    layout = Layout(path)
-    source = {}
-    for tensor, values in zip(layout.tensors, tensors, strict=True):
-        if tuple(values.shape) != tensor.shape:
+    check_shapes(tensors, layout.shapes)
+    source = dict(zip(layout.tensors, tensors, strict=True))
+    with open(path, "rb", buffering=0) as file, replacing(path) as written:
+        return _write(written, layout, lambda tensor: _finite_slabs(file, source[tensor]))
+
+
+def write_tensors(path, layout, arrays):
+    """Publish `path` as a file of this layout with these numbers. Returns the SHA-256.
+
+    arrays  in Keras's order, or what NumPy makes an array of: Keras's variables
+    Raises NotFinite, ValueError where they are not of the layout's shapes; then `path` stays.
+    """
+    source = dict(zip(layout.tensors, arrays, strict=True))
+    for tensor, values in source.items():
+        if tuple(values.shape) != tuple(tensor.shape):
             raise ValueError(
-                f"layer {tensor.layer!r} has shape {tuple(values.shape)}, "
-                f"that of {path} has {tensor.shape}"
+                f"layer {tensor.layer!r} has shape {tuple(values.shape)}, that of {path} has "
+                f"{tuple(tensor.shape)}"
             )
-        source[tensor] = values
 
     def numbers_of(tensor):
         # one array at a time: the client holds the network already
         numbers = np.ascontiguousarray(source[tensor], "<f4")
-        value = first_not_finite(numbers)
-        if value is not None:
-            raise not_finite(tensor.layer, value)
+        check_finite(numbers, tensor.layer)
         yield numbers
 
     with replacing(path) as written:
@@ -586,7 +520,7 @@ def fedavg(paths, num_examples, layout, target):
         for first, count in _slabs(tensor.shape):
             total[:count] = 0
             for n, upload in zip(num_examples, uploads, strict=True):
-                _read(upload, tensor.begin + first * NUMBER_BYTES, numbers[:count])
+                _read(upload, tensor, first, numbers[:count])
                 np.multiply(numbers[:count], n, out=product[:count], dtype=np.float64)
                 total[:count] += product[:count]
             total[:count] /= total_examples
@@ -596,9 +530,3 @@ def fedavg(paths, num_examples, layout, target):
     with replacing(target) as merged, ExitStack() as stack:
         uploads = [stack.enter_context(open(path, "rb", buffering=0)) for path in paths]
         return _write(merged, layout, averages)
-
-
-def _read(file, offset, numbers):
-    """Fill the array `numbers` from a file that was checked before."""
-    if os.preadv(file.fileno(), [numbers], offset) != numbers.nbytes:
-        raise OSError(f"{file.name} is shorter than it was when it was checked")

@@ -24,19 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14generated/todo.proto\x12\x0btodoPackage\"R\n\x0bmodelWeight\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nclientname\x18\x02 \x01(\t\x12\x12\n\nclientsize\x18\x03 \x01(\x05\x12\x0c\n\x04\x62lob\x18\x04 \x01(\x0c\"\x1b\n\nmyResponse\x12\r\n\x05value\x18\x01 \x01(\x05\"\x06\n\x04void2\x86\x01\n\x05\x46\x65\x64ML\x12:\n\tgetWeight\x12\x11.todoPackage.void\x1a\x18.todoPackage.modelWeight0\x01\x12\x41\n\nsendWeight\x12\x18.todoPackage.modelWeight\x1a\x17.todoPackage.myResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14generated/todo.proto\x12\x0btodoPackage\"R\n\x0bmodelWeight\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nclientname\x18\x02 \x01(\t\x12\x12\n\nclientsize\x18\x03 \x01(\x05\x12\x0c\n\x04\x62lob\x18\x04 \x01(\x0c\"\x1b\n\nmyResponse\x12\r\n\x05value\x18\x01 \x01(\x05\"\x06\n\x04void\"\xd4\x01\n\x0c\x63lientStatus\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x05\x12\r\n\x05phase\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x05\x12\x0e\n\x06\x65pochs\x18\x05 \x01(\x05\x12\x14\n\x0cseconds_left\x18\x06 \x01(\x05\x12\x35\n\x06scores\x18\x07 \x03(\x0b\x32%.todoPackage.clientStatus.ScoresEntry\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\'\n\topenRound\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x05\x32\xc1\x01\n\x05\x46\x65\x64ML\x12:\n\tgetWeight\x12\x11.todoPackage.void\x1a\x18.todoPackage.modelWeight0\x01\x12\x41\n\nsendWeight\x12\x18.todoPackage.modelWeight\x1a\x17.todoPackage.myResponse(\x01\x12\x39\n\x04tell\x12\x19.todoPackage.clientStatus\x1a\x16.todoPackage.openRoundb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'generated.todo_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_CLIENTSTATUS_SCORESENTRY']._loaded_options = None
+  _globals['_CLIENTSTATUS_SCORESENTRY']._serialized_options = b'8\001'
   _globals['_MODELWEIGHT']._serialized_start=37
   _globals['_MODELWEIGHT']._serialized_end=119
   _globals['_MYRESPONSE']._serialized_start=121
   _globals['_MYRESPONSE']._serialized_end=148
   _globals['_VOID']._serialized_start=150
   _globals['_VOID']._serialized_end=156
-  _globals['_FEDML']._serialized_start=159
-  _globals['_FEDML']._serialized_end=293
+  _globals['_CLIENTSTATUS']._serialized_start=159
+  _globals['_CLIENTSTATUS']._serialized_end=371
+  _globals['_CLIENTSTATUS_SCORESENTRY']._serialized_start=326
+  _globals['_CLIENTSTATUS_SCORESENTRY']._serialized_end=371
+  _globals['_OPENROUND']._serialized_start=373
+  _globals['_OPENROUND']._serialized_end=412
+  _globals['_FEDML']._serialized_start=415
+  _globals['_FEDML']._serialized_end=608
 # @@protoc_insertion_point(module_scope)

@@ -44,6 +44,11 @@ class FedMLStub:
                 request_serializer=generated_dot_todo__pb2.modelWeight.SerializeToString,
                 response_deserializer=generated_dot_todo__pb2.myResponse.FromString,
                 _registered_method=True)
+        self.tell = channel.unary_unary(
+                '/todoPackage.FedML/tell',
+                request_serializer=generated_dot_todo__pb2.clientStatus.SerializeToString,
+                response_deserializer=generated_dot_todo__pb2.openRound.FromString,
+                _registered_method=True)
 
 
 class FedMLServicer:
@@ -61,6 +66,13 @@ class FedMLServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def tell(self, request, context):
+        """ours: a peer of 2020 never calls it
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FedMLServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +85,11 @@ def add_FedMLServicer_to_server(servicer, server):
                     servicer.sendWeight,
                     request_deserializer=generated_dot_todo__pb2.modelWeight.FromString,
                     response_serializer=generated_dot_todo__pb2.myResponse.SerializeToString,
+            ),
+            'tell': grpc.unary_unary_rpc_method_handler(
+                    servicer.tell,
+                    request_deserializer=generated_dot_todo__pb2.clientStatus.FromString,
+                    response_serializer=generated_dot_todo__pb2.openRound.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -129,6 +146,33 @@ class FedML:
             '/todoPackage.FedML/sendWeight',
             generated_dot_todo__pb2.modelWeight.SerializeToString,
             generated_dot_todo__pb2.myResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def tell(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/todoPackage.FedML/tell',
+            generated_dot_todo__pb2.clientStatus.SerializeToString,
+            generated_dot_todo__pb2.openRound.FromString,
             options,
             channel_credentials,
             insecure,

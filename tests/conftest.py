@@ -7,6 +7,10 @@ python3 -m pytest --slow -m slow     # the long ones only
 
 import errno
 import os
+
+# HDF5 locks the files that it opens, and a process that is started meanwhile holds the lock from
+# fork to exec: scripts switch that off, and so do tests, before h5py is imported.
+os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
 import re
 import signal
 import socket
@@ -24,7 +28,7 @@ import data
 import model
 from common import files
 from federation import weights
-from federation.rounds import Rounds
+from federation.rounds import Rounds, Upload
 from federation.state import RunState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,17 +205,10 @@ class Run:
     ):
         """A Call that delivers random_tensors(seed), for the open round unless another is named."""
         path = write_weights(files.temporary(self.rounds.upload_path(client)), seed)
-        number = self.rounds.round if round_number is ... else round_number
-        return Call(
-            self.rounds.deliver,
-            client,
-            num_examples,
-            files.sha256_of(path),
-            path,
-            run,
-            number,
-            alive,
-        )
+        number = self.rounds.state.round if round_number is ... else round_number
+        digest = files.sha256_of(path)
+        upload = Upload(client, num_examples, run, number, digest, path, digest)
+        return Call(self.rounds.deliver, upload, alive)
 
     def delivered(self, client, seed, **options):
         """The same, once it waits: its upload is counted."""

@@ -94,7 +94,7 @@ def add_constant(path, target, constant=0.001):
     """`target` is `path` with a constant added to every number: the cheapest "training"."""
     shutil.copyfile(path, target)
     with h5py.File(target, "r+") as file:
-        for *_, dataset in weights.tensors(file):
+        for *_, dataset in weights.datasets(file):
             dataset[...] = dataset[()] + np.float32(constant)
 
 
@@ -124,12 +124,12 @@ def initialize(network, source):
 
 def shapes(network):
     """Those of STANDIN_WEIGHTS; where nothing is said, whatever was loaded last is right."""
-    return weights.shapes_of(os.environ.get("STANDIN_WEIGHTS", network.path))
+    return weights.Layout(os.environ.get("STANDIN_WEIGHTS", network.path)).shapes
 
 
-def load(network, path):
+def load(network, path, tensors=None):
     network.path = path
-    weights.check(path, shapes(network))
+    weights.check_shapes(tensors or weights.tensors_of(path), shapes(network))
 
 
 def train(network, batches, round_number, epochs, report, progress=None):

@@ -470,10 +470,10 @@ class AnyOrder(RuleBasedStateMachine):
                 if client not in self.oracle.uploads:
                     self.deliver(client, 5, 1, "new", "fresh")
         self.run.coordinator.result()
-        left = Call(self.run.rounds.wait_until_all_left, 60)
+        left = Call(self.run.rounds.wait_until_all_done, 60)
         for client in self.oracle.clients:
             self.run.rounds.fetch(client)[2].close()
-            self.run.rounds.leave(client)
+            self.run.rounds.note_done(client)
         left.result(20)
 
 

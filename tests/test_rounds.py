@@ -67,7 +67,7 @@ def test_nobody_is_answered_before_all_have_delivered_in_any_round(make_run):
     for call in calls:
         call.result()
     run.coordinator.result()
-    assert not early and run.rounds.answered == 6
+    assert not early and run.rounds.state.evaluated == 6
     assert run.holds(*((name, 1 + number, 600 + number) for number, name in enumerate(clients)))
     rows = (run.folder / "history.csv").read_text().splitlines()
     assert rows[0] == ",".join(HISTORY_COLUMNS) and len(rows) == 7
@@ -366,7 +366,7 @@ def test_a_set_that_was_frozen_at_the_limit_stays_so_after_a_crash(make_run, clo
     run.merge = run.average
     run.start()
     refused(run.deliver("client002", 2, round_number=1), "FAILED_PRECONDITION", "over")
-    assert run.holds(("client001", 1, 1), ("client003", 1, 3)) and run.rounds.round == 2
+    assert run.holds(("client001", 1, 1), ("client003", 1, 3)) and run.rounds.state.round == 2
 
 
 def test_at_the_limit_with_too_few_the_server_stops_and_tells_everyone(make_run, clock):
@@ -404,7 +404,7 @@ def test_the_limit_begins_anew_with_each_round(make_run, clock):
     waiting = run.delivered("client001", 3)
     clock.now += 59
     run.rounds.wake()
-    assert not waiting.ended and run.rounds.round == 2
+    assert not waiting.ended and run.rounds.state.round == 2
     clock.now += 2
     run.rounds.wake()
     assert waiting.result() is True
@@ -530,7 +530,7 @@ def test_killed_at_any_step_of_closing_a_round(make_run, monkeypatch, number, wh
         run.stop()
     run.start()
     number = (
-        run.rounds.round
+        run.rounds.state.round
     )  # 1 or 2 where both uploads were on disk and round 1 is closed as we look
     last = (
         [
@@ -570,7 +570,7 @@ def test_a_crash_between_merge_and_commit_merges_the_same_set_again(make_run):
     run.merge = run.average
     run.start()
     assert files.sha256_of(run.weights) == merged == run.rounds.state.weights_sha256
-    assert run.holds(("client001", 5, 1), ("client002", 1, 2)) and run.rounds.round == 2
+    assert run.holds(("client001", 5, 1), ("client002", 1, 2)) and run.rounds.state.round == 2
     for call in [
         run.deliver("client001", 1, 5, round_number=1),
         run.deliver("client002", 2, round_number=1),
@@ -712,7 +712,7 @@ def test_a_silent_peer_that_was_seen_to_fetch_delivers_for_that_round(make_run):
         call.result()
     run.deliver("client001", 1, run=None, round_number=2).result()  # a repeat
     refused(run.deliver("client001", 1, run=None, round_number=1), "FAILED_PRECONDITION", "over")
-    assert not run.rounds.uploads and run.rounds.round == 3
+    assert not run.rounds.uploads and run.rounds.state.round == 3
 
 
 def test_a_silent_peer_that_was_not_seen_to_fetch(make_run):
@@ -754,13 +754,13 @@ def test_the_end_waits_for_every_client_or_the_time(make_run):
     assert run.deliver("client002", 2).result() is True
     run.coordinator.result()
     started = time.monotonic()
-    run.rounds.wait_until_all_left(0.3)
+    run.rounds.wait_until_all_done(0.3)
     assert time.monotonic() - started >= 0.3
-    left = Call(run.rounds.wait_until_all_left, 60)
+    left = Call(run.rounds.wait_until_all_done, 60)
     assert run.deliver("client001", 1, round_number=1).result() is True
     for client in ("client001", "client002"):
         assert not left.ended  # an answer is not the result
-        run.rounds.leave(client)
+        run.rounds.note_done(client)
     left.result(10)
 
 
@@ -768,7 +768,7 @@ def test_the_end_waits_as_long_as_a_client_moves(make_run):
     run = make_run(clients=["client001"], rounds=1)
     run.deliver("client001", 1).result()
     run.coordinator.result()
-    left = Call(run.rounds.wait_until_all_left, 0.5)
+    left = Call(run.rounds.wait_until_all_done, 0.5)
     started = time.monotonic()
     while time.monotonic() - started < 1.5:
         run.rounds.note_progress()
@@ -781,7 +781,7 @@ def test_the_end_waits_as_long_as_a_client_moves(make_run):
 def test_an_old_peer_is_done_with_its_last_answer(make_run):
     run = make_run(clients=["client001"], rounds=1)
     run.deliver("client001", 1, run=None, round_number=1).result()
-    Call(run.rounds.wait_until_all_left, 60).result(10)
+    Call(run.rounds.wait_until_all_done, 60).result(10)
 
 
 def test_the_result_is_handed_out_once_it_is_evaluated(make_run):
@@ -791,11 +791,11 @@ def test_the_result_is_handed_out_once_it_is_evaluated(make_run):
     call = run.deliver("client001", 1)
     until(lambda: run.rounds.done, "the round is merged")
     fetch = Call(run.rounds.fetch, "client001")
-    assert not fetch.ended and run.rounds.answered == 0
+    assert not fetch.ended and run.rounds.state.evaluated == 0
     gate.set()
     number, _, file = fetch.result()
     file.close()
-    assert number == 2 and run.rounds.answered == 1
+    assert number == 2 and run.rounds.state.evaluated == 1
     call.result()
 
 
@@ -826,20 +826,20 @@ def test_a_finished_run_answers_repeats_again_and_can_be_extended(make_run, roun
     run.restart(rounds=rounds_now)
     last = run.deliver("client001", 2, round_number=2).result()
     assert last is (rounds_now is None)
-    left = Call(run.rounds.wait_until_all_left, 60)
+    left = Call(run.rounds.wait_until_all_done, 60)
     number, _, file = run.rounds.fetch("client002")
     file.close()
     assert number == 3
     if rounds_now is None:
         run.coordinator.result()
         for client in ("client001", "client002"):
-            run.rounds.leave(client)
+            run.rounds.note_done(client)
         left.result(10)
     else:
         for call in [run.deliver("client001", 8), run.deliver("client002", 9)]:
             assert call.result() is True
         for client in ("client001", "client002"):
-            run.rounds.leave(client)
+            run.rounds.note_done(client)
         left.result(10)
         assert run.holds(("client001", 1, 8), ("client002", 1, 9))
         assert [row["round"] for row in state_on_disk(run)["history"]] == [1, 2, 3]
@@ -852,8 +852,8 @@ def test_a_shorter_run_than_was_done_is_finished(make_run):
     run.restart(rounds=1)
     run.coordinator.result()
     assert run.deliver("client001", 2, round_number=2).result() is True
-    run.rounds.leave("client001")
-    Call(run.rounds.wait_until_all_left, 60).result(10)
+    run.rounds.note_done("client001")
+    Call(run.rounds.wait_until_all_done, 60).result(10)
 
 
 def test_the_initial_weights_of_the_tests_are_reproducible(tmp_path):
