@@ -61,7 +61,6 @@ NEW_STATE = {
     "rounds": 0,
     "trained": None,
     "history": [],
-    "rejections": [],
 }
 STATE_KINDS = {
     "run": str | None,
@@ -69,7 +68,6 @@ STATE_KINDS = {
     "rounds": int,
     "trained": dict | None,
     "history": list,
-    "rejections": list,
 }
 # What a run writes into --client-dir; once the state is moved aside, the others belong to no run.
 RUN_FILES = (
@@ -89,7 +87,6 @@ FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10
 CONNECT_S = 10  # what gRPC may take to connect
 SERVED_S = 2 * CONNECT_S  # a call that lasted longer had a server at its other end
-MAX_REJECTIONS = 3  # of one round's uploads, for whatever reasons
 
 MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
@@ -112,6 +109,10 @@ REFUSALS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
+
+
+# Those of a server that does not answer.
+UNANSWERED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 
 
 class RoundClosed(Exception):
@@ -258,8 +259,7 @@ class Site:
 
     state["trained"] says for which settings client_weights.h5 was trained, and its SHA-256, as long
     as it is not delivered; None otherwise. A client that finds it when it starts delivers that file
-    instead of training again. state["rejections"] are the server's sentences about uploads of this
-    round whose content it refused.
+    instead of training again.
     """
 
     def __init__(self, arguments):
@@ -277,10 +277,9 @@ class Site:
         self.settings["index"] = files.sha256_of(arguments.index)[:12]
         self.settings["num_examples"] = len(self.records)
         self.layout = None
-        self.network = None
+        self.network = None  # made for a run, as the three that follow
         self.batches = None
         self.held_out_images = None
-        self.prepared_for = None  # (arch, image_size, freeze_base) of `network` and `batches`
         self.sent = False  # whether the open round's weights went out whole at least once
         self.reporter = ProgressReporter(self)
 
@@ -308,6 +307,7 @@ class Site:
         self.state = {**NEW_STATE, "run": run}
         self.save()
         self.layout = None
+        self.network = None
 
     def has_trained_weights(self):
         """Whether client_weights.h5 is trained, not delivered, and by the settings of now."""
@@ -327,9 +327,8 @@ class Site:
         return not changed
 
     def prepare(self, task):
-        """Make the network and load the images; once, unless the server changes the network."""
-        wanted = (task["arch"], task["image_size"], task["freeze_base"])
-        if self.prepared_for == wanted:
+        """Make the network and load the images; once a run."""
+        if self.network is not None:
             return
         self.check_pictures(task)
         model.configure(self.arguments.seed, self.arguments.threads)
@@ -352,7 +351,6 @@ class Site:
         )
         if self.held_out:
             self.held_out_images = self.load_images(self.held_out, task)
-        self.prepared_for = wanted
 
     def load_images(self, records, task):
         spill = files.temporary(self.folder / "images.npy")
@@ -628,11 +626,8 @@ def finish(site, task):
         model.load(site.network, site.result, site.layout.tensors)
         measured = site.scores(threshold_of_result(site))
         site.say(f"the result on this site's own held-out images: {in_words(measured)}")
-    site.reporter.end()
-    try:
-        tell(site, task, {"phase": "done"}, measured)
-    except (grpc.RpcError, OSError) as error:
-        site.say(f"the server was not told that the result is here: {plain(error)}")
+    site.reporter.task = None  # `done` is the last word
+    tell(site, task, {"phase": "done"}, measured)
     card_path = cards.path_of(site.result)
     with_card = "without a model card"
     if card_path.exists():
@@ -665,8 +660,8 @@ def ClientsendWeight(stub, site):
     state = site.state
     title = f"round {state['round']}/{state['rounds']}"
     site.reporter.begin(state, "waiting")
-    if state["run"]:
-        tell_scores(stub, site)
+    if state["trained"].get("scores"):
+        tell(site, state, {"phase": "waiting"}, state["trained"]["scores"])
     messages, request_metadata = upload_of(site)
     call = stub.sendWeight.future(messages, metadata=request_metadata)
     try:
@@ -678,46 +673,24 @@ def ClientsendWeight(stub, site):
             site.say(
                 f"{title}: upload rejected: {plain(error.details())}; these weights are dropped"
             )
-            site.save(trained=None, rejections=[])
+            site.save(trained=None)
             return False
         if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
-            train_again_or_end(site, title, plain(error.details()))
-            return False
+            # Training is deterministic, so a second time would give the same. A new start trains
+            # again, with what its user has changed.
+            site.save(trained=None)
+            raise ValueError(
+                f"{title}: the server rejected the upload: {plain(error.details())}. Look at the "
+                f"images in {site.arguments.index}, at this client's flags, and whether this "
+                "client and the server are of the same commit; started again, it trains again"
+            ) from None
         raise
     if answer.value != 1:  # the thesis demo's server says 0 when the others did not come in time
         site.save(trained=None, round=state["round"] - 1)
         site.say(f"{title}: the server did not merge (answer {answer.value}): fetching again")
         return False
-    site.save(trained=None, rejections=[])
+    site.save(trained=None)
     return not state["run"] and state["round"] >= state["rounds"]
-
-
-def tell_scores(stub, site):
-    """Tell what was measured on the held-out images, once before each upload."""
-    scores = site.state["trained"].get("scores")
-    if scores:
-        status = status_message(site.state, {"phase": "waiting"}, scores)
-        try:
-            stub.tell(status, metadata=(("fedml-client", site.name),), timeout=TELL_TIMEOUT_S)
-        except grpc.RpcError as error:
-            site.say(f"the server was not told this site's scores ({error.code().name})")
-
-
-def train_again_or_end(site, title, reason):
-    """Drop an upload whose content the server rejected: what is trained next may be better.
-
-    Raises ValueError where it was not.
-    """
-    earlier = site.state["rejections"]
-    if reason in earlier or len(earlier) + 1 == MAX_REJECTIONS:
-        site.save(trained=None, rejections=[])  # a new start may try again
-        raise ValueError(
-            f"the server rejected {len(earlier) + 1} uploads of this round, each trained anew: "
-            f"{reason}. Look at the images in {site.arguments.index}, at this client's flags, and "
-            "whether this client and the server are of the same commit"
-        )
-    site.save(trained=None, rejections=[*earlier, reason])
-    site.say(f"{title}: upload rejected: {reason}; these weights are dropped, training again")
 
 
 def upload_of(site):
@@ -800,22 +773,19 @@ def gave_up(site):
         f"the server at {site.arguments.server} did not answer for "
         f"{site.arguments.give_up_after:g} s"
     )
-    is_last = state["run"] and state["round"] == state["rounds"]
-    if is_last and not state["trained"]:
-        return GaveUp(
-            f"{away}; the run is over, but its result could not be fetched: it is the server's "
-            "server_weight.h5; started again, this client asks again",
-            exit_code=4,
-        )
-    if state["trained"] and site.sent and is_last:
+    is_last = state["run"] and 0 < state["round"] == state["rounds"]
+    if is_last and state["trained"] and site.sent:
         return GaveUp(
             f"{away}; the last round's weights were delivered and never answered: the run is "
             "probably over, look at the server; started again, this client asks again",
             exit_code=5,
         )
     may_be_over = ""
-    if is_last and state["round"] > 0:
-        may_be_over = f"round {state['round']} was the last, so the run may be over; "
+    if is_last:
+        may_be_over = (
+            f"round {state['round']} was the last, so the run may be over, and its result is the "
+            "server's server_weight.h5; "
+        )
     return GaveUp(
         f"{away}; {may_be_over}what was trained is kept: start this client again when the server "
         "is back",
@@ -843,29 +813,32 @@ def connect(site):
     return tls.channel(site.arguments, options)
 
 
-def status_message(task, where, scores):
-    return todo_pb2.clientStatus(run=task["run"], round=task["round"], scores=scores, **where)
-
-
 def tell(site, task, where, scores=None):
-    """Tell the server where this client is. Returns the open round's number. Raises RpcError."""
-    with connect(site) as channel:
-        stub = todo_pb2_grpc.FedMLStub(channel)
-        answer = stub.tell(
-            status_message(task, where, scores or {}),
-            metadata=(("fedml-client", site.name),),
-            timeout=TELL_TIMEOUT_S,
-        )
-    return answer.round if answer.run == task["run"] else task["round"]
+    """Tell the server where this client is. Returns the open round's number, None if unanswered.
+
+    On a connection of its own each time: routers and proxies drop silent ones.
+    """
+    status = todo_pb2.clientStatus(run=task["run"], round=task["round"], scores=scores, **where)
+    try:
+        with connect(site) as channel:
+            stub = todo_pb2_grpc.FedMLStub(channel)
+            metadata = (("fedml-client", site.name),)
+            answer = stub.tell(status, metadata=metadata, timeout=TELL_TIMEOUT_S)
+        return answer.round if answer.run == task["run"] else task["round"]
+    except tls.NotReady:
+        return None
+    except grpc.RpcError as error:
+        # A server that refuses, or is of another commit and knows no `tell`, answers all the same.
+        return None if error.code() in UNANSWERED else task["round"]
 
 
 class ProgressReporter:
     """Says where this client is, in a thread of its own: to the server, and to who looks on.
 
-    The server is told only where it named a run, every TELL_EVERY_S or where something changed; on
-    a connection of its own each time, because routers and proxies drop silent ones. From the answer
-    it learns that a round was closed. A server that answers nothing for UNANSWERED_S is away,
-    though its port may be open and pings be answered: then the call that waits is ended.
+    The server is told only where it named a run, every TELL_EVERY_S or where something changed.
+    From the answer this client learns that its round was closed. A server that answers nothing for
+    UNANSWERED_S is away, though its port may be open and pings be answered: then the call that
+    waits is ended.
     """
 
     def __init__(self, site):
@@ -890,10 +863,6 @@ class ProgressReporter:
         self.where = {"phase": phase, **numbers}
         if before != (phase, numbers.get("epoch")):
             self.changed.set()
-
-    def end(self):
-        """Nothing more is told from here."""
-        self.task = None
 
     @property
     def is_unanswered(self):
@@ -928,17 +897,12 @@ class ProgressReporter:
         task, wait = self.task, self.wait
         if task is None:
             return
-        try:
-            open_round = tell(self.site, task, self.where)
+        open_round = tell(self.site, task, self.where)
+        if open_round is not None:
             self.answered_at = time.monotonic()
-            if task is self.task and open_round > task["round"]:
-                self.round_closed = True
-        except (grpc.RpcError, OSError) as error:
-            code = error.code() if isinstance(error, grpc.RpcError) else None
-            if code == grpc.StatusCode.UNIMPLEMENTED:  # a server of another commit
-                self.task = None
-            elif wait is not None and self.is_unanswered:
-                wait[2].cancel()
+            self.round_closed = task is self.task and open_round > task["round"]
+        elif wait is not None and self.is_unanswered:
+            wait[2].cancel()
 
 
 if __name__ == "__main__":

@@ -200,6 +200,7 @@ class Transfer:
     def __init__(self, client, what, context, stall_s, total_s):
         self.client = client
         self.what = what
+        self.key = (client, what)
         self.context = context
         self.stall_s = stall_s
         self.ends_at = time.monotonic() + total_s
@@ -231,9 +232,8 @@ class Service:
         self.layout = weights.Layout(rounds.weights_path)
         self.max_bytes = int(1.1 * self.layout.size)
         self.max_messages = EXTRA_MESSAGES + self.max_bytes // SMALLEST_PIECE_BYTES
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()  # of the two that follow
         self.transfers = set()
-        self.newest = {}  # (client, what) -> its newest Transfer
         # What the thesis demo's clients last fetched: connection -> round, the oldest first.
         self.fetched = {}
         # Peers that name nobody get few threads, and of their own: who takes all of them delays no
@@ -327,8 +327,7 @@ class Service:
     def moving(self, client, what, context, stall_s=STALL_S):
         """The body is a Transfer, which it gets. A client's newer one of a kind ends its older.
 
-        The older is usually one of a connection that the client lost. It has ended before the body
-        runs: two of them never hold memory or a file at the same time. Raises Refused.
+        The older is usually one of a connection that the client lost. Raises Refused.
         """
         total_s = NEVER if client else EXTRA_S + self.max_bytes / SLOWEST_BYTES_PER_S
         transfer = Transfer(client, what, context, stall_s, total_s)
@@ -337,52 +336,32 @@ class Service:
                 "RESOURCE_EXHAUSTED",
                 f"{self.max_unnamed} peers that name nobody are here already: try again later",
             )
+        with self.lock:
+            older = [each for each in self.transfers if client and each.key == transfer.key]
+            self.transfers.add(transfer)
+        for each in older:
+            self.end(each, f"{client} began a new {what}: its unfinished one is ended")
         try:
-            self._begin(transfer)
             yield transfer
         finally:
-            with self.changed:
+            with self.lock:
                 self.transfers.discard(transfer)
-                if self.newest.get((client, what)) is transfer:
-                    del self.newest[client, what]
-                self.changed.notify_all()
             if client is None:
                 self.unnamed.release()
 
-    def _begin(self, transfer):
-        """Add it to what is moving, once the client's older one of this kind has ended."""
-        key = (transfer.client, transfer.what)
-        with self.changed:
-            if transfer.client is not None:
-                self.newest[key] = transfer
-                older = [other for other in self.transfers if (other.client, other.what) == key]
-                for other in older:
-                    other.context.cancel()
-                    self.rounds.say_of(
-                        (*key, "newer"),
-                        f"{transfer.client} began a new {transfer.what}: its unfinished one is "
-                        "ended",
-                    )
-                self.changed.notify_all()  # one that waits here is not the newest any more
-                while any(other in self.transfers for other in older):
-                    self.changed.wait()
-                    if self.newest.get(key) is not transfer:
-                        raise Refused("CANCELLED", f"{transfer.client} began another one")
-            transfer.moved()
-            self.transfers.add(transfer)
+    def end(self, transfer, why):
+        self.rounds.say_of((*transfer.key, "ended"), why)
+        transfer.context.cancel()
 
     def run_watchdog(self):
         """End what moves no bytes, for ever."""
         while True:
             time.sleep(LOOK_EVERY_S)
-            with self.changed:
+            with self.lock:
                 late = [transfer for transfer in self.transfers if transfer.is_late()]
             for transfer in late:
                 who = transfer.client or "a peer without a name"
-                self.rounds.say_of(
-                    (who, transfer.what, "late"), f"{who}: its {transfer.what} stands still: ended"
-                )
-                transfer.context.cancel()
+                self.end(transfer, f"{who}: its {transfer.what} stands still: ended")
 
     def first_message(self, caller, what, requests, context):
         """Wait for the first message of a stream. Raises Refused."""
@@ -455,7 +434,7 @@ class Service:
 
     def remember_fetch(self, caller, round_number):
         """A client of 2020 names no round: its upload is for what its connection last fetched."""
-        with self.changed:
+        with self.lock:
             self.fetched.pop(caller.connection, None)  # so that it is the newest again
             self.fetched[caller.connection] = round_number
             if len(self.fetched) > REMEMBERED_CONNECTIONS:

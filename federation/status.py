@@ -46,7 +46,7 @@ def within(values, limits):
         if least is None:
             problems.append(f"{name[:30]!r} is not known")
         elif math.isfinite(value) and least <= value <= most:
-            good[name] = int(value) if value == int(value) and most > 1 else value
+            good[name] = int(value) if name == "examples" else value
         else:
             problems.append(f"{name} is {value}, expected {least} to {most}")
     return good, problems
