@@ -227,6 +227,14 @@ class Arch:
     rate_decay: float
     features: str | None = None  # the last layer of the base, where the base can be pretrained
     frozen_first_rate: float | None = None  # first_rate while the base is frozen; None: the same
+    weights: str = "none"  # what a run begins from where no flag says it: none (random), imagenet
+
+    def freezes_base(self, weights):
+        """Whether a run that begins from `weights` trains only the layers after the base.
+
+        Not of the thesis's vgg16: there each client chooses, with --freeze-base.
+        """
+        return self.weights == weights == "imagenet"
 
 
 # To add a network of your own: a function like the three above, and an entry here.
@@ -238,7 +246,13 @@ ARCHS = {
     # One dense layer on frozen features is a convex problem: it takes a high rate, and at 1e-3 ten
     # rounds are too few for it.
     "lite0": Arch(
-        lite0, 224, first_rate=1e-3, rate_decay=0.3, features="average", frozen_first_rate=2e-2
+        lite0,
+        224,
+        first_rate=1e-3,
+        rate_decay=0.3,
+        features="average",
+        frozen_first_rate=2e-2,
+        weights="imagenet",
     ),
 }
 

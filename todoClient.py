@@ -158,7 +158,8 @@ def federate(site):
         # 5: next round
 
 
-def parse(argv):
+def parser():
+    """The flags of this script, for itself and for the launcher."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -238,11 +239,16 @@ def parse(argv):
         "the CA that signed the server's certificate: speak TLS",
         "this client's certificate, in its --name",
     )
-    arguments = parser.parse_args(argv)
-    tls.check_arguments(parser, arguments, arguments.server, bool(arguments.tls_ca), arguments.name)
+    return parser
+
+
+def parse(argv):
+    flags = parser()
+    arguments = flags.parse_args(argv)
+    tls.check_arguments(flags, arguments, arguments.server, bool(arguments.tls_ca), arguments.name)
     arguments.index = arguments.index or data.worker_index(arguments.name)
     if arguments.index is None:
-        parser.error(
+        flags.error(
             f"--name {arguments.name} ends in no number: say which images are its own "
             "with --index FILE"
         )

@@ -58,7 +58,7 @@ NEW_RUN = {
     "arch": "drcnn",
     "image_size": None,  # each network's own
     "seed": 0,
-    "weights": "none",
+    "weights": None,  # each network's own
 }
 # Flags that belong to the run: at a restart they may be left out, but not be changed.
 FIXED_FLAGS = ("arch", "image_size", "seed", "weights")
@@ -131,7 +131,8 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
         return self.service.hear(caller, request_iterator, context)
 
 
-def parse(argv):
+def parser():
+    """The flags of this script, for itself and for the launcher."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -165,7 +166,12 @@ def parse(argv):
         f"{', '.join(f'{name} {arch.image_size}' for name, arch in model.ARCHS.items())})",
     )
     add("--seed", type=at_least(0), help="of the initial weights (default: 0)")
-    add("--weights", metavar="none|imagenet|FILE", help="to start from (default: none, random)")
+    add(
+        "--weights",
+        metavar="none|imagenet|FILE",
+        help="to start from (default: each network's own, "
+        f"{', '.join(f'{name} {arch.weights}' for name, arch in model.ARCHS.items())})",
+    )
     add(
         "--server-dir",
         type=Path,
@@ -213,14 +219,19 @@ def parse(argv):
         "(mutual TLS)",
         "the server's certificate, for TLS",
     )
-    arguments = parser.parse_args(argv)
-    tls.check_arguments(parser, arguments, arguments.listen, bool(arguments.tls_cert))
+    return parser
+
+
+def parse(argv):
+    flags = parser()
+    arguments = flags.parse_args(argv)
+    tls.check_arguments(flags, arguments, arguments.listen, bool(arguments.tls_cert))
     if arguments.min_clients and not arguments.round_timeout:
-        parser.error(
+        flags.error(
             "--min-clients needs --round-timeout: without a limit the server waits for all clients"
         )
     if arguments.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        parser.error("--tensorboard needs its package: pip install tensorboard")
+        flags.error("--tensorboard needs its package: pip install tensorboard")
     return arguments
 
 
@@ -292,12 +303,13 @@ def begin(arguments, evaluator):
         given = getattr(arguments, name)
         if given is not None:
             choices[name] = given
-    if choices["image_size"] is None:
-        choices["image_size"] = model.ARCHS[choices["arch"]].image_size
+    arch = model.ARCHS[choices["arch"]]
+    choices["image_size"] = choices["image_size"] or arch.image_size
+    choices["weights"] = choices["weights"] or arch.weights
     size = choices["image_size"]
     say(
         f"a new run of {choices['rounds']} rounds: {choices['arch']} at {size} x {size} pixels, "
-        f"seed {choices['seed']}, clients {', '.join(choices['clients'])}"
+        f"weights {choices['weights']}, seed {choices['seed']}, clients {', '.join(choices['clients'])}"
     )
     dataset = evaluator.prepared.get("dataset", "synthetic")
     from_random = choices["weights"] == "none"
@@ -319,6 +331,7 @@ def begin(arguments, evaluator):
         weights_sha256=files.sha256_of(path),
         validation_sha256=evaluator.validation_sha256,
         preprocessing=evaluator.preprocessing,
+        freeze_base=arch.freezes_base(choices["weights"]),
         **choices,
     )
     state.save(arguments.server_dir / "state.json")

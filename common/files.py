@@ -158,7 +158,10 @@ def load_state(path, kinds, remedy="move it away"):
     wrong = [
         name
         for name in set(state) & set(kinds)
-        if not isinstance(state[name], kinds[name]) or isinstance(state[name], bool)
+        if not isinstance(state[name], kinds[name])
+        or (
+            isinstance(state[name], bool) and kinds[name] is not bool
+        )  # to Python, a bool is an int
     ]
     if differing or wrong:
         raise ValueError(

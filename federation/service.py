@@ -427,7 +427,7 @@ class Service:
             "fedml-arch": state.arch,
             "fedml-image-size": str(state.image_size),
             "fedml-preprocessing": state.preprocessing,
-            "fedml-freeze-base": "1" if state.freezes_base else "",
+            "fedml-freeze-base": "1" if state.freeze_base else "",
             "fedml-card": self.card_text() if state.is_over else "",
         }
         context.send_initial_metadata([each for each in initial_metadata.items() if each[1]])

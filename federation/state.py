@@ -80,6 +80,7 @@ class RunState:
     image_size: int  # pixels a side
     seed: int  # of the first weights
     weights: str = "none"  # where the first weights came from: none (random), imagenet or a file
+    freeze_base: bool = False  # whether clients are to train only the layers after the base
 
     # What the rounds are scored on: SHA-256 of val_set.pkl, and which kind of pictures it names.
     # Another one at a restart is refused: the rows of one history must be of the same patients.
@@ -132,14 +133,6 @@ class RunState:
     def evaluated(self):
         """The number of the last round that is merged, evaluated and in the history; 0 at first."""
         return len(self.history)
-
-    @property
-    def freezes_base(self):
-        """Whether clients are to train only the layers after the base, which ImageNet trained.
-
-        Not of the thesis's vgg16: there each client chooses, with --freeze-base.
-        """
-        return self.weights == "imagenet" and self.arch == "lite0"
 
     def changed(self, **changes):
         """A new state with these changes; this one stays as it is."""

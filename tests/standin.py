@@ -101,8 +101,8 @@ def add_constant(path, target, constant=0.001):
 # --- in place of `model`: the same functions, without a network ----------------------------------
 
 ARCHS = {
-    "drcnn": SimpleNamespace(image_size=128),
-    "vgg16": SimpleNamespace(image_size=224),
+    name: SimpleNamespace(image_size=size, weights="none", freezes_base=lambda weights: False)
+    for name, size in {"drcnn": 128, "vgg16": 224}.items()
 }
 
 
