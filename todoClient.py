@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import random
-import re
 import threading
 import time
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ import data
 import model
 from common import files
 from common import progress as launcher
-from federation import probe, tls, weights
+from federation import tls, weights
 from federation.telling import RoundClosed, Teller
 from generated import todo_pb2, todo_pb2_grpc
 from reporting import card as cards
@@ -205,7 +204,7 @@ def parse(argv):
         "this client's certificate, in its --name",
     )
     arguments = parser.parse_args(argv)
-    tls.check_arguments(parser, arguments, arguments.server, bool(arguments.tls_ca))
+    tls.check_arguments(parser, arguments, arguments.server, bool(arguments.tls_ca), arguments.name)
     arguments.index = arguments.index or data.worker_index(arguments.name)
     if arguments.index is None:
         parser.error(
@@ -658,9 +657,9 @@ def keep_trying(attempt, site):
         try:
             with connect(site) as channel:
                 return attempt(todo_pb2_grpc.FedMLStub(channel), site)
-        except grpc.RpcError as error:
+        except (grpc.RpcError, tls.FilesNotReady) as error:
             failure = error
-        if failure.code() in REFUSALS:
+        if isinstance(failure, grpc.RpcError) and failure.code() in REFUSALS:
             raise ValueError(f"the server refused: {failure.details()} ({failure.code().name})")
 
         now = time.monotonic()
@@ -682,13 +681,12 @@ def keep_trying(attempt, site):
 
 def report_failure(site, failure, left_s):
     """Say why no call succeeds. Raises ValueError where trying again does not help."""
-    reason = failure.details() or failure.code().name
-    if failure.code() == grpc.StatusCode.UNAVAILABLE:
-        found = probe.explain(site.arguments)
-        # Of a connection that failed gRPC names addresses and errors of all attempts; anything else
-        # is the server's own sentence.
-        if found and re.search("connect|socket", reason, re.I):
-            reason = found
+    if isinstance(failure, tls.FilesNotReady):
+        reason = str(failure)
+    else:
+        reason, can_retry = tls.explain(failure.details() or failure.code().name, site.arguments)
+        if not can_retry:
+            raise ValueError(reason)
     site.say(
         f"waiting for the server at {site.arguments.server} ({reason}); giving up in {left_s:.0f} s"
     )

@@ -36,7 +36,7 @@ if __name__ == "__main__":
 import data
 import model
 from common import files
-from federation import convert, probe, service, tls, weights
+from federation import convert, service, tls, weights
 from federation.followers import Follower, RoundCommand
 from federation.rounds import Refused, Rounds, TooFewClients
 from federation.state import RunState, file_sha256_of, new_upload
@@ -67,7 +67,6 @@ def main(argv=None):
     try:
         with ExitStack() as locks:
             locks.enter_context(files.alone_in(arguments.server_dir))
-            probe.check_server_certificate(arguments)
             validation = data.read_index(arguments.index_dir / "val_set.pkl")
             state = resume(arguments)
             if state is None:

@@ -9,7 +9,7 @@ import grpc
 
 from common import log
 from common import progress as launcher
-from federation import progress
+from federation import progress, tls
 from generated import todo_pb2, todo_pb2_grpc
 
 PIPE_EVERY_S = 0.2  # the eye sees no more
@@ -112,7 +112,7 @@ class Teller:
             try:
                 with self.connect() as channel:
                     self.tell(todo_pb2_grpc.FedMLStub(channel))
-            except grpc.RpcError:
+            except (grpc.RpcError, tls.FilesNotReady):
                 pass  # a server that is away is missed, and told of, when it is needed
 
     def _show(self, step, steps, loss):
