@@ -45,19 +45,14 @@ FAILURES = [
     ),
     (
         "certificate has expired",
-        "the certificate of {server} has expired: it has to be renewed there, or the clock of this "
-        "machine is wrong",
+        "the certificate of {server} or its CA has expired: it has to be renewed there, or the "
+        "clock of this machine is wrong",
         True,
     ),
     (
         "certificate is not yet valid",
         "the certificate of {server} is not valid yet: is the clock of this machine right?",
         True,
-    ),
-    (
-        "unsupported certificate purpose",
-        "the certificate of {server} is not accepted: it is no server's certificate",
-        False,
     ),
     (
         "Hostname Verification",
@@ -73,8 +68,9 @@ FAILURES = [
     ("WRONG_VERSION_NUMBER", "{server} speaks plaintext, this client TLS", False),
     (
         "Failed to create security handshaker",
-        "the files of --tls-ca, --tls-cert and --tls-key do not fit: are they just being renewed?",
-        True,
+        "gRPC cannot use the files of --tls-ca, --tls-cert and --tls-key: expected PEM files, as "
+        "./make_certs.sh makes them",
+        False,
     ),
     (
         "response code 407",
@@ -122,6 +118,7 @@ FAILURES = [
     ("Failed parsing HTTP/2", "who answers there is no gRPC server: is the port right?", True),
     ("resolving|DNS", "its name is not known here", True),
     ("to remote host: (.+)", "no server answers there yet: {found}", True),
+    ("handshaker shutdown", "nothing comes back from there: does a firewall drop it?", True),
 ]
 # A connection that is closed when HTTP/2 begins.
 CLOSED = "Socket closed|Connection reset|Broken pipe"

@@ -1,5 +1,6 @@
 """Only clients with the right certificate are served; who cannot connect is told why."""
 
+import contextlib
 import os
 import re
 import socket
@@ -314,6 +315,7 @@ SETUPS = {
     "the server's certificate is of another CA": Setup(ca="other/ca"),
     "the server's certificate is of another host": Setup(server="server-elsewhere"),
     "nobody listens": Setup(before=("nobody", None)),
+    "a firewall drops what is sent": Setup(before=("dropped", None)),
     "the server's name is unknown": Setup(host="nowhere.invalid"),
     "the server behind a forwarded port is away": Setup(before=("hang_up", None)),
     "another program has the port": Setup(client=None, before=("http", "400 Bad Request")),
@@ -335,13 +337,20 @@ class Others:
 
     def __init__(self, certs):
         self.certs = certs
-        self.listeners = []
+        self.sockets = []
 
     def port_of(self, method, argument):
         if method == "nobody":
             return free_port()
-        listener = socket.create_server(("localhost", 0))
-        self.listeners.append(listener)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1)
+        self.sockets.append(listener)
+        port = listener.getsockname()[1]
+        if method == "dropped":  # as from a queue that is full
+            for _ in range(4):
+                self.sockets.append(socket.socket())
+                self.sockets[-1].setblocking(False)
+                self.sockets[-1].connect_ex(("127.0.0.1", port))
+            return port
 
         def serve():
             while True:
@@ -349,11 +358,11 @@ class Others:
                     incoming, _ = listener.accept()
                 except OSError:
                     return  # the test is over
-                with incoming:
+                with incoming, contextlib.suppress(OSError):  # the client hangs up, too
                     getattr(self, method)(incoming, argument)
 
         threading.Thread(target=serve, daemon=True).start()
-        return listener.getsockname()[1]
+        return port
 
     def hang_up(self, incoming, _):
         incoming.recv(1 << 12)
@@ -365,9 +374,10 @@ class Others:
     def http2(self, incoming, status):
         """Answer the first call with this status, as RFC 9113 and 7541 have it, as no gRPC does."""
         incoming.sendall(b"\0\0\0\4\0\0\0\0\0")  # an empty SETTINGS frame
-        received = b""
-        while b"/todoPackage.FedML/" not in received:  # it stands in the call's headers as it is
-            received += incoming.recv(1 << 12)
+        received = more = incoming.recv(1 << 12)
+        while more and b"/todoPackage.FedML/" not in received:  # in the call's headers
+            more = incoming.recv(1 << 12)
+            received += more
         header = b"\0\7:status\3" + str(status).encode()
         incoming.sendall(b"\0\0" + bytes([len(header)]) + b"\1\5\0\0\0\1" + header)
         incoming.recv(1 << 12)
@@ -376,13 +386,10 @@ class Others:
         self.http(incoming, "200 Connection established")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.certs / "other/server.pem", self.certs / "other/server.key")
-        try:
-            context.wrap_socket(incoming, server_side=True)
-        except OSError:
-            pass  # the client does not accept it
+        context.wrap_socket(incoming, server_side=True)
 
     def close(self):
-        for each in self.listeners:
+        for each in self.sockets:
             each.close()
 
 
@@ -401,7 +408,6 @@ def listening(certs):
     def start(own):
         server = grpc.server(futures.ThreadPoolExecutor(1))
         started.append(server)
-        port = 0
         if own is None:
             port = server.add_insecure_port("localhost:0")
         else:
@@ -419,7 +425,8 @@ def listening(certs):
 
 def why_a_call_fails(arguments):
     """What tls.explain makes of it."""
-    with tls.channel(arguments, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.min_reconnect_backoff_ms", 3000)]
+    with tls.channel(arguments, options) as channel:
         with pytest.raises(grpc.RpcError) as failed:
             todo_pb2_grpc.FedMLStub(channel).sendWeight(iter([todo_pb2.modelWeight()]), timeout=30)
     return tls.explain(failed.value.details(), arguments)
@@ -436,7 +443,7 @@ def test_who_cannot_connect_is_told_why(certs, others, listening, capsys, monkey
     for name in (*tls.PROXY_VARIABLES, "no_grpc_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     if setup.proxy:
-        monkeypatch.setenv("https_proxy", f"http://localhost:{others.port_of(*setup.proxy)}")
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{others.port_of(*setup.proxy)}")
     client_flags = [] if setup.client is None else flags(certs, setup.client, setup.ca)
     if does == "the server ends with 2":
         with pytest.raises(SystemExit, match="2"):
@@ -447,8 +454,10 @@ def test_who_cannot_connect_is_told_why(certs, others, listening, capsys, monkey
             todoClient.parse(["--name", "client001", *client_flags])
         said = capsys.readouterr().err
     else:
-        port = others.port_of(*setup.before) if setup.before else listening(setup.server)
-        address = f"{setup.host}:{port}"
+        if setup.before:
+            address = f"127.0.0.1:{others.port_of(*setup.before)}"
+        else:
+            address = f"{setup.host}:{listening(setup.server)}"
         insecure = ["--insecure"] if setup.client is None else []
         client_flags += ["--name", "client001", "--server", address, *insecure]
         said, can_retry = why_a_call_fails(todoClient.parse(client_flags))
@@ -487,16 +496,31 @@ def test_insecure_is_allowed_and_warned_about(start, begun):
     assert "warning: plaintext" in server.output
 
 
-def test_two_rounds_while_certificates_are_renewed(start, begun, certs, tmp_path):
+@pytest.fixture
+def own(certs, tmp_path):
+    """The folder of one client's own files."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for name in ("ca.pem", "client001.pem", "client001.key"):
+        (folder / name).write_bytes((certs / name).read_bytes())
+    return folder
+
+
+def test_files_that_change_while_they_are_read_are_not_used(own, monkeypatch):
+    """gRPC would end the process on an empty key."""
+    arguments = todoClient.parse(["--name", "client001", *flags(own)])
+    changing = (own / "client001.key").write_bytes
+    monkeypatch.setattr(tls, "own_certificate_fault", lambda *_: changing(b""))
+    with pytest.raises(tls.FilesNotReady, match="renewed"):
+        tls.channel(arguments, [])
+
+
+def test_two_rounds_while_certificates_are_renewed(start, begun, certs, own):
     """A running client waits for files that are away for a moment, as for a server."""
     site = begun(clients=["client001"])
-    own = tmp_path / "own"
-    own.mkdir()
-    for name in ("ca.pem", "client001.pem", "client001.key"):
-        (own / name).write_bytes((certs / name).read_bytes())
     port = free_port()
     command = ["--name", "client001", "--server", f"localhost:{port}", *flags(own)]
-    script = client_script(site)
+    script = client_script(site)  # here it says at each attempt what it waits for
     script.write_text(
         script.read_text().replace("FIRST_PAUSE_S =", "REPORT_EVERY_S = todoClient.FIRST_PAUSE_S =")
     )
