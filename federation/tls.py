@@ -117,8 +117,12 @@ FAILURES = [
     ),
     ("Failed parsing HTTP/2", "who answers there is no gRPC server: is the port right?", True),
     ("resolving|DNS", "its name is not known here", True),
+    (
+        r"handshaker shutdown|connect\(\) timed out",
+        "nothing comes back from there: does a firewall drop it?",
+        True,
+    ),
     ("to remote host: (.+)", "no server answers there yet: {found}", True),
-    ("handshaker shutdown", "nothing comes back from there: does a firewall drop it?", True),
 ]
 # A connection that is closed when HTTP/2 begins.
 CLOSED = "Socket closed|Connection reset|Broken pipe"
