@@ -674,6 +674,8 @@ def ClientsendWeight(stub, site):
         with site.reporter.waiting(f"{title}: waiting for the server's answer", call):
             answer = call.result()
     except grpc.RpcError as error:
+        if (error.details() or "").startswith("Received http2 header"):
+            site.sent = False  # a proxy has answered, and not the server
         if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
             # Another run or another round is open by now, or the run is over.
             site.say(
@@ -741,14 +743,13 @@ def keep_trying(attempt, site):
             with connect(site) as channel:
                 return attempt(todo_pb2_grpc.FedMLStub(channel), site)
         except grpc.RpcError as error:
-            if error.code() in REFUSALS:
-                raise ValueError(
-                    f"the server refused: {plain(error.details())} ({error.code().name})"
-                ) from None
-            reason, may_help = tls.explain(error.details(), site.arguments)
+            reason, may_help = tls.explain(error.details() or "", site.arguments)
+            if error.code() in REFUSALS and may_help:  # the server's own words
+                reason = f"the server refused: {plain(reason)} ({error.code().name})"
+                may_help = False
             if not may_help:
                 raise ValueError(reason) from None
-        except tls.NotReady as error:  # certificates that are being renewed
+        except tls.FilesNotReady as error:  # certificates that are being renewed
             reason = str(error)
 
         now = time.monotonic()
@@ -831,7 +832,7 @@ def tell(site, task, where, scores=None):
             metadata = (("fedml-client", site.name),)
             answer = stub.tell(status, metadata=metadata, timeout=TELL_TIMEOUT_S)
         return answer.round if answer.run == task["run"] else task["round"]
-    except tls.NotReady:
+    except tls.FilesNotReady:
         return None
     except grpc.RpcError as error:
         # A server that refuses, or is of another commit and knows no `tell`, answers all the same.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from common import files
+from common import files, log
 from federation import convert, status, tls, weights
 from federation.rounds import Refused, Upload
 from generated import todo_pb2
@@ -274,7 +274,7 @@ class Service:
         if not self.rounds.stop_reason:  # a server that stops says the same to everyone
             name = dict(context.invocation_metadata()).get("fedml-client")
             known = name if name in self.rounds.clients.rows else "unnamed"
-            self.rounds.say_of((known, code), f"refused: {sentence} ({code})")
+            self.rounds.say_of((known, code), f"refused: {log.plain(sentence)} ({code})")
         context.abort(grpc.StatusCode[code], sentence)
 
     # --- who calls -------------------------------------------------------------------------------

@@ -1,27 +1,72 @@
-"""Only clients with the right certificate are served.
+"""Only clients with the right certificate are served; who cannot connect is told why."""
 
-A client that cannot be served hears why and ends; the round goes on.
-"""
-
+import contextlib
 import os
 import re
 import socket
-import statistics
+import ssl
 import subprocess
 import threading
-import time
+from concurrent import futures
+from typing import NamedTuple
 
 import grpc
 import pytest
 import serving
-from conftest import ROOT, Run, make_data, until, write_weights
+from conftest import (
+    ROOT,
+    Run,
+    client_script,
+    free_port,
+    make_data,
+    server_script,
+    start_server,
+    until,
+    write_weights,
+)
 from seed_peer import LIMITS, cut
 
 import todoClient
 import todoServer
-from common import files
-from federation import probe, tls, weights
+from federation import tls, weights
 from generated import todo_pb2, todo_pb2_grpc
+
+# --- certificates --------------------------------------------------------------------------------
+
+CA_SETTINGS = """
+[ca]
+default_ca = ours
+[ours]
+database = db.txt
+serial = serial
+new_certs_dir = .
+certificate = ca.pem
+private_key = ca.key
+default_md = sha256
+policy = any
+copy_extensions = copy
+unique_subject = no
+[any]
+commonName = supplied
+"""
+PAST = ("20200101000000Z", "20210101000000Z")
+PRESENT = ("20200101000000Z", "20490101000000Z")
+FUTURE = ("20480101000000Z", "20490101000000Z")
+P256 = "ec -pkeyopt ec_paramgen_curve:P-256"
+P521 = "ec -pkeyopt ec_paramgen_curve:P-521"
+CLIENT = ["subjectAltName=DNS:client001", "extendedKeyUsage=clientAuth"]
+SERVER = ["subjectAltName=DNS:localhost", "extendedKeyUsage=serverAuth"]
+MADE = {  # name: (common name, key, extensions, (from, to))
+    "only-cn": ("client002", P256, [], PRESENT),
+    "expired": ("client001", P256, CLIENT, PAST),
+    "future": ("client001", P256, CLIENT, FUTURE),
+    "p521": ("client001", P521, CLIENT, PRESENT),
+    "ed25519": ("client001", "ed25519", CLIENT, PRESENT),
+    "server-elsewhere": ("fl.example", P256, [], PRESENT),
+    "server-expired": ("localhost", P256, SERVER, PAST),
+    "server-future": ("localhost", P256, SERVER, FUTURE),
+    "server-p521": ("localhost", P521, SERVER, PRESENT),
+}
 
 
 def make_certs(folder, *arguments, **environment):
@@ -33,76 +78,57 @@ def make_certs(folder, *arguments, **environment):
     )
 
 
-def openssl(command, cwd):
-    subprocess.run(["openssl", *command.split()], cwd=cwd, check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def certs(tmp_path_factory):
-    """good/ and other/ by make_certs.sh for localhost.
-
-    good/ also has expired certificates, one without a SAN, and another host's.
-    """
+    """A folder of NAME.pem and NAME.key of the CA ca.pem; below it other/, of another CA."""
     folder = tmp_path_factory.mktemp("certs")
-    for name in ("good", "other"):
-        assert (
-            make_certs(folder / name, "localhost", "client001", "client002", "stranger").returncode
-            == 0
-        )
-    for name, subject, days in (
-        ("expired", "client001", -1),
-        ("only-cn", "client002", 1),
-        ("old-server", "localhost", -1),
-        ("elsewhere", "fl.example", 1),
-    ):
-        openssl(
-            "req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes "
-            f"-keyout {name}.key -subj /CN={subject} -out {name}.csr",
-            folder / "good",
-        )
-        openssl(
-            f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -days {days} -out {name}.pem",
-            folder / "good",
-        )
+    for each in (folder, folder / "other"):
+        made = make_certs(each, "localhost", "client001", "client002", "client009")
+        assert made.returncode == 0, made.stderr
+    (folder / "settings").write_text(CA_SETTINGS)
+    (folder / "db.txt").touch()
+    (folder / "serial").write_text("1000")
+    for name, (subject, key, extensions, (start, end)) in MADE.items():
+        request = f"req -new -newkey {key} -nodes -keyout {name}.key -out {name}.csr"
+        added = [word for each in extensions for word in ("-addext", each)]
+        sign = f"ca -batch -config settings -startdate {start} -enddate {end} -notext"
+        for command in (
+            [*request.split(), "-subj", f"/CN={subject}", *added],
+            [*sign.split(), "-in", f"{name}.csr", "-out", f"{name}.pem"],
+        ):
+            subprocess.run(["openssl", *command], cwd=folder, check=True, capture_output=True)
     return folder
 
 
-def flags(certs, ca="good", own="good/client001"):
-    """--tls-* of the files in `certs`; none where `ca` is None, no certificate where `own` is."""
-    found = ["--tls-ca", certs / ca / "ca.pem"] if ca else []
-    found += ["--tls-cert", certs / f"{own}.pem", "--tls-key", certs / f"{own}.key"] if own else []
-    return [str(each) for each in found]
+def flags(certs, own="client001", ca="ca"):
+    """--tls-* of the files in `certs`; no certificate where `own` is None, no CA where `ca` is."""
+    given = ["--tls-ca", certs / f"{ca}.pem"] if ca else []
+    if own:
+        given += ["--tls-cert", certs / f"{own}.pem", "--tls-key", certs / f"{own}.key"]
+    return [str(each) for each in given]
+
+
+# --- who is served -------------------------------------------------------------------------------
 
 
 class Served:
     """A run for client001 and client002 behind a real server with these flags."""
 
-    def __init__(self, folder, *flags, rounds=1, **options):
-        self.run = Run(folder / "server", ["client001", "client002"], rounds=rounds)
+    def __init__(self, folder, *flags, **options):
+        self.run = Run(folder / "server", ["client001", "client002"], rounds=1)
         credentials = tls.server_credentials(todoServer.parse(list(flags)))
         self.server, self.address = serving.serve(
             self.run.rounds, credentials=credentials, **options
         )
 
-    def stub(self, *flags):
-        arguments = todoClient.parse(["--name", "client001", "--server", self.address, *flags])
-        return todo_pb2_grpc.FedMLStub(
-            tls.channel(arguments, [("grpc.use_local_subchannel_pool", 1), *LIMITS[1:]])
-        )
+    def stub(self, *flags, name="client001"):
+        arguments = todoClient.parse(["--name", name, "--server", self.address, *flags])
+        options = [("grpc.use_local_subchannel_pool", 1), *LIMITS[1:]]
+        return todo_pb2_grpc.FedMLStub(tls.channel(arguments, options))
 
-    def send(self, path, client, *flags, old=False):
-        named = (
-            []
-            if old
-            else [
-                ("fedml-client", client),
-                ("fedml-run", "run0"),
-                ("fedml-round", str(self.run.rounds.round)),
-                ("fedml-sha256", files.sha256_of(path)),
-            ]
-        )
+    def send(self, stub, path, client, *metadata):
         messages = cut(path.read_bytes(), clientname=f"{client}/client_weights.h5", clientsize=3)
-        return self.stub(*flags).sendWeight.future(messages, metadata=named, timeout=60)
+        return stub.sendWeight.future(messages, metadata=metadata, timeout=60)
 
     def close(self):
         self.run.stop()
@@ -114,7 +140,7 @@ def serve(tmp_path):
     served = []
 
     def start(*flags, **options):
-        served.append(Served(tmp_path / f"served{len(served)}", *flags, **options))
+        served.append(Served(tmp_path, *flags, **options))
         return served[-1]
 
     yield start
@@ -122,200 +148,117 @@ def serve(tmp_path):
         each.close()
 
 
-def client_ends(address, *flags):
-    """(exit code, seconds) of todoClient's main() here: none of these comes as far as training."""
-    started = time.monotonic()
-    return todoClient.main(
-        ["--name", "client001", "--server", address, *flags]
-    ), time.monotonic() - started
-
-
-@pytest.fixture
-def in_a_site(tmp_path, monkeypatch):
-    monkeypatch.chdir(make_data(tmp_path / "site"))
-    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
-
-
-WRONG = {  # row: (server's flags, client's flags, sentence)
-    "none": ({}, {"own": None}, "wants a certificate from this client: give --tls-cert"),
-    "another CA": (
-        {},
-        {"own": "other/client001"},
-        "does not accept .*other/client001.pem: the CA in .*good/ca.pem did not sign it",
-    ),
-    "expired": ({}, {"own": "good/expired"}, "does not accept .*expired.pem: it has expired"),
-    "another client's name": (
-        {},
-        {"own": "good/client002"},
-        "'client001' came with the certificate of client002",
-    ),
-    "a stranger's": (
-        {},
-        {"own": "good/stranger"},
-        "'client001' came with the certificate of stranger",
-    ),
-    "a server of another CA": (
-        {},
-        {"ca": "other", "own": "other/client001"},
-        "CA in .*other/ca.pem did not sign it",
-    ),
-    "an expired server": (
-        {"own": "good/old-server"},
-        {},
-        "certificate of localhost:.* is not accepted: .*expired",
-    ),
-    "a server of another name": (
-        {"own": "good/elsewhere"},
-        {},
-        "is not accepted: Hostname mismatch",
-    ),
-    "plaintext to a TLS port": (
-        {},
-        {"ca": None, "own": None},
-        "speaks TLS, this client plaintext: give --tls-ca",
-    ),
-    "plaintext to a TLS port without a CA": (
-        {"ca": None},
-        {"ca": None, "own": None},
-        "speaks TLS, this client plaintext",
-    ),
-    "TLS to a plaintext port": ({"ca": None, "own": None}, {}, "speaks plaintext, this client TLS"),
-}
-
-
-@pytest.mark.parametrize("row", WRONG)
-def test_a_client_that_cannot_be_served_is_told_why_and_the_round_goes_on(
-    serve, certs, in_a_site, capfd, tmp_path, row
-):
-    there, here, sentence = WRONG[row]
-    served = serve(*flags(certs, **{"own": "good/server", **there}))
-    good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (1, 2)]
-    others = (
-        {"ca": None, "own": None} if "own" in there else {}
-    )  # how the others speak to this server, if they can
-    own = [flags(certs, **{"own": f"good/{name}", **others}) for name in ("client001", "client002")]
-    goes_on = there.get("own") is None
-    if goes_on:
-        first = served.send(good[0], "client001", *own[0])
-        until(lambda: served.run.rounds.uploads, "client001 is counted")
-    code, seconds = client_ends(served.address, *flags(certs, **here))
-    said = capfd.readouterr()
-    assert code == 1 and seconds < 10, said
-    assert re.search(rf"client001: error: .*{sentence}", said.err), said.err
-    if goes_on:
-        second = served.send(good[1], "client002", *own[1])
-        assert first.result().value == second.result().value == 1
-        assert served.run.holds(("client001", 3, 1), ("client002", 3, 2))
-
-
-def test_a_server_that_is_merely_away_is_waited_for(certs, in_a_site, capfd):
-    code, _ = client_ends("localhost:1", *flags(certs), "--give-up-after", "1")
-    assert code == 4 and "no server answers there yet" in capfd.readouterr().out
+def fetch(stub, *metadata):
+    pieces = stub.getWeight(todo_pb2.void(), metadata=metadata, timeout=60)
+    return b"".join(piece.blob or weights.base64.b64decode(piece.model) for piece in pieces)
 
 
 def test_an_old_client_is_known_by_its_certificate(serve, certs, tmp_path):
-    served = serve(*flags(certs, own="good/server"), serve_unnamed=False)
-    good = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (1, 2)]
-    fetched = b"".join(
-        piece.blob or weights.base64.b64decode(piece.model)
-        for piece in served.stub(*flags(certs)).getWeight(todo_pb2.void())
-    )
-    assert fetched == served.run.weights.read_bytes()
+    served = serve(*flags(certs, "server"), serve_unnamed=False)
+    paths = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (1, 2)]
+    first = served.stub(*flags(certs))
+    second = served.stub(*flags(certs, "only-cn"), name="client002")
+    assert fetch(first) == served.run.weights.read_bytes()
     with pytest.raises(grpc.RpcError, match="client001 sent weights in the name of client002"):
-        served.send(good[1], "client002", *flags(certs), old=True).result()
+        served.send(first, paths[1], "client002").result()
     calls = [
-        served.send(good[0], "client001", *flags(certs), old=True),
-        served.send(good[1], "client002", *flags(certs, own="good/only-cn"), old=True),
+        served.send(first, paths[0], "client001"),
+        served.send(second, paths[1], "client002"),
     ]
     assert [call.result().value for call in calls] == [1, 1]
     assert served.run.holds(("client001", 3, 1), ("client002", 3, 2))
 
 
-@pytest.mark.parametrize(
-    "server, client, served_too, code",
-    [
-        ({"own": "good/server"}, {"own": "good/stranger"}, True, "PERMISSION_DENIED"),
-        ({"own": "good/server", "ca": None}, {"own": None}, False, "UNAUTHENTICATED"),
-        ({"own": None, "ca": None}, {"own": None, "ca": None}, False, "UNAUTHENTICATED"),
-        ({"own": None, "ca": None}, {"own": None, "ca": None}, True, None),
-    ],
-)
-def test_who_names_nobody(serve, certs, tmp_path, server, client, served_too, code):
-    served = serve(*flags(certs, **server), serve_unnamed=served_too)
-    stub = served.stub(*flags(certs, **client))
-    for call in (
-        lambda: list(stub.getWeight(todo_pb2.void(), timeout=60)),
-        lambda: stub.sendWeight(
-            iter([todo_pb2.modelWeight(clientname="client001", clientsize=0)]), timeout=60
-        ),
-    ):
-        try:
-            call()
-            assert code is None
-        except grpc.RpcError as error:
-            assert error.code().name == code or (
-                code is None and "0 examples" in error.details()
-            ), error
-
-
-def test_fetching_needs_ones_own_certificate_too(serve, certs):
-    served = serve(*flags(certs, own="good/server"))
+def test_who_says_another_name_than_its_certificate_gets_no_weights(serve, certs):
+    served = serve(*flags(certs, "server"))
     with pytest.raises(grpc.RpcError, match="'client002' came with the certificate of client001"):
-        list(
-            served.stub(*flags(certs)).getWeight(
-                todo_pb2.void(), metadata=[("fedml-client", "client002")], timeout=60
-            )
-        )
+        fetch(served.stub(*flags(certs)), ("fedml-client", "client002"))
 
 
 @pytest.mark.parametrize(
-    "script, given, sentence",
+    "server, client, name, serve_unnamed, code",
     [
-        (todoServer, ["--listen", "0.0.0.0:0"], "plaintext stays within this machine"),
-        (todoServer, ["--listen", "[::]:0"], "plaintext stays within this machine"),
-        (todoServer, ["--listen", "192.0.2.1:0"], "plaintext stays within this machine"),
-        (todoServer, ["--tls-ca", "CERTS/ca.pem"], "belong together"),
-        (todoServer, ["--tls-cert", "CERTS/server.pem"], "belong together"),
-        (
-            todoServer,
-            ["--tls-cert", "CERTS/server.pem", "--tls-key", "CERTS/ca.key"],
-            "key values mismatch",
-        ),
-        (
-            todoServer,
-            ["--tls-cert", "CERTS/server.key", "--tls-key", "CERTS/server.key"],
-            "expected PEM files",
-        ),
-        (
-            todoClient,
-            ["--name", "c1", "--server", "192.0.2.1:1"],
-            "plaintext stays within this machine",
-        ),
-        (
-            todoClient,
-            ["--name", "c1", "--server", "nowhere.invalid:1"],
-            "plaintext stays within this machine",
-        ),
-        (
-            todoClient,
-            ["--name", "c1", "--tls-cert", "CERTS/c.pem", "--tls-key", "CERTS/c.key"],
-            "a client --tls-ca",
-        ),
-        (todoClient, ["--name", "c1", "--tls-ca", "missing.pem"], "missing.pem.*No such file"),
+        (("server",), ("client009",), "client009", True, "PERMISSION_DENIED"),
+        (("server", None), (None,), "client001", False, "UNAUTHENTICATED"),
+        ((None, None), (None, None), "client001", False, "UNAUTHENTICATED"),
+        ((None, None), (None, None), "client001", True, "INVALID_ARGUMENT"),  # of 0 examples
     ],
 )
-def test_wrong_usage(certs, capsys, script, given, sentence):
+def test_who_names_nobody(serve, certs, server, client, name, serve_unnamed, code):
+    served = serve(*flags(certs, *server), serve_unnamed=serve_unnamed)
+    stub = served.stub(*flags(certs, *client), name=name)
+    empty = iter([todo_pb2.modelWeight(clientname="client001", clientsize=0)])
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.sendWeight(empty, timeout=60)
+    assert refused.value.code().name == code
+    if code == "INVALID_ARGUMENT":  # the peer is served: only what it sent is wrong
+        assert fetch(stub)
+    else:
+        with pytest.raises(grpc.RpcError, match=code):
+            fetch(stub)
+
+
+def test_many_peers_without_a_name_keep_no_client_out(serve):
+    served = serve()
+    over = threading.Event()
+
+    def nothing():
+        over.wait(60)
+        yield from ()
+
+    stub = served.stub()
+    half_open = [stub.sendWeight.future(nothing(), timeout=60) for _ in range(12)]
+
+    def refused():
+        return [
+            call
+            for call in half_open
+            if call.done() and call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        ]
+
+    until(refused, "more of them are here than are served")
+    assert fetch(served.stub(), ("fedml-client", "client001"))
+    over.set()
+
+
+# --- what is wrong at start ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script, given, keyword",
+    [
+        (todoServer, ["--listen", "0.0.0.0:0"], "plaintext stays within"),
+        (todoServer, ["--listen", "[::]:0"], "plaintext stays within"),
+        (todoServer, ["--tls-ca", "ca.pem"], "belong together"),
+        (todoServer, ["--tls-cert", "server.pem"], "belong together"),
+        (todoServer, ["--tls-cert", "server.pem", "--tls-key", "ca.key"], "mismatch"),
+        (todoServer, ["--tls-cert", "server.key", "--tls-key", "server.key"], "expected PEM files"),
+        (todoClient, ["--server", "192.0.2.1:1"], "plaintext stays within"),
+        (todoClient, ["--server", "nowhere.invalid:1"], "plaintext stays within"),
+        (todoClient, ["--tls-cert", "client001.pem", "--tls-key", "client001.key"], "--tls-ca"),
+        (todoClient, ["--tls-ca", "missing.pem"], "No such file"),
+        (todoClient, ["--tls-ca", "client001.key"], "expected PEM files"),
+        (todoClient, ["--server", "localhost"], "not HOST:PORT"),
+        (todoClient, ["--server", "localhost:99999"], "not HOST:PORT"),
+        (todoClient, ["--server", "http://localhost:1"], "not HOST:PORT"),
+        (todoClient, ["--server", "2001:db8::1"], "not HOST:PORT"),
+        (todoClient, ["--server", "::1:50051"], r"\[::1\]:50051"),
+        (todoClient, ["--server", "[0:0:0:0:0:0:0:1]:50051"], r"as \[::1\]:50051"),
+    ],
+)
+def test_wrong_usage(certs, capsys, monkeypatch, script, given, keyword):
+    monkeypatch.chdir(certs)
+    name = ["--name", "client001"] if script is todoClient else []
     with pytest.raises(SystemExit) as ended:
-        script.parse([each.replace("CERTS", str(certs / "good")) for each in given])
+        script.parse([*name, *given])
     assert ended.value.code == 2
-    assert re.search(sentence, capsys.readouterr().err)
+    assert re.search(keyword, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     "address, local",
     [
         ("localhost:1", True),
-        ("127.0.0.1:1", True),
         ("127.9.9.9:1", True),
         ("[::1]:1", True),
         ("0.0.0.0:1", False),
@@ -330,188 +273,315 @@ def test_what_is_this_machine(address, local):
     assert tls.is_this_machine(address) is local
 
 
-def test_insecure_is_allowed_and_warned_about(start, tmp_path):
-    make_data(tmp_path / "site")
-    write_weights(tmp_path / "start.h5")
-    server = start(
-        "tests/standin.py",
-        "todoServer",
-        "--listen",
-        "0.0.0.0:0",
-        "--insecure",
-        "--image-size",
-        "32",
-        cwd=tmp_path / "site",
-        env={"STANDIN_WEIGHTS": str(tmp_path / "start.h5")},
-    )
-    server.wait_for("listening on 0.0.0.0:")
-    assert "server: warning: plaintext: " in server.output
+# --- HOSPITALS.md's table of who cannot connect --------------------------------------------------
 
 
-def test_two_rounds_under_mutual_tls(start, certs, tmp_path):
-    """The scripts as they are started, but for TensorFlow."""
-    site = make_data(tmp_path / "site")
-    write_weights(tmp_path / "start.h5", 0, [("layer", (25_000,))])
-    environment = {"STANDIN_WEIGHTS": str(tmp_path / "start.h5")}
-    server = start(
-        "tests/standin.py",
-        "todoServer",
-        "--listen",
-        "localhost:0",
-        "--image-size",
-        "32",
-        "--rounds",
-        "2",
-        "--clients",
-        "client001,client002",
-        *flags(certs, own="good/server"),
-        cwd=site,
-        env=environment,
-    )
-    address = server.wait_for(r"listening on (\S+)")[1]
-    clients = [
-        start(
-            "tests/standin.py",
-            "todoClient",
-            "--name",
-            name,
-            "--server",
-            address,
-            *flags(certs, own=f"good/{name}"),
-            cwd=site,
-            env=environment,
-        )
-        for name in ("client001", "client002")
-    ]
-    assert [process.wait() for process in [*clients, server]] == [0, 0, 0], server.output
-    assert "warning" not in server.output
+def rows():
+    """{what is wrong: (what is said, who does what)}, from HOSPITALS.md."""
+    text = (ROOT / "HOSPITALS.md").read_text(encoding="utf-8")
+    [table] = re.findall(r"^\| what is wrong \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M)
+    cells = [line[1:-1].split("|") for line in table.splitlines()]
+    return {wrong.strip(): (said.strip(" `"), what.strip()) for wrong, said, what in cells}
 
 
-# --- a flood -------------------------------------------------------------------------------------
+class Setup(NamedTuple):
+    """Who has which certificate; None: plaintext, "": TLS without one. before: Others.NAME."""
+
+    client: str | None = "client001"
+    server: str | None = "server"
+    ca: str = "ca"  # that the client trusts
+    host: str = "localhost"
+    before: tuple | None = None  # (method of Others, its argument), which answers in its place
+    proxy: tuple | None = None  # the same, as https_proxy
 
 
-class Flood:
-    """200 silent connections, half of them not even HTTP/2, and 50 half-open calls of strangers."""
+SETUPS = {
+    "the client's certificate has expired": Setup(client="expired"),
+    "the client's certificate is not valid yet": Setup(client="future"),
+    "the client's certificate is a server's": Setup(client="server"),
+    "the client's certificate is another client's": Setup(client="client002"),
+    "the client's key is P-521": Setup(client="p521"),
+    "the client's key is Ed25519": Setup(client="ed25519"),
+    "the client's certificate is of another CA": Setup(client="other/client001"),
+    "the client has no certificate": Setup(client=""),
+    "the client speaks plaintext": Setup(client=None),
+    "the server speaks plaintext": Setup(server=None),
+    "the server's certificate has expired": Setup(server="server-expired"),
+    "the server's certificate is not valid yet": Setup(server="server-future"),
+    "the server's certificate is a client's": Setup(server="client001"),
+    "the server's key is P-521": Setup(server="server-p521"),
+    "the server's certificate expires while it runs": Setup(server="server-expired"),
+    "the client's clock is behind": Setup(server="server-future"),
+    "the server's certificate is of another CA": Setup(ca="other/ca"),
+    "the server's certificate is of another host": Setup(server="server-elsewhere"),
+    "nobody listens": Setup(before=("nobody", None)),
+    "a firewall drops what is sent": Setup(before=("dropped", None)),
+    "the server's name is unknown": Setup(host="nowhere.invalid"),
+    "the server behind a forwarded port is away": Setup(before=("hang_up", None)),
+    "another program has the port": Setup(client=None, before=("http", "400 Bad Request")),
+    "the proxy wants a password": Setup(proxy=("http", "407 Proxy Authentication Required")),
+    "the proxy forbids the connection": Setup(proxy=("http", "403 Forbidden")),
+    "the proxy finds no server": Setup(proxy=("http", "502 Bad Gateway")),
+    "the proxy opens TLS": Setup(proxy=("open_tls", None)),
+    "the proxy is down": Setup(proxy=("nobody", None)),
+    "a proxy before the server refuses large uploads": Setup(client=None, before=("http2", 413)),
+    "a proxy before the server does not wait for a round": Setup(
+        client=None, before=("http2", 504)
+    ),
+    "a proxy before the server finds it away": Setup(client=None, before=("http2", 502)),
+}
 
-    def __init__(self, address):
-        host, _, port = address.rpartition(":")
-        self.idle = [socket.create_connection((host, int(port)), 10) for _ in range(200)]
-        for connection in self.idle[::2]:
-            connection.sendall(probe.CLIENT_PREFACE)
-        self.channels = []
-        self.calls = []
-        self.over = threading.Event()
-        for number in range(50):
-            self.channels.append(
-                grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
-            )
-            method = ("sendWeight", "getWeight")[number % 5 == 0]
-            call = self.channels[-1].stream_stream(f"/todoPackage.FedML/{method}")(
-                self.nothing(), timeout=60
-            )
-            self.calls.append(call)
 
-    def nothing(self):
-        self.over.wait(60)
-        yield from ()
+class Others:
+    """Who else may answer: each method serves one connection."""
+
+    def __init__(self, certs):
+        self.certs = certs
+        self.sockets = []
+
+    def port_of(self, method, argument):
+        if method == "nobody":
+            return free_port()
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1)
+        self.sockets.append(listener)
+        port = listener.getsockname()[1]
+        if method == "dropped":  # as from a queue that is full
+            for _ in range(4):
+                self.sockets.append(socket.socket())
+                self.sockets[-1].setblocking(False)
+                self.sockets[-1].connect_ex(("127.0.0.1", port))
+            return port
+
+        def serve():
+            while True:
+                try:
+                    incoming, _ = listener.accept()
+                except OSError:
+                    return  # the test is over
+                with incoming, contextlib.suppress(OSError):  # the client hangs up, too
+                    getattr(self, method)(incoming, argument)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return port
+
+    def hang_up(self, incoming, _):
+        incoming.recv(1 << 12)
+
+    def http(self, incoming, status):
+        incoming.recv(1 << 12)
+        incoming.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
+
+    def http2(self, incoming, status):
+        """Answer the first call with this status, as RFC 9113 and 7541 have it, as no gRPC does."""
+        incoming.sendall(b"\0\0\0\4\0\0\0\0\0")  # an empty SETTINGS frame
+        received = more = incoming.recv(1 << 12)
+        while more and b"/todoPackage.FedML/" not in received:  # in the call's headers
+            more = incoming.recv(1 << 12)
+            received += more
+        header = b"\0\7:status\3" + str(status).encode()
+        incoming.sendall(b"\0\0" + bytes([len(header)]) + b"\1\5\0\0\0\1" + header)
+        incoming.recv(1 << 12)
+
+    def open_tls(self, incoming, _):
+        self.http(incoming, "200 Connection established")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certs / "other/server.pem", self.certs / "other/server.key")
+        context.wrap_socket(incoming, server_side=True)
 
     def close(self):
-        self.over.set()
-        for each in [*self.calls, *self.channels, *self.idle]:
-            if hasattr(each, "cancel"):
-                each.cancel()
-            else:
-                each.close()
+        for each in self.sockets:
+            each.close()
 
 
-@pytest.mark.alone
-def test_a_flood_of_unknown_peers_does_not_delay_a_round(serve, tmp_path):
-    served = serve(rounds=10_000)
-    large = [("conv", (1000, 1000)), ("dense", (1000, 3))]
-    write_weights(served.run.weights, 0, large)
-    served.close()
-    state = files.load_state(served.run.folder / "state.json")
-    files.save_state(
-        served.run.folder / "state.json",
-        {**state, "weights_sha256": files.sha256_of(served.run.weights)},
+@pytest.fixture
+def others(certs):
+    made = Others(certs)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def listening(certs):
+    """listening(own) -> the port of a gRPC server without methods, with that certificate."""
+    started = []
+
+    def start(own):
+        server = grpc.server(futures.ThreadPoolExecutor(1))
+        started.append(server)
+        if own is None:
+            port = server.add_insecure_port("localhost:0")
+        else:
+            pair = [(certs / f"{own}.{end}").read_bytes() for end in ("key", "pem")]
+            ca = (certs / "ca.pem").read_bytes()
+            credentials = grpc.ssl_server_credentials([pair], ca, require_client_auth=True)
+            port = server.add_secure_port("localhost:0", credentials)
+        server.start()
+        return port
+
+    yield start
+    for each in started:
+        each.stop(0).wait()
+
+
+def why_a_call_fails(arguments):
+    """What tls.explain makes of it."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.min_reconnect_backoff_ms", 3000)]
+    with tls.channel(arguments, options) as channel:
+        with pytest.raises(grpc.RpcError) as failed:
+            todo_pb2_grpc.FedMLStub(channel).sendWeight(iter([todo_pb2.modelWeight()]), timeout=30)
+    return tls.explain(failed.value.details(), arguments)
+
+
+def test_each_row_has_its_test():
+    assert list(rows()) == list(SETUPS)
+
+
+@pytest.mark.parametrize("wrong", SETUPS)
+def test_who_cannot_connect_is_told_why(certs, others, listening, capsys, monkeypatch, wrong):
+    expected, does = rows()[wrong]
+    setup = SETUPS[wrong]
+    for name in (*tls.PROXY_VARIABLES, "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    if setup.proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{others.port_of(*setup.proxy)}")
+    client_flags = [] if setup.client is None else flags(certs, setup.client, setup.ca)
+    if does == "the server ends with 2":
+        with pytest.raises(SystemExit, match="2"):
+            todoServer.parse(flags(certs, setup.server))
+        said = capsys.readouterr().err
+    elif does == "the client ends with 2":
+        with pytest.raises(SystemExit, match="2"):
+            todoClient.parse(["--name", "client001", *client_flags])
+        said = capsys.readouterr().err
+    else:
+        if setup.before:
+            address = f"127.0.0.1:{others.port_of(*setup.before)}"
+        else:
+            address = f"{setup.host}:{listening(setup.server)}"
+        insecure = ["--insecure"] if setup.client is None else []
+        client_flags += ["--name", "client001", "--server", address, *insecure]
+        said, can_retry = why_a_call_fails(todoClient.parse(client_flags))
+        assert can_retry is (does == "the client waits")
+    assert re.search(re.sub("SERVER|FILE", r"\\S+", re.escape(expected)), said), said
+
+
+def test_what_the_server_itself_says_is_not_explained(certs):
+    arguments = todoClient.parse(["--name", "client001", *flags(certs)])
+    for details in ("client001: unable to get local issuer; Socket closed", "Socket closed"):
+        assert tls.explain(details, arguments) == (details, True)
+
+
+# --- the scripts as they are started -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "server, code, keyword", [(None, 1, "speaks plaintext"), ("nobody", 4, "no server answers")]
+)
+def test_a_client_ends_where_waiting_is_in_vain(
+    certs, listening, tmp_path, monkeypatch, capfd, server, code, keyword
+):
+    monkeypatch.chdir(make_data(tmp_path / "site"))
+    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
+    port = free_port() if server == "nobody" else listening(server)
+    command = ["--name", "client001", "--server", f"localhost:{port}", "--give-up-after", "0.1"]
+    assert todoClient.main([*command, *flags(certs)]) == code
+    captured = capfd.readouterr()
+    assert keyword in captured.out + captured.err
+
+
+def test_insecure_is_allowed_and_warned_about(start, begun):
+    site = begun(clients=["client001"])
+    server = start("todoServer.py", "--listen", "0.0.0.0:0", "--insecure", cwd=site)
+    server.wait_for("listening on 0.0.0.0:")
+    assert "warning: plaintext" in server.output
+
+
+@pytest.fixture
+def own(certs, tmp_path):
+    """The folder of one client's own files."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for name in ("ca.pem", "client001.pem", "client001.key"):
+        (folder / name).write_bytes((certs / name).read_bytes())
+    return folder
+
+
+def test_files_that_change_while_they_are_read_are_not_used(own, monkeypatch):
+    """gRPC would end the process on an empty key."""
+    arguments = todoClient.parse(["--name", "client001", *flags(own)])
+    changing = (own / "client001.key").write_bytes
+    monkeypatch.setattr(tls, "own_certificate_fault", lambda *_: changing(b""))
+    with pytest.raises(tls.FilesNotReady, match="renewed"):
+        tls.channel(arguments, [])
+
+
+def test_two_rounds_while_certificates_are_renewed(start, begun, certs, own):
+    """A running client waits for files that are away for a moment, as for a server."""
+    site = begun(clients=["client001"])
+    port = free_port()
+    command = ["--name", "client001", "--server", f"localhost:{port}", *flags(own)]
+    script = client_script(site)  # here it says at each attempt what it waits for
+    script.write_text(
+        script.read_text().replace("FIRST_PAUSE_S =", "REPORT_EVERY_S = todoClient.FIRST_PAUSE_S =")
     )
-    served.run.start()
-    served.server, served.address = serving.serve(served.run.rounds)
-    good = [write_weights(tmp_path / f"{seed}.h5", seed, large) for seed in (1, 2)]
-
-    def one_round():
-        started = time.monotonic()
-        for name in ("client001", "client002"):
-            for _ in served.stub().getWeight(
-                todo_pb2.void(), metadata=[("fedml-client", name)], timeout=60
-            ):
-                pass
-        calls = [
-            served.send(path, name)
-            for path, name in zip(good, ("client001", "client002"), strict=True)
-        ]
-        assert [call.result().value for call in calls] == [1, 1]
-        return time.monotonic() - started
-
-    one_round()
-    pairs = []
-    for _ in range(7):
-        quiet, flood = one_round(), Flood(served.address)
-        until(lambda flood=flood: any(call.done() for call in flood.calls), "the flood has arrived")
-        pairs.append((quiet, one_round()))
-        flood.close()
-    quiet, flooded = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(after / before for before, after in pairs)
-    print(f"quiet {quiet:.3f} s, flooded {flooded:.3f} s, ratio {ratio:.2f}")
-    assert flooded <= 1.1 * quiet + 0.1, pairs
-    assert any("peers that name nobody are here already" in line for line in served.run.said)
+    client = start(script, *command, cwd=site)
+    client.wait_for("no server answers")
+    (own / "client001.key").unlink()
+    client.wait_for("No such file")
+    (own / "client001.key").touch()
+    client.wait_for("expected PEM")
+    (own / "client001.key").write_bytes((certs / "client001.key").read_bytes())
+    command = flags(certs, "server")
+    server, _ = start_server(start, site, *command, port=port, script=server_script(site))
+    assert client.wait() == server.wait() == 0, client.output
+    assert "Traceback" not in client.output and "warning" not in server.output
 
 
 # --- make_certs.sh -------------------------------------------------------------------------------
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_make_certs(tmp_path):
-    made = make_certs(tmp_path / "certs", "192.0.2.7", "client001", DAYS="90")
+    folder = tmp_path / "certs"
+    made = make_certs(folder, "192.0.2.7", "client001", DAYS="90")
     assert made.returncode == 0 and made.stdout.count("is valid until") == 3
-    assert {
-        path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "certs").glob("*.key")
-    } == dict.fromkeys(["ca.key", "server.key", "client001.key"], "0o600")
-    text = subprocess.run(
-        ["openssl", "x509", "-in", tmp_path / "certs" / "server.pem", "-noout", "-text"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.glob("*.key")}
+    assert modes == dict.fromkeys(["ca.key", "server.key", "client001.key"], 0o600)
+    command = ["openssl", "x509", "-in", folder / "server.pem", "-noout", "-text"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "IP Address:192.0.2.7" in text and "DNS:localhost" in text
-    before = {path: path.read_bytes() for path in (tmp_path / "certs").iterdir()}
-    again = make_certs(tmp_path / "certs", "192.0.2.7", "client001")
+    before = contents(folder)
+    again = make_certs(folder, "192.0.2.7", "client001")
     assert again.returncode == 1 and "nothing is overwritten" in again.stderr
-    assert {path: path.read_bytes() for path in (tmp_path / "certs").iterdir()} == before
-    assert (
-        make_certs(tmp_path / "certs", "192.0.2.7", "client002").returncode == 0
-    )  # one more, of the same CA
-    assert (
-        before.items()
-        <= {path: path.read_bytes() for path in (tmp_path / "certs").iterdir()}.items()
-    )
-    for name in (
-        "server.pem",
-        "server.key",
-        "client001.pem",
-        "client001.key",
-    ):  # renewed, by the same CA
-        (tmp_path / "certs" / name).rename(tmp_path / name)
-    renewed = make_certs(tmp_path / "certs", "192.0.2.7", "client001")
+    assert contents(folder) == before
+    assert make_certs(folder, "192.0.2.7", "client002").returncode == 0
+    assert before.items() <= contents(folder).items()
+
+
+def test_make_certs_renews_what_was_moved_out(tmp_path):
+    folder = tmp_path / "certs"
+    make_certs(folder, "192.0.2.7", "client001")
+    for name in ("server.pem", "server.key", "client001.pem", "client001.key"):
+        (folder / name).rename(tmp_path / name)
+    renewed = make_certs(folder, "192.0.2.7", "client001")
     assert renewed.returncode == 0 and renewed.stdout.count("is valid until") == 3
-    openssl("verify -CAfile certs/ca.pem certs/server.pem certs/client001.pem server.pem", tmp_path)
-    assert (tmp_path / "certs" / "server.pem").read_bytes() != (
-        tmp_path / "server.pem"
-    ).read_bytes()
-    for wrong in (
-        ["certs"],
-        ["certs", "host", "../x"],
-        ["certs", "192.0.2.7:50051", "client003"],
-        ["certs", "a b", "client003"],
-        ["certs", "host", "server"],
-    ):
-        assert make_certs(tmp_path / wrong[0], *wrong[1:]).returncode == 2, wrong
+    assert contents(folder)["server.pem"] != (tmp_path / "server.pem").read_bytes()
+    command = ["openssl", "verify", "-CAfile", folder / "ca.pem", tmp_path / "server.pem"]
+    subprocess.run([*command, *folder.glob("[cs]*.pem")], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        ["host", "../x"],
+        ["192.0.2.7:50051", "client003"],
+        ["a b", "client003"],
+        ["host", "server"],
+    ],
+)
+def test_make_certs_refuses(tmp_path, wrong):
+    assert make_certs(tmp_path / "certs", *wrong).returncode == 2
