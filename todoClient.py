@@ -743,10 +743,13 @@ def keep_trying(attempt, site):
             with connect(site) as channel:
                 return attempt(todo_pb2_grpc.FedMLStub(channel), site)
         except grpc.RpcError as error:
-            reason, may_help = tls.explain(error.details() or "", site.arguments)
-            if error.code() in REFUSALS and may_help:  # the server's own words
-                reason = f"the server refused: {plain(reason)} ({error.code().name})"
-                may_help = False
+            said = error.details() or error.code().name
+            reason, may_help = tls.explain(said, site.arguments)
+            if reason == said:  # the server's own words
+                reason = plain(said)
+                if error.code() in REFUSALS:
+                    reason = f"the server refused: {reason} ({error.code().name})"
+                    may_help = False
             if not may_help:
                 raise ValueError(reason) from None
         except tls.FilesNotReady as error:  # certificates that are being renewed
@@ -765,7 +768,7 @@ def keep_trying(attempt, site):
         if last_report is None or now - last_report >= REPORT_EVERY_S:
             last_report = now
             site.say(
-                f"waiting for the server at {site.arguments.server} ({plain(reason)}); giving up "
+                f"waiting for the server at {site.arguments.server} ({reason}); giving up "
                 f"in {left_s:.0f} s"
             )
         jitter = random.uniform(0.5, 1.5)  # or all clients would come back at the same moment
