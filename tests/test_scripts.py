@@ -24,7 +24,7 @@ def run(*command, cwd=ROOT, **options):
     )
 
 
-DOCUMENTS = ["README.md", "HOSPITALS.md", "SECURITY.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "docs/hospitals.md", "docs/security.md", "benchmarks/README.md"]
 
 
 def commands_in(document):
@@ -60,7 +60,7 @@ def test_every_flag_in_a_documents_commands_exists(document):
         if flag not in flags_of(script)
     ]
     assert wrong == []
-    if document != "SECURITY.md":
+    if document != "docs/security.md":
         assert len(commands) >= 2
 
 

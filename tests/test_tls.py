@@ -273,12 +273,12 @@ def test_what_is_this_machine(address, local):
     assert tls.is_this_machine(address) is local
 
 
-# --- HOSPITALS.md's table of who cannot connect --------------------------------------------------
+# --- docs/hospitals.md's table of who cannot connect --------------------------------------------------
 
 
 def rows():
-    """{what is wrong: (what is said, who does what)}, from HOSPITALS.md."""
-    text = (ROOT / "HOSPITALS.md").read_text(encoding="utf-8")
+    """{what is wrong: (what is said, who does what)}, from docs/hospitals.md."""
+    text = (ROOT / "docs" / "hospitals.md").read_text(encoding="utf-8")
     [table] = re.findall(r"^\| what is wrong \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M)
     cells = [line[1:-1].split("|") for line in table.splitlines()]
     return {wrong.strip(): (said.strip(" `"), what.strip()) for wrong, said, what in cells}
