@@ -523,6 +523,8 @@ class Rounds:
                 publish(upload.file, self.upload_path(client))
             except BaseException:
                 # The rename may be done although a later step failed: look which upload is there.
+                # Where that fails, too, none counts until the client sends it again.
+                self.uploads.pop(client, None)
                 self.uploads = self._uploads_on_disk()
                 raise
         self.uploads[client] = new
