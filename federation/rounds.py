@@ -423,7 +423,10 @@ class Rounds:
         there = []
         with contextlib.suppress(FileNotFoundError):
             with open(path, encoding="utf-8", errors="replace", newline="") as file:
-                there = list(csv.DictReader(file))
+                try:
+                    there = list(csv.DictReader(file))
+                except csv.Error:  # another program wrote it
+                    path.rename(first_free(self.folder, "clients-not-read-{}.csv"))
         known = {(row.get("round"), row.get("client")) for row in there}
         new = [row for row in rows if (str(row["round"]), row["client"]) not in known]
         if new:
