@@ -517,6 +517,8 @@ class Rounds:
             new["scores"] = self.scores[client]
         old = self.uploads.get(client)
         same_bytes = old is not None and file_sha256_of(old) == file_sha256_of(new)
+        if same_bytes:
+            new = {**old, **new}  # what it measured was told once, maybe to a server before this
         listed = [new]
         if old is not None and not same_bytes:
             listed = [old, new]
