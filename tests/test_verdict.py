@@ -1,10 +1,11 @@
 """Does this upload count? `rounds.verdict` by the table of DESIGN 4, and by an oracle.
 
-The oracle draws histories of whole runs and remembers them as people would: who delivered what in
-which round. The state that `verdict` sees is one that a server could have on disk.
+The oracle remembers a run as people would: who delivered what in which round. `test_any_order.py`
+asks it, too.
 """
 
 import re
+from dataclasses import dataclass
 
 import pytest
 from conftest import metrics
@@ -131,64 +132,78 @@ def test_a_refusal_names_the_run_that_was_sent_and_no_more_of_it_than_fits():
 # --- random histories ----------------------------------------------------------------------------
 
 
+@dataclass
 class Story:
-    """A run as it happened: for each round, who delivered what; the oracle's memory."""
+    """A run as it happened: who delivered what in which round. Uploads are {client: digest}."""
 
-    def __init__(self, closed, open_uploads, clients, phase):
-        self.closed = closed  # [{client: digest}, ...] of the merged rounds
-        self.open = {name: sha256 for name, sha256 in open_uploads.items() if name in clients}
-        self.clients = sorted(clients)
-        self.phase = phase  # "open", "frozen", "evaluating"
+    closed: list  # the uploads of each merged round
+    evaluated: int  # how many of these rounds are evaluated
+    uploads: dict  # of the open round
+    is_frozen: bool
+    clients: list  # who takes part, sorted
+    rounds: int  # of the whole run
 
-    def state(self):
-        counted = {
-            name: (number, sha256)
-            for number, uploads in enumerate(self.closed, 1)
-            for name, sha256 in uploads.items()
-        }
-        merged = len(self.closed)
-        evaluated = max(0, merged - (self.phase == "evaluating"))
-        uploads = {} if merged == 3 else self.open
-        is_frozen = self.phase == "frozen" and bool(uploads)
-        return make_state(merged + 1, evaluated, counted, uploads, is_frozen, self.clients)
+    def expects(self, all_required, client, run, number, digest):
+        """(NEW or REPEAT, the round), or (status code, None).
 
-    def expects(self, all_required, client, run, number, sha256):
-        """Written from the promises, not from the table: what was counted stays answered ..."""
+        Written from the promises, not from the table.
+        """
         open_round = len(self.closed) + 1
         took_part = [n for n, uploads in enumerate(self.closed, 1) if client in uploads]
         last = took_part[-1] if took_part else None
-        is_last = last is not None and self.closed[last - 1][client] == sha256
+        is_last = last is not None and self.closed[last - 1][client] == digest
         if number is None:
             if not is_last and not all_required:
                 return FETCH, None
             number = last if is_last else open_round
+        # What was counted stays answered ...
         if run != "other" and is_last and number == last:
             return REPEAT, number
         # ... who takes part no more is told so before anything else ...
         if client not in self.clients:
             return LEFT, None
         # ... and only the open round of this run takes weights, until it is frozen.
-        if run == "other" or number != open_round or open_round > 3:
+        if run == "other" or number != open_round or open_round > self.rounds:
             return FETCH, None
-        if self.phase != "frozen" or not self.open:
+        if not self.is_frozen:
             return NEW, number
-        return (REPEAT, number) if self.open.get(client) == sha256 else (FETCH, None)
+        return (REPEAT, number) if self.uploads.get(client) == digest else (FETCH, None)
+
+    def state(self):
+        counted = {
+            name: (number, digest)
+            for number, uploads in enumerate(self.closed, 1)
+            for name, digest in uploads.items()
+        }
+        return make_state(
+            len(self.closed) + 1,
+            self.evaluated,
+            counted,
+            self.uploads,
+            self.is_frozen,
+            self.clients,
+        )
 
 
 NAMES = st.sampled_from([A, B, C])
 UPLOADS = st.dictionaries(NAMES, st.sampled_from([X, Y]), min_size=1)
-STORIES = st.builds(
-    Story,
-    closed=st.lists(UPLOADS, max_size=3),
-    open_uploads=UPLOADS,
-    clients=st.sets(NAMES, min_size=1),
-    phase=st.sampled_from(["open", "frozen", "evaluating"]),
-)
+
+
+@st.composite
+def stories(draw):
+    clients = sorted(draw(st.sets(NAMES, min_size=1)))
+    closed = draw(st.lists(UPLOADS, max_size=3))
+    uploads = {name: each for name, each in draw(UPLOADS).items() if name in clients}
+    if len(closed) == 3:
+        uploads = {}  # no round is open any more
+    is_frozen = bool(uploads) and draw(st.booleans())
+    being_evaluated = bool(closed) and not is_frozen and draw(st.booleans())
+    return Story(closed, len(closed) - being_evaluated, uploads, is_frozen, clients, rounds=3)
 
 
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(
-    story=STORIES,
+    story=stories(),
     all_required=st.booleans(),
     client=st.sampled_from([A, B, C, D]),
     run=st.sampled_from(["run0", "other", None]),
