@@ -138,12 +138,13 @@ def load_state(path, kinds, remedy="move it away"):
 
     Raises ValueError where the file is not a state of this version, or says what it cannot.
     """
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
+    path = Path(path)
+    if not path.exists():
         return None
+    if not path.is_file():  # reading a FIFO waits for ever
+        raise ValueError(f"{path} is not a file: {remedy}")
     try:
-        state = json.loads(content)
+        state = json.loads(path.read_bytes())
         version = state.pop("version")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(

@@ -423,7 +423,10 @@ class Rounds:
         there = []
         with contextlib.suppress(FileNotFoundError):
             with open(path, encoding="utf-8", errors="replace", newline="") as file:
-                there = list(csv.DictReader(file))
+                try:
+                    there = list(csv.DictReader(file))
+                except csv.Error:  # another program wrote it
+                    path.rename(first_free(self.folder, "clients-not-read-{}.csv"))
         known = {(row.get("round"), row.get("client")) for row in there}
         new = [row for row in rows if (str(row["round"]), row["client"]) not in known]
         if new:
@@ -514,6 +517,8 @@ class Rounds:
             new["scores"] = self.scores[client]
         old = self.uploads.get(client)
         same_bytes = old is not None and file_sha256_of(old) == file_sha256_of(new)
+        if same_bytes:
+            new = {**old, **new}  # what it measured was told once, maybe to a server before this
         listed = [new]
         if old is not None and not same_bytes:
             listed = [old, new]
@@ -523,6 +528,8 @@ class Rounds:
                 publish(upload.file, self.upload_path(client))
             except BaseException:
                 # The rename may be done although a later step failed: look which upload is there.
+                # Where that fails, too, none counts until the client sends it again.
+                self.uploads.pop(client, None)
                 self.uploads = self._uploads_on_disk()
                 raise
         self.uploads[client] = new

@@ -160,43 +160,72 @@ class RunState:
         return state
 
 
+# What the records of a state hold: name -> types. All of them are flat, but for an upload's scores.
+NUMBER = (int, float)
+UPLOAD_KINDS = {"num_examples": (int,), "sha256": (str,), "file_sha256": (str,)}
+MERGED_KINDS = {"round": (int,), "clients": (int,), "missing": (str,), "num_examples": (int,)}
+ROW_KINDS = {**dict.fromkeys(HISTORY_COLUMNS, NUMBER), **MERGED_KINDS}
+BEST_KINDS = {"round": (int,), "auc": (*NUMBER, type(None)), "sha256": (str,)}
+MOST_EXAMPLES = 2**31 - 1  # that the wire can name
+
+
 def _problem_of(state):
     """What no state of a run can say, as text; None where all of it can be."""
-    uploads = [each for listed in state.uploads.values() for each in _list(listed)]
-    names = [*state.clients, *state.uploads, *state.counted, *(state.frozen or [])]
+    merged_and_not_evaluated = state.round - 1 - state.evaluated
+    uploads = [_list(listed) for listed in state.uploads.values()]
     checks = {
-        "clients": state.clients and all(_is_name(name) for name in names),
+        "run": _is_name(state.run),
+        "clients": state.clients
+        and all(map(_is_name, state.clients))
+        and state.clients == sorted(set(state.clients)),
         "rounds": state.rounds >= 1,
-        "round": state.round >= 1,
         "image_size": 16 <= state.image_size <= 4096,
-        "history": all(set(HISTORY_COLUMNS) <= set(_dict(row)) for row in state.history)
-        and state.evaluated in (state.round - 1, state.round - 2),
-        "merged": state.evaluated == state.round - 1 or "num_examples" in _dict(state.merged),
-        "uploads": all(state.uploads.values()) and all(map(_is_upload, uploads)),
-        "counted": all(
-            _is_upload(each) and type(each.get("round")) is int for each in state.counted.values()
+        "seed": state.seed >= 0,
+        "history": all(
+            _holds(row, ROW_KINDS) and row["round"] == number
+            for number, row in enumerate(state.history, 1)
         ),
-        "frozen": set(state.frozen or []) <= set(state.uploads),
-        "best": state.best is None or {"round", "auc", "sha256"} <= set(state.best),
+        # A round is frozen only once the one before it is evaluated.
+        "round": merged_and_not_evaluated in ((0, 1) if state.frozen is None else (0,)),
+        "merged": not merged_and_not_evaluated
+        or (_holds(state.merged, MERGED_KINDS) and state.merged["round"] == state.round - 1),
+        "uploads": all(name in state.clients for name in state.uploads)
+        and all(listed and all(map(_is_upload, listed)) for listed in uploads),
+        "counted": all(map(_is_name, state.counted))
+        and all(
+            _is_upload(each) and each.get("round") in range(1, state.round)
+            for each in state.counted.values()
+        ),
+        "frozen": state.frozen is None or (state.uploads and state.frozen == sorted(state.uploads)),
+        "best": state.best is None or _holds(state.best, BEST_KINDS),
     }
     wrong = [name for name, is_right in checks.items() if not is_right]
     return f"its {', '.join(wrong)} cannot be" if wrong else None
 
 
 def _is_upload(entry):
-    entry = _dict(entry)
-    digests = [entry.get("sha256"), entry.get("file_sha256", "")]
-    is_counted = type(entry.get("num_examples")) is int and entry["num_examples"] >= 1
-    return is_counted and all(type(digest) is str for digest in digests)
+    entry = {"file_sha256": "", "scores": {}, **(entry if isinstance(entry, dict) else {})}
+    scores = entry.pop("scores")
+    return (
+        _holds(entry, UPLOAD_KINDS)
+        and 1 <= entry["num_examples"] <= MOST_EXAMPLES
+        and isinstance(scores, dict)
+        and all(type(value) in NUMBER for value in scores.values())
+    )
+
+
+def _holds(record, kinds):
+    """Whether it is a dict of plain values, with all of these."""
+    return (
+        isinstance(record, dict)
+        and all(type(value) in (*NUMBER, str, type(None)) for value in record.values())
+        and all(name in record and type(record[name]) in types for name, types in kinds.items())
+    )
 
 
 def _is_name(name):
     return type(name) is str and CLIENT_NAME.fullmatch(name) is not None
 
 
-def _dict(value):
-    return value if isinstance(value, dict) else {}
-
-
 def _list(value):
-    return value if isinstance(value, list) else [None]
+    return value if isinstance(value, list) else []

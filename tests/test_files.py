@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+import todoServer
 from common import files
 
 
@@ -35,26 +36,35 @@ def test_temporary_keeps_folder_and_extension_and_is_cleaned(tmp_path):
     assert os.listdir(tmp_path) == ["server_weight.h5"]
 
 
-def test_state_comes_back_and_foreign_files_are_named(tmp_path):
-    path = tmp_path / "state.json"
-    assert files.load_state(path) is None
-    files.save_state(path, {"round": 3})
-    assert files.load_state(path) == {"round": 3}
-    for text in ("{", "[]", '{"round": 3}', ""):
-        path.write_text(text)
-        with pytest.raises(ValueError, match="state.json is not a state file.*move it away"):
-            files.load_state(path)
-        with pytest.raises(
-            ValueError, match="state.json is not a state file.*: begin with --fresh$"
-        ):
-            files.load_state(path, remedy="begin with --fresh")
-    path.write_text('{"version": 1, "round": 3}')
-    assert files.load_state(path, ["round"]) == {"round": 3}
-    with pytest.raises(ValueError, match="state.json is not a state file.*no trained, history"):
-        files.load_state(path, ["trained", "round", "history"])
-    path.write_text('{"version": 99}')
-    with pytest.raises(ValueError, match="version 99, this program writes 1.*or begin anew$"):
-        files.load_state(path, remedy="begin anew")
+def test_a_full_disk_names_the_file_and_leaves_nothing_half(tmp_path):
+    path = tmp_path / "history.csv"
+    files.publish_text(path, "whole")
+    with pytest.raises(OSError, match="history.csv"):
+        with files.replacing(path) as written:
+            written.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "whole" and os.listdir(tmp_path) == ["history.csv"]
+
+
+@pytest.mark.parametrize(
+    ("state", "named"),
+    [
+        ({"round": 3, "best": None, "votes": 1}, "votes"),
+        ({"round": 3}, "best"),
+        ({"round": "3", "best": None}, "round"),
+        ({"round": True, "best": None}, "round"),
+        ({"round": 3, "best": [1]}, "best"),
+    ],
+)
+def test_a_state_comes_back_and_one_of_other_names_or_types_is_refused(tmp_path, state, named):
+    """What else can be wrong with a state file is in test_state.py."""
+    path, kinds = tmp_path / "state.json", {"round": int, "best": dict | None}
+    assert files.load_state(path, kinds) is None
+    files.save_state(path, {"round": 3, "best": {}})
+    assert files.load_state(path, kinds) == {"round": 3, "best": {}}
+    files.save_state(path, state)
+    with pytest.raises(ValueError, match=f"state.json .*{named}.*: begin anew$"):
+        files.load_state(path, kinds, "begin anew")
 
 
 def test_rows_are_published_only_when_they_change(tmp_path):
@@ -70,34 +80,23 @@ def test_rows_are_published_only_when_they_change(tmp_path):
     assert path.read_text() == "round,loss\n1,0.123457\n"
 
 
-def test_an_old_run_is_moved_aside_with_its_state_first(tmp_path):
-    assert files.move_aside(tmp_path) is None
-    (tmp_path / ".gitkeep").touch()
-    assert files.move_aside(tmp_path) is None
-    for number in (1, 2):
-        files.save_state(tmp_path / "state.json", {"round": number})
-        (tmp_path / "client001").mkdir()
-        (tmp_path / "client001" / "client_weights.h5").write_bytes(b"x")
-        assert files.move_aside(tmp_path) == tmp_path / f"old-{number}"
-        assert files.load_state(tmp_path / f"old-{number}" / "state.json") == {"round": number}
-        assert (tmp_path / f"old-{number}" / "client001" / "client_weights.h5").exists()
-    assert sorted(os.listdir(tmp_path)) == [".gitkeep", "old-1", "old-2"]
-
-
-def test_what_no_servers_run_wrote_is_not_moved(tmp_path):
-    for name in (
-        "todoServer.py",
-        "index/val_set.pkl",
-        "client001/state.json",
-        "client001/client_weights.h5",
-    ):
+def test_an_old_run_and_nothing_else_is_moved_aside(tmp_path):
+    users = [".gitkeep", "todoServer.py", "index/val_set.pkl"]
+    users += ["client002/state.json", "client002/client_weights.h5"]  # a client works there
+    ours = ["state.json", "server_weight.h5", "clients.csv", "client001/client_weights.h5"]
+    for name in users:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert files.move_aside(tmp_path) is None
-    (tmp_path / "server_weight.h5").touch()
-    assert files.move_aside(tmp_path) == tmp_path / "old-1"
-    assert sorted(os.listdir(tmp_path)) == ["client001", "index", "old-1", "todoServer.py"]
-    assert os.listdir(tmp_path / "old-1") == ["server_weight.h5"]
+    assert todoServer.move_aside(tmp_path) is None
+    for number in (1, 2):
+        for name in ours:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(str(number))
+        aside = todoServer.move_aside(tmp_path)
+        assert aside == tmp_path / f"old-{number}"
+        assert [(aside / name).read_text() for name in ours] == [str(number)] * len(ours)
+    assert all((tmp_path / name).exists() for name in users)
+    assert not any((tmp_path / name).exists() for name in ours)
 
 
 def test_a_folder_is_one_processs_until_that_ends_however_it_ends(tmp_path):

@@ -1,21 +1,28 @@
-"""rounds: a client counts once a round, and nothing accepted is lost.
+"""rounds: a client counts once a round, nothing accepted is lost, and no one waits for ever.
 
-The same set gives the same bits, and no one waits for ever.
+With real files and the real FedAvg on tiny weights. Here a server dies by an exception in its
+thread; `test_crash.py` and `test_kill.py` kill processes. Whether an upload counts is
+`test_verdict.py`, and what comes in any order is `test_any_order.py`.
 """
 
+import csv
+import hashlib
 import itertools
-import json
-import os
 import threading
-import time
 
 import numpy as np
 import pytest
-from conftest import DEADLINE_S, Call, metrics, random_tensors, read_weights, until, write_weights
+from conftest import Call, metrics, random_tensors, read_weights, until, write_weights
 
+import todoServer
 from common import files
 from federation import rounds
-from federation.rounds import HISTORY_COLUMNS, Refused, TooFewClients
+from federation.rounds import Refused, TooFewClients
+from federation.state import RunState
+
+A, B, C = "client001", "client002", "client003"
+DISK_IS_FULL = OSError(28, "No space left on device")
+OUT_OF_FILES = OSError(24, "Too many open files")
 
 
 def refused(call, code, *words):
@@ -25,15 +32,36 @@ def refused(call, code, *words):
     assert caught.value.code == code, caught.value
     for word in words:
         assert word in caught.value.sentence
-    return caught.value.sentence
+
+
+def still_waits(call):
+    call.thread.join(0.05)
+    return not call.ended
+
+
+def all_deliver(run, **seeds):
+    """All of these deliver for the open round, and are answered."""
+    calls = [run.deliver(client, seed) for client, seed in seeds.items()]
+    for call in calls:
+        call.result()
 
 
 def state_on_disk(run):
-    return files.load_state(run.folder / "state.json")
+    return RunState.load(run.folder / "state.json")
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def has_result(run, client):
+    """It says its last word: that it has the result."""
+    run.rounds.hear(client, "run0", run.rounds.state.rounds + 1, {"phase": "done"}, {})
 
 
 def gate(run, name):
-    """Holds run.merge or run.evaluate: (entered, open) events."""
+    """Holds run.merge or run.evaluate: (entered, opened) events."""
     entered, opened, inner = threading.Event(), threading.Event(), getattr(run, name)
 
     def held(*arguments):
@@ -43,6 +71,30 @@ def gate(run, name):
 
     setattr(run, name, held)
     return entered, opened
+
+
+def fail_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def patch_publish(monkeypatch, publish):
+    for module in (files, rounds):
+        monkeypatch.setattr(module, "publish", publish)
+
+
+def full_disk_for(name):
+    """A publish that fails for files of this name."""
+    inner = files.publish
+
+    def publish(written, path):
+        if path.name == name:
+            raise DISK_IS_FULL
+        inner(written, path)
+
+    return publish
 
 
 # --- the barrier ---------------------------------------------------------------------------------
@@ -57,256 +109,164 @@ def test_nobody_is_answered_before_all_have_delivered_in_any_round(make_run):
         for round_number in range(1, 7):
             together.wait(60)
             delivered.append(round_number)
-            run.deliver(
-                name, 100 * round_number + number, 1 + number, round_number=round_number
-            ).result()
+            seed = 100 * round_number + number
+            run.deliver(name, seed, number, round_number=round_number).result()
             if delivered.count(round_number) < len(clients):
                 early.append((name, round_number))
 
-    calls = [Call(client, number, name) for number, name in enumerate(clients)]
-    for call in calls:
+    calls = [Call(client, number, name) for number, name in enumerate(clients, 1)]
+    for call in [*calls, run.coordinator]:
         call.result()
-    run.coordinator.result()
-    assert not early and run.rounds.state.evaluated == 6
-    assert run.holds(*((name, 1 + number, 600 + number) for number, name in enumerate(clients)))
-    rows = (run.folder / "history.csv").read_text().splitlines()
-    assert rows[0] == ",".join(HISTORY_COLUMNS) and len(rows) == 7
-    assert [row.split(",")[0] for row in rows[1:]] == list("123456")
-    assert rows[1].split(",")[6:9] == ["8", "", str(sum(range(1, 9)))]
+    assert not early
+    assert run.holds(*((name, number, 600 + number) for number, name in enumerate(clients, 1)))
+    rows = rows_of(run.folder / "history.csv")
+    assert [row["round"] for row in rows] == list("123456")
+    assert (rows[0]["clients"], rows[0]["missing"], rows[0]["num_examples"]) == ("8", "", "36")
 
 
-def test_the_order_of_arrival_does_not_matter(make_run):
-    names, found = ["client001", "client002", "client003"], set()
-    run = make_run(clients=names, rounds=6)
-    for order in itertools.permutations(range(3)):
-        calls = [run.deliver(names[order[0]], order[0], order[0] + 7)]
-        for number in order[1:]:
-            counted = order.index(number)
-            until(lambda n=counted: len(run.rounds.uploads) == n, "the one before is counted")
-            calls.append(run.deliver(names[number], number, number + 7))
-        for call in calls:
-            call.result()
-        found.add(files.sha256_of(run.weights))
-    assert len(found) == 1 and run.holds(
-        *((name, number + 7, number) for number, name in enumerate(names))
-    )
-
-
-def test_even_where_a_sum_depends_on_its_order(make_run):
-    names, large = (
-        ["client001", "client002", "client003"],
-        [np.ones_like(tensor) for tensor in random_tensors(0)],
-    )
-    uploads = [[1e20 * tensor for tensor in large], large, [-1e20 * tensor for tensor in large]]
+def test_the_order_of_arrival_gives_the_same_bits(make_run):
+    names = [A, B, C]
+    ones = [np.ones_like(tensor) for tensor in random_tensors(0)]
+    uploads = [[factor * tensor for tensor in ones] for factor in (1e20, 1, -1e20)]
     run = make_run(clients=names, rounds=6)
     for order in itertools.permutations(range(3)):
         calls = [run.delivered(names[number], uploads[number]) for number in order[:2]]
         calls.append(run.deliver(names[order[2]], uploads[order[2]]))
         for call in calls:
             call.result()
-        assert not any(
-            tensor.any() for tensor in read_weights(run.weights)
-        )  # (1e20 + 1) - 1e20, in the names' order
+        # (1e20 + 1) - 1e20 in the order of the names; any other order may give 1.
+        assert not any(tensor.any() for tensor in read_weights(run.weights))
 
 
-def test_answers_come_only_after_evaluation_and_history(make_run):
-    run = make_run(clients=["client001"])
+def test_answers_and_the_result_come_only_after_evaluation_and_history(make_run):
+    run = make_run(clients=[A], rounds=1)
     entered, opened = gate(run, "evaluate")
-    call = run.deliver("client001", 1)
+    call = run.deliver(A, 1)
     assert entered.wait(60)
-    assert state_on_disk(run)["round"] == 2 and run.holds(("client001", 1, 1)) and not call.ended
+    assert state_on_disk(run).round == 2 and run.holds((A, 1, 1))
+    fetch = Call(run.rounds.fetch, A)
+    assert still_waits(call) and still_waits(fetch)
     opened.set()
-    assert call.result() is False  # not the last round
-    assert (
-        len(state_on_disk(run)["history"]) == 1
-        and (run.folder / "history.csv").read_text().count("\n") == 2
-    )
+    call.result()
+    number, _, file = fetch.result()
+    file.close()
+    assert number == 2 and state_on_disk(run).is_over
+    assert len(rows_of(run.folder / "history.csv")) == 1
 
 
 # --- repeats and replacements --------------------------------------------------------------------
 
 
-def test_a_repeat_counts_once_and_the_older_call_is_aborted(make_run):
-    run = make_run(clients=["client001", "client002"])
-    first = run.delivered("client001", 1, num_examples=5)
-    second = run.delivered("client001", 1, num_examples=5)
-    refused(first, "ABORTED", "client001", "again")
-    assert run.said[-1].startswith(
-        "round 1: client001 delivered 5 examples again, the same weights; have client001; waiting"
-    )
-    run.deliver("client002", 2, num_examples=3).result()
-    second.result()
-    assert run.holds(("client001", 5, 1), ("client002", 3, 2))
-    assert (
-        state_on_disk(run)["history"][0]["clients"] == 2
-        and state_on_disk(run)["history"][0]["num_examples"] == 8
-    )
-
-
-def test_before_the_freeze_a_new_upload_replaces_the_old_one(make_run):
-    run = make_run(clients=["client001", "client002"])
-    first = run.delivered("client001", 1, num_examples=5)
-    second = run.delivered("client001", 9, num_examples=6)
-    refused(first, "ABORTED")
-    assert any("replacing" in line for line in run.said)
-    run.deliver("client002", 2).result()
-    second.result()
-    assert run.holds(("client001", 6, 9), ("client002", 1, 2))
+@pytest.mark.parametrize(("seed", "said"), [(1, "the same weights"), (9, "replacing")])
+def test_before_the_freeze_the_newer_upload_counts_and_its_call_is_answered(make_run, seed, said):
+    run = make_run(clients=[A, B])
+    older = run.delivered(A, 1, num_examples=5)
+    newer = run.delivered(A, seed, num_examples=6)
+    refused(older, "ABORTED", A)
+    assert said in run.said[-1]
+    run.deliver(B, 2, num_examples=3).result()
+    newer.result()
+    assert run.holds((A, 6, seed), (B, 3, 2))
+    assert state_on_disk(run).history[0]["num_examples"] == 9
 
 
 @pytest.mark.parametrize("restarted", [False, True])
-def test_after_the_merge_the_same_bytes_are_answered_and_others_are_over(make_run, restarted):
-    run = make_run(clients=["client001", "client002"])
-    for call in [run.deliver("client001", 1), run.deliver("client002", 2)]:
-        call.result()
-    before = files.sha256_of(run.weights)
+def test_after_the_merge_the_same_bytes_are_answered_and_disturb_nobody(make_run, restarted):
+    run = make_run(clients=[A, B])
+    all_deliver(run, client001=1, client002=2)
     if restarted:
         run.restart()
-    run.deliver("client001", 1, round_number=1).result()
-    refused(
-        run.deliver("client001", 3, round_number=1),
-        "FAILED_PRECONDITION",
-        "client001",
-        "round 1, which is over",
-    )
-    assert files.sha256_of(run.weights) == before and not run.rounds.uploads
+    waiting = run.delivered(A, 3)  # of round 2
+    run.deliver(A, 1, round_number=1).result()
+    refused(run.deliver(A, 4, round_number=1), "FAILED_PRECONDITION", "round 1", "fetch again")
+    run.deliver(B, 5).result()
+    waiting.result()
+    assert run.holds((A, 1, 3), (B, 1, 5))
 
 
 def test_while_merging_the_same_bytes_wait_and_others_are_over(make_run):
-    run = make_run(clients=["client001", "client002"])
+    run = make_run(clients=[A, B])
     entered, opened = gate(run, "merge")
-    calls = [run.deliver("client001", 1), run.deliver("client002", 2)]
+    calls = [run.deliver(A, 1), run.deliver(B, 2)]
     assert entered.wait(60)
-    refused(run.deliver("client001", 3), "FAILED_PRECONDITION", "being merged")
-    same = run.delivered("client001", 1)
+    refused(run.deliver(A, 3), "FAILED_PRECONDITION", "being merged")
+    same = run.delivered(A, 1)
     refused(calls[0], "ABORTED")
-    fetch = Call(run.rounds.fetch, "client002")
     opened.set()
     for call in [same, calls[1]]:
         call.result()
-    number, digest, file = fetch.result()
-    with file:
-        assert number == 2 and digest == files.sha256_of(run.weights)
-    assert run.holds(("client001", 1, 1), ("client002", 1, 2))
+    assert run.holds((A, 1, 1), (B, 1, 2))
 
 
 def test_nobody_fetches_old_weights_under_a_new_number(make_run):
-    run = make_run(clients=["client001"])
+    run = make_run(clients=[A])
     old = files.sha256_of(run.weights)
-    number, digest, file = run.rounds.fetch("client001")
+    number, digest, file = run.rounds.fetch(A)
     assert (number, digest) == (1, old)
     entered, opened = gate(run, "merge")
-    call = run.deliver("client001", 1)
+    call = run.deliver(A, 1)
     assert entered.wait(60)
-    waiting = Call(run.rounds.fetch, None)
-    with pytest.raises(AssertionError, match="still waits"):
-        waiting.result(0.2)
+    fetch = Call(run.rounds.fetch, None)
+    gone = Call(run.rounds.fetch, None, lambda: False)
+    refused(gone, "CANCELLED")
+    assert still_waits(fetch)
     opened.set()
-    number, digest, newer = waiting.result()
+    number, digest, newer = fetch.result()
     with file, newer:
-        import hashlib
-
-        assert number == 2 and hashlib.sha256(
-            newer.read()
-        ).hexdigest() == digest == files.sha256_of(run.weights)
-        assert (
-            hashlib.sha256(file.read()).hexdigest() == old
-        )  # a download that began before goes on with its own file
+        assert (number, digest) == (2, files.sha256_of(run.weights))
+        assert hashlib.sha256(newer.read()).hexdigest() == digest
+        # A download that began before goes on with its own file.
+        assert hashlib.sha256(file.read()).hexdigest() == old
     call.result()
 
 
-def test_a_late_duplicate_of_an_answered_round_does_not_disturb_the_waiting_call(make_run):
-    run = make_run(clients=["client001", "client002"])
-    for call in [run.deliver("client001", 1), run.deliver("client002", 2)]:
-        call.result()
-    waiting = run.delivered("client001", 3)
-    run.deliver("client001", 1, round_number=1).result()
-    run.deliver("client002", 4).result()
-    assert waiting.result() is True
-
-
-def test_a_delivery_whose_caller_has_gone_does_not_take_the_answer_from_the_next(make_run):
-    run = make_run(clients=["client001", "client002"])
-    waiting = run.delivered("client001", 1)
-    refused(run.deliver("client001", 1, alive=lambda: False), "CANCELLED")
-    run.deliver("client002", 2).result()
+@pytest.mark.parametrize("seed", [1, 9])
+def test_a_late_delivery_whose_caller_has_gone_changes_nothing(make_run, seed):
+    run = make_run(clients=[A, B])
+    waiting = run.delivered(A, 1, num_examples=5)
+    refused(run.deliver(A, seed, num_examples=5, alive=lambda: False), "CANCELLED")
+    run.deliver(B, 2).result()
     waiting.result()
+    assert run.holds((A, 5, 1), (B, 1, 2))
 
 
-@pytest.mark.parametrize(
-    "what", ["another run", "an earlier round", "a later round", "a round after the last"]
-)
-def test_what_is_for_another_run_or_round_is_refused(make_run, what):
-    run = make_run(clients=["client001"], rounds=2)
-    run.deliver("client001", 1).result()
-    sent = {
-        "another run": {"run": "other"},
-        "an earlier round": {"round_number": 1},
-        "a later round": {"round_number": 3},
-        "a round after the last": {"round_number": 3},
-    }[what]
-    if what == "a round after the last":
-        run.deliver("client001", 2).result()
-    sentence = refused(
-        run.deliver("client001", 5, **sent),
-        "FAILED_PRECONDITION",
-        "client001",
-        "run run0",
-        "fetch again",
-    )
-    assert ("'other'" in sentence) == (what == "another run")
-    assert not run.rounds.uploads
-    with pytest.raises(Refused):
-        run.rounds.admit(
-            "client001", sent.get("run", "run0"), sent.get("round_number", 2), "0" * 64
-        )
-
-
-def test_who_goes_away_after_a_complete_upload_still_counts(make_run):
-    run, present = make_run(clients=["client001", "client002"]), [True]
-    gone = run.delivered("client001", 1, alive=lambda: present[0])
-    present[0] = False
-    run.rounds.wake()
-    refused(gone, "CANCELLED", "counts")
-    run.deliver("client002", 2).result()
-    assert run.holds(("client001", 1, 1), ("client002", 1, 2))
-
-
-def test_a_late_upload_whose_caller_has_gone_does_not_replace_the_one_that_is_waited_for(make_run):
-    run = make_run(clients=["client001", "client002"])
-    waiting = run.delivered("client001", 2, num_examples=5)
-    refused(
-        run.deliver("client001", 1, num_examples=7, alive=lambda: False),
-        "CANCELLED",
-        "its earlier upload stays",
-    )
-    run.deliver("client002", 3).result()
-    waiting.result()
-    assert run.holds(("client001", 5, 2), ("client002", 1, 3))
-
-
-def test_an_upload_that_is_in_place_though_publishing_failed_counts_as_what_it_is(
-    make_run, monkeypatch
-):
-    """The rename was done, then the folder could not be opened or synchronized."""
-    run = make_run(clients=["client001", "client002"])
-    waiting, real = run.delivered("client001", 1, num_examples=5), os.open
+@pytest.mark.parametrize("name", ["state.json", "client_weights.h5"])
+def test_an_upload_that_could_not_be_stored_leaves_the_round_unharmed(make_run, monkeypatch, name):
+    run = make_run(clients=[A, B])
+    waiting = run.delivered(A, 1)
     with monkeypatch.context() as patch:
+        patch_publish(patch, full_disk_for(name))
+        for client in (A, B):
+            with pytest.raises(OSError, match="No space"):
+                run.deliver(client, 5).result()
+    assert set(run.rounds.uploads) == {A} and not waiting.ended
+    run.deliver(B, 2).result()
+    waiting.result()
+    assert run.holds((A, 1, 1), (B, 1, 2))
 
-        def out_of_files(path, *more):
-            if str(path).endswith("client001"):
-                raise OSError(24, "Too many open files")
-            return real(path, *more)
 
-        patch.setattr(files.os, "open", out_of_files)
-        with pytest.raises(OSError):
-            run.deliver("client001", 9, num_examples=50).result()
-    run.merge = lambda *_: 1 / 0
-    refused(run.deliver("client002", 2), "INTERNAL")
-    refused(waiting, "INTERNAL")
-    run.merge = run.average
-    run.start()
-    assert run.holds(("client001", 50, 9), ("client002", 1, 2))
+@pytest.mark.parametrize("can_look", [True, False])
+def test_a_rename_that_was_done_though_publishing_failed(make_run, monkeypatch, can_look):
+    """The new upload counts as what it is; where that cannot be seen, none until the next one."""
+    run, inner = make_run(clients=[A, B]), files.publish
+    run.delivered(A, 1, num_examples=5)
+
+    def publish(written, path):
+        inner(written, path)
+        if path.name == "client_weights.h5":
+            raise OUT_OF_FILES
+
+    with monkeypatch.context() as patch:
+        patch_publish(patch, publish)
+        if not can_look:
+            patch.setattr(rounds, "sha256_of", fail_with(OUT_OF_FILES))
+        with pytest.raises(OSError, match="Too many"):
+            run.deliver(A, 9, num_examples=50).result()
+    assert [each["num_examples"] for each in run.rounds.uploads.values()] == [50] * can_look
+    if not can_look:
+        run.delivered(A, 9, num_examples=50)
+    run.deliver(B, 2).result()
+    assert run.holds((A, 50, 9), (B, 1, 2))
 
 
 # --- limits --------------------------------------------------------------------------------------
@@ -321,6 +281,10 @@ class Clock:
     def monotonic(self):
         return self.now
 
+    def move(self, seconds, run):
+        self.now += seconds
+        run.rounds.wake()
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -330,130 +294,77 @@ def clock(monkeypatch):
 
 
 def test_at_the_limit_those_who_are_there_are_merged_and_the_missing_named(make_run, clock):
-    run = make_run(
-        clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60
-    )
-    calls = [run.delivered("client003", 3, num_examples=4), run.delivered("client001", 1)]
-    clock.now += 59
-    run.rounds.wake()
-    assert not any(call.ended for call in calls)
-    clock.now += 1
-    run.rounds.wake()
+    run = make_run(clients=[A, B, C], min_clients=2, round_timeout_s=60)
+    calls = [run.delivered(C, 3, num_examples=4), run.delivered(A, 1)]
+    clock.move(59, run)
+    assert all(map(still_waits, calls))
+    clock.move(1, run)
     for call in calls:
         call.result()
-    assert run.holds(("client001", 1, 1), ("client003", 4, 3))
-    row = state_on_disk(run)["history"][0]
-    assert (row["clients"], row["missing"], row["num_examples"]) == (2, "client002", 5)
-    assert any("without client002" in line for line in run.said)
-    assert (run.folder / "history.csv").read_text().splitlines()[1].split(",")[6:9] == [
-        "2",
-        "client002",
-        "5",
-    ]
-    refused(run.deliver("client002", 2, round_number=1), "FAILED_PRECONDITION", "over")
+    assert run.holds((A, 1, 1), (C, 4, 3))
+    [row] = rows_of(run.folder / "history.csv")
+    assert (row["clients"], row["missing"], row["num_examples"]) == ("2", B, "5")
+    assert any(f"without {B}" in line for line in run.said)
 
-
-def test_a_set_that_was_frozen_at_the_limit_stays_so_after_a_crash(make_run, clock):
-    run = make_run(
-        clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60
-    )
-    run.merge = lambda *_: 1 / 0
-    calls = [run.delivered("client003", 3), run.delivered("client001", 1)]
-    clock.now += 61
-    run.rounds.wake()
+    # The limit begins anew with the next round.
+    until(lambda: run.rounds.opened == clock.now, "round 2 is open")
+    calls = [run.delivered(A, 5), run.delivered(B, 6)]
+    clock.move(59, run)
+    assert all(map(still_waits, calls))
+    clock.move(1, run)
     for call in calls:
-        refused(call, "INTERNAL")
-    run.merge = run.average
-    run.start()
-    refused(run.deliver("client002", 2, round_number=1), "FAILED_PRECONDITION", "over")
-    assert run.holds(("client001", 1, 1), ("client003", 1, 3)) and run.rounds.state.round == 2
+        call.result()
+    assert run.holds((A, 1, 5), (B, 1, 6))
 
 
 def test_at_the_limit_with_too_few_the_server_stops_and_tells_everyone(make_run, clock):
-    run = make_run(
-        clients=["client001", "client002", "client003"], min_clients=2, round_timeout_s=60
-    )
-    call = run.delivered("client001", 1)
-    clock.now += 61
-    run.rounds.wake()
+    run = make_run(clients=[A, B, C], min_clients=2, round_timeout_s=60)
+    call = run.delivered(A, 1)
+    clock.move(60, run)
     with pytest.raises(TooFewClients):
         run.coordinator.result()
-    refused(
-        call,
-        "UNAVAILABLE",
-        "have client001; waiting for client002, not seen yet; client003",
-        "1 of at least 2",
-        "60 s",
-    )
-    refused(run.deliver("client002", 2), "UNAVAILABLE")
+    refused(call, "UNAVAILABLE", f"have {A}; waiting for {B}", "1 of at least 2", "60 s")
+    refused(run.deliver(B, 2), "UNAVAILABLE")
     run.start()  # what was delivered is still there, and the limit counts anew
-    assert set(run.rounds.uploads) == {"client001"}
-    clock.now += 59
-    calls = [run.deliver("client002", 2), run.deliver("client003", 3)]
-    for call in calls:
-        call.result()
-    assert run.holds(("client001", 1, 1), ("client002", 1, 2), ("client003", 1, 3))
+    assert set(run.rounds.uploads) == {A}
+    clock.move(59, run)
+    all_deliver(run, client002=2, client003=3)
+    assert run.holds((A, 1, 1), (B, 1, 2), (C, 1, 3))
 
 
-def test_the_limit_begins_anew_with_each_round(make_run, clock):
-    run = make_run(clients=["client001", "client002"], min_clients=1, round_timeout_s=60)
-    run.delivered("client001", 1)
-    clock.now += 50
-    run.deliver("client002", 2).result()
-    until(lambda: run.rounds.opened == clock.now, "round 2 is open")
-    waiting = run.delivered("client001", 3)
-    clock.now += 59
-    run.rounds.wake()
-    assert not waiting.ended and run.rounds.state.round == 2
-    clock.now += 2
-    run.rounds.wake()
-    assert waiting.result() is True
-
-
-def test_without_a_limit_the_waiting_is_said_and_for_whom(make_run, monkeypatch):
-    monkeypatch.setattr(rounds, "REPORT_EVERY_S", 0.05)
-    run = make_run(clients=["client001", "client002", "client003"])
-    run.delivered("client001", 1)
-    run.delivered("client003", 1)
-    run.rounds.last_seen["client002"] = time.monotonic() - 14
-    wanted = (
-        "round 1: have client001, client003; waiting for client002, last seen 14 s ago; "
-        "waiting for "
-    )
-    until(lambda: any(line.startswith(wanted) for line in run.said), "the line that says for whom")
-    assert not run.coordinator.ended
+def test_the_log_says_for_whom_it_waits(make_run, clock):
+    run = make_run(clients=[A, B, C])
+    run.delivered(A, 1)
+    run.rounds.fetch(B)[2].close()
+    clock.move(rounds.REPORT_EVERY_S, run)
+    until(lambda: "waiting for 30 s" in run.said[-1], "the line that says for whom")
+    for words in (f"round 1: have {A}; waiting for", f"{B} (working, fetched", f"{C} (not seen"):
+        assert words in run.said[-1]
 
 
 # --- restarts ------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
-    """Stands for kill -9: test_crash and test_kill do it for real."""
+    """Stands for kill -9."""
 
 
 def kill_at(monkeypatch, number, when):
     """The number-th publish from now on raises, before or after it is done; so do all later ones.
 
-    A publish of a file or of the state. Returns an event that says that it happened.
+    Returns an event that says that it happened.
     """
-    inner, count, lock, killed = (
-        files.publish,
-        itertools.count(1),
-        threading.Lock(),
-        threading.Event(),
-    )
+    inner, count, killed = files.publish, itertools.count(1), threading.Event()
 
     def publish(written, path):
-        with lock:
-            this = next(count)
+        this = next(count)
         if this < number or (this == number and when == "after"):
             inner(written, path)
         if this >= number:
             killed.set()
             raise Killed
 
-    for module in (files, rounds):
-        monkeypatch.setattr(module, "publish", publish)
+    patch_publish(monkeypatch, publish)
     return killed
 
 
@@ -464,170 +375,79 @@ def kill_at(monkeypatch, number, when):
 def test_a_replacement_that_is_interrupted_leaves_one_of_both(
     make_run, monkeypatch, number, when, kept
 ):
-    run = make_run(clients=["client001", "client002"])
-    run.delivered("client001", 1, num_examples=5)
+    run = make_run(clients=[A, B])
+    run.delivered(A, 1, num_examples=5)
     with monkeypatch.context() as patch:
         kill_at(patch, number, when)
         with pytest.raises(Killed):
-            run.deliver("client001", 9, num_examples=6).result()
+            run.deliver(A, 9, num_examples=6).result()
         run.stop()
     run.start()
-    assert run.rounds.uploads["client001"]["num_examples"] == {1: 5, 9: 6}[kept]
-    call = run.deliver("client001", kept, num_examples={1: 5, 9: 6}[kept])
-    run.deliver("client002", 2).result()
-    call.result()
-    assert run.holds(("client001", {1: 5, 9: 6}[kept], kept), ("client002", 1, 2))
+    run.deliver(B, 2).result()
+    assert run.holds((A, {1: 5, 9: 6}[kept], kept), (B, 1, 2))
 
 
-def test_a_first_upload_that_is_interrupted_does_not_count_last_rounds_file(make_run, monkeypatch):
-    run = make_run(clients=["client001", "client002"])
-    for call in [run.deliver("client001", 1), run.deliver("client002", 2)]:
-        call.result()
-    with monkeypatch.context() as patch:
-        kill_at(patch, 2, "before")
-        with pytest.raises(Killed):
-            run.deliver("client001", 3).result()
-        run.stop()
-    run.start()
-    assert state_on_disk(run)["uploads"] and not run.rounds.uploads
-
-
-def test_an_interrupted_replacement_by_a_third_upload(make_run, monkeypatch):
-    run = make_run(clients=["client001", "client002"])
-    run.delivered("client001", 1)
-    for seed in (8, 9):
-        with monkeypatch.context() as patch:
-            kill_at(patch, 1, "after")
-            with pytest.raises(Killed):
-                run.deliver("client001", seed).result()
-            run.stop()
-        run.start()
-        assert run.rounds.uploads["client001"]["sha256"] == files.sha256_of(
-            write_weights(run.folder / "one.h5", 1)
-        )
-    run.deliver("client002", 2).result()
-    assert run.holds(("client001", 1, 1), ("client002", 1, 2))
-
-
-@pytest.mark.parametrize("number", range(1, 10))
+@pytest.mark.parametrize("number", range(1, 11))
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_at_any_step_of_closing_a_round(make_run, monkeypatch, number, when):
-    """Publishes from here: state and file of client002, freeze, merge, commit, history.csv, state.
+def test_killed_at_any_step_of_a_round_the_run_ends_in_the_same_bits(
+    make_run, monkeypatch, number, when
+):
+    """Publishes: state and file of B, freeze, merge, commit, history.csv, state, clients.csv.
 
     Then two of round 2.
     """
-    run = make_run(clients=["client001", "client002"])
-    run.delivered("client001", 1, num_examples=3)
+    run = make_run(clients=[A, B])
+    run.rounds.hear(A, "run0", 1, {"phase": "training"}, {"auc": 0.75})
+    run.delivered(A, 1, num_examples=3)
     with monkeypatch.context() as patch:
         killed = kill_at(patch, number, when)
-        try:
-            run.deliver("client002", 2).result()
-            run.deliver("client001", 3, round_number=2)
-            run.deliver("client002", 4, round_number=2)
-        except (Killed, Refused):
-            pass
+        run.deliver(B, 2)
+        until(lambda: killed.is_set() or run.rounds.state.round == 2, "round 1 is closed")
+        run.deliver(A, 3, round_number=2)
+        run.deliver(B, 4, round_number=2)
         assert killed.wait(60)
         run.stop()
     run.start()
-    number = (
-        run.rounds.state.round
-    )  # 1 or 2 where both uploads were on disk and round 1 is closed as we look
-    last = (
-        [
-            run.deliver("client001", 1, 3, round_number=1),
-            run.deliver("client002", 2, round_number=1),
-        ]
-        if number == 1
-        else []
-    )
-    for call in last:
-        call.result()
-    if number < 3:
-        assert run.holds(("client001", 3, 1), ("client002", 1, 2))
-    for call in [
-        run.deliver("client001", 3, round_number=2),
-        run.deliver("client002", 4, round_number=2),
-    ]:
-        assert call.result() is True
+    for client, seed in ((A, 1), (B, 2)):  # again, for they got no answer
+        if run.rounds.state.round == 1:
+            run.deliver(client, seed, {A: 3, B: 1}[client], round_number=1)
+    until(lambda: run.rounds.state.evaluated >= 1, "round 1 is evaluated")
+    if run.rounds.state.round == 2:
+        assert run.holds((A, 3, 1), (B, 1, 2))
+    all_deliver(run, client001=3, client002=4)
     run.coordinator.result()
-    assert run.holds(("client001", 1, 3), ("client002", 1, 4))
-    assert [row["round"] for row in state_on_disk(run)["history"]] == [1, 2]
-    assert (run.folder / "history.csv").read_text().count("\n") == 3
+    assert run.holds((A, 1, 3), (B, 1, 4))
+    assert [row["round"] for row in state_on_disk(run).history] == [1, 2]
+    assert [row["round"] for row in rows_of(run.folder / "history.csv")] == ["1", "2"]
+    [row] = rows_of(run.folder / "clients.csv")
+    assert (row["round"], row["client"], row["auc"]) == ("0", A, "0.75")
 
 
-def test_a_crash_between_merge_and_commit_merges_the_same_set_again(make_run):
-    run = make_run(clients=["client001", "client002"])
-
-    def merge_and_die(paths, num_examples):
-        run.average(paths, num_examples)
-        raise Killed
-
-    run.merge = merge_and_die
-    calls = [run.deliver("client001", 1, 5), run.deliver("client002", 2)]
-    for call in calls:
-        refused(call, "INTERNAL")
-    merged = files.sha256_of(run.weights)
-    run.merge = run.average
+@pytest.mark.parametrize("step", ["merge", "evaluate", "history.csv", "state.json"])
+def test_a_round_that_cannot_be_closed_ends_everyones_wait(make_run, monkeypatch, step):
+    run = make_run(clients=[A, B])
+    with monkeypatch.context() as patch:
+        if step in ("merge", "evaluate"):
+            patch.setattr(run, step, fail_with(DISK_IS_FULL))
+        else:
+            fill = full_disk_for(step)
+            patch.setattr(run, "evaluate", lambda: patch_publish(patch, fill) or metrics())
+        for call in [run.deliver(A, 1), run.deliver(B, 2)]:
+            refused(call, "INTERNAL", "round 1 could not be closed", "No space left")
+        with pytest.raises(OSError, match="No space"):
+            run.coordinator.result()
+        refused(Call(run.rounds.fetch, A), "INTERNAL")
+    assert not state_on_disk(run).history and not list(run.folder.glob(".*.tmp*"))
     run.start()
-    assert files.sha256_of(run.weights) == merged == run.rounds.state.weights_sha256
-    assert run.holds(("client001", 5, 1), ("client002", 1, 2)) and run.rounds.state.round == 2
-    for call in [
-        run.deliver("client001", 1, 5, round_number=1),
-        run.deliver("client002", 2, round_number=1),
-    ]:
-        call.result()
-
-
-@pytest.mark.parametrize("step", ["merge", "evaluate"])
-def test_a_round_that_cannot_be_closed_ends_everyones_wait(make_run, step):
-    run = make_run(clients=["client001", "client002"])
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    setattr(run, step, fail)
-    for call in [run.deliver("client001", 1), run.deliver("client002", 2)]:
-        refused(call, "INTERNAL", "round 1 could not be closed", "No space left", "kept")
-    with pytest.raises(OSError, match="No space"):
-        run.coordinator.result()
-    refused(Call(run.rounds.fetch, "client001"), "INTERNAL")
-    run.merge, run.evaluate = run.average, metrics
-    run.start()
-    run.deliver("client001", 1, round_number=1).result()
-    assert (
-        run.holds(("client001", 1, 1), ("client002", 1, 2))
-        and len(state_on_disk(run)["history"]) == 1
-    )
-
-
-@pytest.mark.parametrize("name", ["state.json", "history.csv"])
-def test_nobody_is_answered_when_the_history_could_not_be_written(make_run, monkeypatch, name):
-    run = make_run(clients=["client001"])
-    inner = files.publish
-
-    def evaluate():
-        def publish(written, path):
-            if path.name == name:
-                raise OSError(28, "No space left on device")
-            inner(written, path)
-
-        monkeypatch.setattr(files, "publish", publish)
-        return metrics()
-
-    run.evaluate = evaluate
-    refused(run.deliver("client001", 1), "INTERNAL", "No space left")
-    monkeypatch.setattr(files, "publish", inner)
-    assert not state_on_disk(run)["history"] and not list(run.folder.glob(".*.tmp*"))
-    run.evaluate = metrics
-    run.start()
-    run.deliver("client001", 1, round_number=1).result()
-    assert (run.folder / "history.csv").read_text().count("\n") == 2
+    run.deliver(A, 1, round_number=1).result()
+    assert run.holds((A, 1, 1), (B, 1, 2))
+    assert len(rows_of(run.folder / "history.csv")) == 1
 
 
 @pytest.mark.parametrize("step", ["merge", "evaluate", "_freeze"])
 def test_a_server_out_of_open_files_goes_on_when_they_come_back(make_run, monkeypatch, step):
     monkeypatch.setattr(rounds, "RETRY_S", 0.01)
-    run, failures = make_run(clients=["client001", "client002"]), [24, 23, 24]  # EMFILE, ENFILE
+    run, failures = make_run(clients=[A, B]), [24, 23, 24]  # EMFILE, ENFILE
     owner = run.rounds if step == "_freeze" else run
     inner = getattr(owner, step)
 
@@ -637,225 +457,204 @@ def test_a_server_out_of_open_files_goes_on_when_they_come_back(make_run, monkey
         return inner(*arguments)
 
     setattr(owner, step, out_of_files)
-    for call in [run.deliver("client001", 1), run.deliver("client002", 2)]:
-        call.result()
-    assert not failures and run.holds(("client001", 1, 1), ("client002", 1, 2))
-    assert sum("Too many open files; trying again" in line for line in run.said) == 3
+    all_deliver(run, client001=1, client002=2)
+    assert not failures and run.holds((A, 1, 1), (B, 1, 2))
 
 
-def test_a_signal_ends_a_server_that_is_out_of_open_files(make_run, monkeypatch):
-    run = make_run(clients=["client001"])
-
-    def out_of_files(*_):
-        raise OSError(24, "Too many open files")
-
-    run.merge = out_of_files
-    call = run.deliver("client001", 1)
-    until(lambda: any("trying again" in line for line in run.said), "it tries again")
+def test_a_signal_ends_a_server_that_is_out_of_open_files(make_run):
+    run = make_run(clients=[A])
+    run.merge = fail_with(OUT_OF_FILES)
+    call = run.deliver(A, 1)
+    until(lambda: "trying again" in str(run.said), "it tries again")
     run.rounds.stop("UNAVAILABLE", "the server is stopping")
     refused(call, "UNAVAILABLE")
-    with pytest.raises(Refused):
-        run.coordinator.result()
-
-
-@pytest.mark.parametrize("name", ["state.json", "client_weights.h5"])
-def test_an_upload_that_could_not_be_stored_leaves_the_round_unharmed(make_run, monkeypatch, name):
-    run = make_run(clients=["client001", "client002"])
-    waiting = run.delivered("client001", 1)
-    inner = files.publish
-
-    def publish(written, path):
-        if path.name == name:
-            raise OSError(28, "No space left on device")
-        inner(written, path)
-
-    with monkeypatch.context() as patch:
-        for module in (files, rounds):
-            patch.setattr(module, "publish", publish)
-        for client in ("client001", "client002"):
-            with pytest.raises(OSError, match="No space"):
-                run.deliver(client, 5).result()
-    assert set(run.rounds.uploads) == {"client001"} and not waiting.ended
-    run.deliver("client002", 2).result()
-    waiting.result()
-    assert run.holds(("client001", 1, 1), ("client002", 1, 2))
+    refused(run.coordinator, "UNAVAILABLE")
 
 
 def test_a_frozen_upload_that_is_gone_is_an_error_that_names_it(make_run):
-    run = make_run(clients=["client001", "client002"])
-    run.merge = lambda *_: 1 / 0
-    for call in [run.deliver("client001", 1), run.deliver("client002", 2)]:
+    run = make_run(clients=[A, B])
+    run.merge = fail_with(DISK_IS_FULL)
+    for call in [run.deliver(A, 1), run.deliver(B, 2)]:
         refused(call, "INTERNAL")
-    write_weights(run.rounds.upload_path("client002"), 7)
-    with pytest.raises(ValueError, match="the weights of client002 in .* --fresh"):
+    write_weights(run.rounds.upload_path(B), 7)
+    with pytest.raises(ValueError, match=f"the weights of {B} in .* --fresh"):
         run.start()
 
 
-def test_the_state_is_readable_and_versioned(make_run):
-    run = make_run(clients=["client001"])
-    state = json.loads((run.folder / "state.json").read_text())
-    assert (
-        state["version"] == files.STATE_VERSION
-        and state["round"] == 1
-        and state["clients"] == ["client001"]
-    )
+# --- what is known of a round --------------------------------------------------------------------
 
 
-# --- peers that name no round --------------------------------------------------------------------
-
-
-def test_a_silent_peer_that_was_seen_to_fetch_delivers_for_that_round(make_run):
-    run = make_run(clients=["client001", "client002"], rounds=3)
-    for number in (1, 2):  # it changed nothing: the same bytes in every round
-        call = run.delivered("client001", 1, run=None, round_number=number)
-        run.deliver("client002", number).result()
-        call.result()
-    run.deliver("client001", 1, run=None, round_number=2).result()  # a repeat
-    refused(run.deliver("client001", 1, run=None, round_number=1), "FAILED_PRECONDITION", "over")
-    assert not run.rounds.uploads and run.rounds.state.round == 3
-
-
-def test_a_silent_peer_that_was_not_seen_to_fetch(make_run):
-    run = make_run(clients=["client001", "client002"], rounds=3)
-    call = run.delivered(
-        "client001", 1, run=None, round_number=None
-    )  # anything else counts for the open round
-    run.deliver("client002", 2).result()
-    call.result()
-    run.restart()
-    run.deliver("client001", 1, run=None, round_number=None).result()  # equal bytes are a repeat
-    assert not run.rounds.uploads
-    call = run.delivered("client001", 5, run=None, round_number=None)
-    run.deliver("client002", 6).result()
-    call.result()
-    assert run.holds(("client001", 1, 5), ("client002", 1, 6))
-
-
-def test_a_silent_peer_of_unknown_round_is_refused_where_not_all_are_required(make_run):
-    run = make_run(clients=["client001", "client002"], min_clients=1, round_timeout_s=600)
-    refused(
-        run.deliver("client001", 1, run=None, round_number=None),
-        "FAILED_PRECONDITION",
-        "did not fetch",
-        "open round is 1",
-    )
-
-
-# --- the end -------------------------------------------------------------------------------------
-
-
-def test_the_end_waits_for_every_client_or_the_time(make_run):
-    run = make_run(clients=["client001", "client002"], rounds=1)
-    present = [True]
-    gone = run.delivered("client001", 1, alive=lambda: present[0])
-    present[0] = False
-    run.rounds.wake()
-    refused(gone, "CANCELLED")
-    assert run.deliver("client002", 2).result() is True
-    run.coordinator.result()
-    started = time.monotonic()
-    run.rounds.wait_until_all_done(0.3)
-    assert time.monotonic() - started >= 0.3
-    left = Call(run.rounds.wait_until_all_done, 60)
-    assert run.deliver("client001", 1, round_number=1).result() is True
-    for client in ("client001", "client002"):
-        assert not left.ended  # an answer is not the result
-        run.rounds.note_done(client)
-    left.result(10)
-
-
-def test_the_end_waits_as_long_as_a_client_moves(make_run):
-    run = make_run(clients=["client001"], rounds=1)
-    run.deliver("client001", 1).result()
-    run.coordinator.result()
-    left = Call(run.rounds.wait_until_all_done, 0.5)
-    started = time.monotonic()
-    while time.monotonic() - started < 1.5:
-        run.rounds.note_progress()
-        assert not left.ended
-        time.sleep(0.01)
-    left.result(10)
-    assert "client001 did not fetch the result within 0.5 s" in run.said
-
-
-def test_an_old_peer_is_done_with_its_last_answer(make_run):
-    run = make_run(clients=["client001"], rounds=1)
-    run.deliver("client001", 1, run=None, round_number=1).result()
-    Call(run.rounds.wait_until_all_done, 60).result(10)
-
-
-def test_the_result_is_handed_out_once_it_is_evaluated(make_run):
-    run = make_run(clients=["client001"], rounds=1)
-    gate = threading.Event()
-    run.evaluate = lambda: gate.wait(DEADLINE_S) and metrics()
-    call = run.deliver("client001", 1)
-    until(lambda: run.rounds.done, "the round is merged")
-    fetch = Call(run.rounds.fetch, "client001")
-    assert not fetch.ended and run.rounds.state.evaluated == 0
-    gate.set()
-    number, _, file = fetch.result()
-    file.close()
-    assert number == 2 and run.rounds.state.evaluated == 1
-    call.result()
-
-
-def test_what_is_known_of_the_best_round_is_kept_and_published_before_the_history(make_run):
-    run = make_run(clients=["client001"], rounds=2)
+def test_the_best_round_is_published_before_the_history_and_kept(make_run):
+    run = make_run(clients=[A], rounds=2)
     seen = []
 
     def publish_result(state, row):
-        rows = (run.folder / "history.csv").read_text().count("\n") - 1
+        rows = len(rows_of(run.folder / "history.csv"))
         seen.append((row["round"], state.evaluated, rows, state.best))
         return {"round": row["round"], "auc": 0.5, "sha256": state.weights_sha256}
 
     run.rounds.publish_result = publish_result
-    run.deliver("client001", 1).result()
-    first = state_on_disk(run)["best"]
-    assert first == {"round": 1, "auc": 0.5, "sha256": state_on_disk(run)["weights_sha256"]}
-    run.deliver("client001", 2).result()
+    all_deliver(run, client001=1)
+    first = state_on_disk(run).best
+    assert first == {"round": 1, "auc": 0.5, "sha256": state_on_disk(run).weights_sha256}
+    all_deliver(run, client001=2)
     assert seen == [(1, 0, 0, None), (2, 1, 1, first)]
 
 
-@pytest.mark.parametrize("rounds_now", [None, 3])
-def test_a_finished_run_answers_repeats_again_and_can_be_extended(make_run, rounds_now):
-    run = make_run(clients=["client001", "client002"], rounds=2)
-    for number in (1, 2):
-        for call in [run.deliver("client001", number), run.deliver("client002", 7)]:
-            call.result()
+def test_what_the_clients_measured_is_in_clients_csv_once_its_round_is_evaluated(make_run):
+    run = make_run(clients=[A, B], rounds=1)
+    path = run.folder / "clients.csv"
+    run.rounds.hear(A, "run0", 2, {"phase": "training"}, {"auc": 0.1})  # of no open round
+    run.rounds.hear(B, "other", 1, {"phase": "training"}, {"auc": 0.1})  # of another run
+    run.rounds.hear(A, "run0", 1, {"phase": "training"}, {"auc": 0.5, "examples": 4})
+    run.delivered(A, 1, num_examples=3)
+    assert not path.exists()
+    run.deliver(B, 2).result()
     run.coordinator.result()
-    run.restart(rounds=rounds_now)
-    last = run.deliver("client001", 2, round_number=2).result()
-    assert last is (rounds_now is None)
-    left = Call(run.rounds.wait_until_all_done, 60)
-    number, _, file = run.rounds.fetch("client002")
-    file.close()
-    assert number == 3
-    if rounds_now is None:
-        run.coordinator.result()
-        for client in ("client001", "client002"):
-            run.rounds.note_done(client)
-        left.result(10)
-    else:
-        for call in [run.deliver("client001", 8), run.deliver("client002", 9)]:
-            assert call.result() is True
-        for client in ("client001", "client002"):
-            run.rounds.note_done(client)
-        left.result(10)
-        assert run.holds(("client001", 1, 8), ("client002", 1, 9))
-        assert [row["round"] for row in state_on_disk(run)["history"]] == [1, 2, 3]
+    for _ in range(2):  # of the result; said twice it is there once
+        run.rounds.hear(B, "run0", 2, {"phase": "scoring"}, {"auc": 0.75})
+    kept = [
+        {name: row[name] for name in ("round", "client", "num_examples", "auc", "examples")}
+        for row in rows_of(path)
+    ]
+    assert [list(row.values()) for row in kept] == [
+        ["0", A, "3", "0.5", "4"],
+        ["1", B, "", "0.75", ""],
+    ]
 
 
-def test_a_shorter_run_than_was_done_is_finished(make_run):
-    run = make_run(clients=["client001"], rounds=3)
-    for number in (1, 2):
-        run.deliver("client001", number).result()
-    run.restart(rounds=1)
+@pytest.mark.parametrize("spoiled", [None, '"' + 200_000 * "x"])
+def test_a_clients_csv_that_lacks_a_round_is_made_up_for_once(make_run, spoiled):
+    """The crash came after the commit of the evaluation; or a person's program wrote the file."""
+    run = make_run(clients=[A], rounds=2)
+    path = run.folder / "clients.csv"
+    run.rounds.hear(A, "run0", 1, {"phase": "training"}, {"auc": 0.5})
+    all_deliver(run, client001=1)
+    until(path.exists, "the row of round 1")
+    path.unlink()
+    if spoiled:
+        path.write_text(spoiled)
+    for _ in range(2):
+        run.restart()
+        assert [(row["round"], row["auc"]) for row in rows_of(path)] == [("0", "0.5")]
+    aside = list(run.folder.glob("clients-not-read-*.csv"))
+    assert [each.read_text() for each in aside] == ([spoiled] if spoiled else [])
+
+
+# --- the end, and what comes after it ------------------------------------------------------------
+
+
+def test_the_end_waits_for_every_client_as_long_as_one_moves(make_run, clock):
+    run, present = make_run(clients=[A, B], rounds=1), [True]
+    gone = run.delivered(A, 1, alive=lambda: present[0])
+    present[0] = False
+    run.rounds.wake()
+    refused(gone, "CANCELLED", "counts")
+    run.deliver(B, 2).result()
     run.coordinator.result()
-    assert run.deliver("client001", 2, round_number=2).result() is True
-    run.rounds.note_done("client001")
+    assert run.holds((A, 1, 1), (B, 1, 2))
+    ending = Call(run.rounds.wait_until_all_done, 30)
+    until(lambda: "waiting until every client" in run.said[-1], "the end")
+    run.deliver(A, 1, round_number=1).result()  # an answer is not the result
+    has_result(run, B)
+    clock.now += 29
+    run.rounds.note_progress()
+    clock.move(29, run)
+    assert still_waits(ending)
+    clock.move(1, run)
+    ending.result()
+    assert f"{A} has not said that it has the result" in run.said[-1]
+    ending = Call(run.rounds.wait_until_all_done, 30)
+    has_result(run, A)
+    ending.result()
+
+
+def test_an_old_peer_has_all_that_it_can_use_with_its_last_answer(make_run):
+    run = make_run(clients=[A], rounds=1)
+    run.deliver(A, 1, run=None, round_number=1).result()
     Call(run.rounds.wait_until_all_done, 60).result(10)
 
 
-def test_the_initial_weights_of_the_tests_are_reproducible(tmp_path):
-    one, other = write_weights(tmp_path / "one.h5", 3), write_weights(tmp_path / "other.h5", 3)
-    assert one.read_bytes() == other.read_bytes() and len(read_weights(one)) == 4
+@pytest.mark.parametrize("rounds_now", [None, 1, 3])
+def test_a_finished_run_answers_repeats_and_can_be_extended(make_run, rounds_now):
+    run = make_run(clients=[A, B], rounds=2)
+    for number in (1, 2):
+        all_deliver(run, client001=number, client002=7)
+    run.restart(rounds=rounds_now)
+    run.deliver(A, 2, round_number=2).result()
+    number, _, file = run.rounds.fetch(B)
+    file.close()
+    assert number == 3
+    if rounds_now == 3:
+        all_deliver(run, client001=8, client002=9)
+        assert run.holds((A, 1, 8), (B, 1, 9))
+    run.coordinator.result()
+    ending = Call(run.rounds.wait_until_all_done, 60)
+    for client in (A, B):
+        has_result(run, client)
+    ending.result(10)
+    expected = [1, 2, 3] if rounds_now == 3 else [1, 2]
+    assert [row["round"] for row in state_on_disk(run).history] == expected
+
+
+# --- other --clients at a restart ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_who_leaves_is_not_counted_and_its_upload_is_moved_aside(make_run, monkeypatch, killed):
+    run = make_run(clients=[A, B, C], rounds=3)
+    all_deliver(run, client001=1, client002=2, client003=3)
+    run.delivered(A, 4)
+    run.delivered(C, 6)
+    run.stop()
+    if killed:  # between the move and the state
+        with monkeypatch.context() as patch:
+            patch_publish(patch, full_disk_for("state.json"))
+            with pytest.raises(OSError, match="No space"):
+                run.start(clients=[A, B])
+        assert state_on_disk(run).clients == [A, B, C]
+    run.start(clients=[A, B])
+    aside = run.folder / C / "client_weights-not-counted-1.h5"
+    assert [*(run.folder / C).iterdir()] == [aside]
+    assert aside.read_bytes() == write_weights(run.folder / "six.h5", 6).read_bytes()
+    run.deliver(C, 3, round_number=1).result()  # what was counted is answered, as ever
+    refused(run.deliver(C, 6), "PERMISSION_DENIED", C, "--clients")
+    refused(Call(run.rounds.fetch, C), "PERMISSION_DENIED", C)
+    run.restart()  # who takes part is kept without the flag
+    run.deliver(B, 5).result()
+    assert run.holds((A, 1, 4), (B, 1, 5))
+    run.restart(clients=[A, B, C])  # it may join again
+    all_deliver(run, client001=7, client002=8, client003=9)
+    assert run.holds((A, 1, 7), (B, 1, 8), (C, 1, 9))
+    assert [row["clients"] for row in state_on_disk(run).history] == [3, 2, 3]
+
+
+def test_the_last_one_that_was_awaited_leaves_and_the_round_is_closed(make_run):
+    run = make_run(clients=[A, B, C], rounds=2)
+    run.delivered(A, 1)
+    run.delivered(B, 2)
+    run.restart(clients=[A, B])
+    until(lambda: run.rounds.state.evaluated == 1, "round 1 is closed")
+    assert run.holds((A, 1, 1), (B, 1, 2))
+
+
+def test_what_is_frozen_is_merged_with_the_old_names_first(make_run):
+    run = make_run(clients=[A, B], rounds=2)
+    run.merge = fail_with(DISK_IS_FULL)
+    for call in [run.deliver(A, 1), run.deliver(B, 2)]:
+        refused(call, "INTERNAL")
+    run.merge = run.average
+    run.start(clients=[A])
+    assert run.holds((A, 1, 1), (B, 1, 2)) and run.rounds.state.round == 2
+    assert not list(run.folder.glob("*/client_weights-not-counted*"))
+
+
+def test_other_clients_are_refused_where_they_cannot_be(make_run):
+    run = make_run(clients=[A, B], rounds=1)
+    all_deliver(run, client001=1, client002=2)
+    with pytest.raises(ValueError, match="all 1 rounds .* are over.*give more --rounds"):
+        run.rounds.change_clients([A])
+    assert run.rounds.state.clients == [A, B]
+    arguments = todoServer.parse(["--round-timeout", "60", "--min-clients", "3"])
+    with pytest.raises(ValueError, match="--min-clients 3 is more than the run's 2 clients"):
+        todoServer.check_min_clients(arguments, [A, B])
