@@ -85,7 +85,7 @@ def tensors_of(path, is_awaited=lambda: True):
             weights.Tensor(str(layer), tuple(shape), begin, end)
             for layer, shape, begin, end in answer["tensors"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"not a whole HDF5 weight file (who reads it answers nonsense: {str(error)[:80]})"
         ) from None
