@@ -25,7 +25,9 @@ class Served:
     def __init__(self, folder, **options):
         self.folder = folder
         self.run = Run(folder / "server", ["client001", "client002"], rounds=10_000)
-        self.server, self.address = serve(self.run.rounds, **options)
+        servicer = todoServer.FedMLServicer(self.run.rounds, **options)
+        self.service = servicer.service
+        self.server, self.address = service.create_server(servicer, "localhost:0")
         self.channel = grpc.insecure_channel(self.address, [("grpc.max_send_message_length", -1)])
         self.stub = todo_pb2_grpc.FedMLStub(self.channel)
 
