@@ -77,13 +77,21 @@ def tensors_of(path, is_awaited=lambda: True):
         raise ValueError(too_expensive())
     if code != 0:
         raise ChildProcessError(f"the process that reads it ended with exit code {code}")
-    answer = json.loads(answer)
-    if answer["problem"]:
-        raise ValueError(answer["problem"])
-    return [
-        weights.Tensor(layer, tuple(shape), begin, end)
-        for layer, shape, begin, end in answer["tensors"]
-    ]
+    try:
+        answer = json.loads(answer)
+        problem = answer["problem"]
+        # where they lie is looked at by who uses them: weights.check_places
+        tensors = [
+            weights.Tensor(str(layer), tuple(shape), begin, end)
+            for layer, shape, begin, end in answer["tensors"]
+        ]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"not a whole HDF5 weight file (who reads it answers nonsense: {str(error)[:80]})"
+        ) from None
+    if problem:
+        raise ValueError(problem)
+    return tensors
 
 
 def _run(path, is_awaited):

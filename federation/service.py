@@ -264,7 +264,7 @@ class Service:
         except Refused as error:
             self.refuse(context, error.code, error.sentence)
         except (OSError, MemoryError) as error:
-            reason = error or "out of memory"
+            reason = str(error) or "out of memory"
             sentence = f"the server could not read or store a file: {reason}; try again"
             self.refuse(context, "INTERNAL", sentence)
 

@@ -14,6 +14,7 @@ import base64
 import binascii
 import errno
 import hashlib
+import math
 import os
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -325,6 +326,22 @@ def check_shapes(tensors, expected):
             )
 
 
+def check_places(path, tensors):
+    """Raise ValueError unless each of these tensors lies in the file, as long as its shape says.
+
+    HDF5 does not look when it opens a file, and who read a hostile one may say anything.
+    """
+    size = os.path.getsize(path)
+    for tensor in tensors:
+        whole_numbers = (*tensor.shape, tensor.begin, tensor.end)
+        if (
+            any(type(number) is not int or number < 0 for number in whole_numbers)
+            or tensor.end - tensor.begin != math.prod(tensor.shape) * NUMBER_BYTES
+            or tensor.end > size
+        ):
+            raise ValueError(f"layer {tensor.layer!r} does not lie in the file as its shape says")
+
+
 def numbers(path, tensors):
     """Yields each of these tensors of a file: float32 arrays of their shapes. Raises ValueError."""
     with open(path, "rb", buffering=0) as file:
@@ -389,6 +406,7 @@ class Layout:
         """
         try:
             self.tensors = tensors_of(path) if tensors is None else tensors
+            check_places(path, self.tensors)
         except ValueError as error:
             raise ValueError(f"{path} cannot be used: {error}") from None
         self.size = os.path.getsize(path)
@@ -396,10 +414,10 @@ class Layout:
         with open(path, "rb") as file:
             position = 0
             for tensor in self.in_file_order():
-                if not position <= tensor.begin <= tensor.end <= self.size:
+                if tensor.begin < position:
                     raise ValueError(
-                        f"{path} cannot be used: layer {tensor.layer!r} lies outside the file, or "
-                        "shares its bytes with another tensor"
+                        f"{path} cannot be used: layer {tensor.layer!r} shares its bytes with "
+                        "another tensor"
                     )
                 file.seek(position)
                 self.outside.append((position, file.read(tensor.begin - position)))
@@ -446,6 +464,7 @@ def rewrite(path, tensors, layout):
     Returns the SHA-256. Raises ValueError where its numbers cannot be used.
     """
     check_shapes(tensors, layout.shapes)
+    check_places(path, tensors)
     source = dict(zip(layout.tensors, tensors, strict=True))
     with open(path, "rb", buffering=0) as file, replacing(path) as written:
         return _write(written, layout, lambda tensor: _finite_slabs(file, source[tensor]))

@@ -53,14 +53,14 @@ HOSTILE = {
 }
 
 
-def replace_converter(monkeypatch, tmp_path, code):
-    """The converter runs `code` before it reads its task."""
-    program = tmp_path / "converter_of_the_test.py"
+def replace_converter(monkeypatch, folder, code):
+    """The bounded process runs `code` before it reads its task; its program lies in `folder`."""
+    program = folder / "converter_of_the_test.py"
     program.write_text(
         f"""
-import os, signal, sys, time
+import json, os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from federation import convert
+from federation import convert, weights
 convert.end_with(os.getppid())  # or it would outlive a test run that is killed
 {code}
 convert.main()
@@ -70,10 +70,11 @@ convert.main()
     def start():
         return subprocess.Popen(
             [sys.executable, str(program)],
+            cwd=folder,  # where a test looks for it
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
 
-    monkeypatch.setattr(convert, "start", start)
+    monkeypatch.setattr(convert, "_start", start)

@@ -1,7 +1,12 @@
 """A server within this process, for tests and benchmarks: they build it here, and nowhere else."""
 
+import grpc
+from conftest import Run, until
+
 import todoServer
-from federation import service
+from common import files
+from federation import service, weights
+from generated import todo_pb2, todo_pb2_grpc
 
 
 def serve(rounds, listen="localhost:0", credentials=None, **options):
@@ -12,3 +17,82 @@ def serve(rounds, listen="localhost:0", credentials=None, **options):
     """
     servicer = todoServer.FedMLServicer(rounds, **options)
     return service.create_server(servicer, listen, credentials)
+
+
+class Served:
+    """A run of 10,000 rounds for client001 and client002 behind a server, and a channel to it."""
+
+    def __init__(self, folder, **options):
+        self.folder = folder
+        self.run = Run(folder / "server", ["client001", "client002"], rounds=10_000)
+        servicer = todoServer.FedMLServicer(self.run.rounds, **options)
+        self.service = servicer.service
+        self.server, self.address = service.create_server(servicer, "localhost:0")
+        self.channel = grpc.insecure_channel(self.address, [("grpc.max_send_message_length", -1)])
+        self.stub = todo_pb2_grpc.FedMLStub(self.channel)
+
+    @property
+    def round(self):
+        """The number of the open round."""
+        return self.run.rounds.state.round
+
+    def metadata(self, name, path, changes):
+        """What a new peer sends with an upload of this file; a change to None leaves one out."""
+        named = {"client": name, "run": "run0", "round": str(self.round)}
+        named["sha256"] = files.sha256_of(path)
+        named |= changes
+        return [(f"fedml-{name}", value) for name, value in named.items() if value is not None]
+
+    def send(self, path, name, /, **changes):
+        """A future: the answer to a whole upload of 3 examples."""
+        return self.stub.sendWeight.future(
+            weights.blob_messages(path, name, 3),
+            metadata=self.metadata(name, path, changes),
+            timeout=60,
+        )
+
+    def counted(self, path, client):
+        """The same, once the upload is counted and its call waits."""
+        waiting = self.run.rounds.waiting
+        before, call = waiting.get(client), self.send(path, client)
+        until(
+            lambda: waiting.get(client) is not before or call.done(),
+            f"{client} is counted",
+        )
+        assert not call.done(), call.exception()
+        return call
+
+    def fetch(self, client):
+        """The call of a new peer's fetch."""
+        metadata = [("fedml-client", client), ("fedml-accept", "blob")]
+        return self.stub.getWeight(todo_pb2.void(), metadata=metadata, timeout=60)
+
+    def tell(self, client, phase="training", run="run0", round_number=1, scores=None, **where):
+        """The answer to a report: the open round."""
+        status = todo_pb2.clientStatus(
+            run=run, round=round_number, phase=phase, scores=scores or {}, **where
+        )
+        return self.stub.tell(status, metadata=[("fedml-client", client)], timeout=60)
+
+    def tree(self):
+        """Every file below and beside the server's folder with its bytes."""
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else None
+            for path in self.folder.rglob("*")
+        }
+
+    def said(self, keyword):
+        """The lines of the server's log with this keyword."""
+        return [line for line in self.run.said if keyword in line]
+
+    def close(self):
+        self.run.stop()
+        self.channel.close()
+        self.server.stop(0).wait()
+
+
+def refusal(call):
+    """(the name of its status code, its sentence) of a call that is refused."""
+    error = call.exception(60)
+    assert error is not None, "it was not refused"
+    return error.code().name, error.details()
