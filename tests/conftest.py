@@ -474,7 +474,9 @@ def begun(shared_site, tmp_path):
             (tmp_path / name).symlink_to(shared_site / name)
         (tmp_path / "server").mkdir()
         weights_path = write_weights(tmp_path / "server" / "server_weight.h5", 1)
-        new_run(clients, rounds, weights_path).save(tmp_path / "server" / "state.json")
+        scored_on = files.sha256_of(tmp_path / "index" / "val_set.pkl")
+        state = new_run(clients, rounds, weights_path).changed(validation_sha256=scored_on)
+        state.save(tmp_path / "server" / "state.json")
         return tmp_path
 
     return begin
