@@ -419,6 +419,7 @@ def ClientgetWeight(stub, site):
     preprocessing. Where its round is behind the last, what was fetched is the result, and lies in
     server_weight.h5. Raises ValueError where the answer makes no sense, grpc.RpcError.
     """
+    site.reporter.begin(site.state, "waiting")
     request_metadata = (("fedml-client", site.name), ("fedml-accept", "blob"))
     call = stub.getWeight(todo_pb2.void(), metadata=request_metadata)
     with site.reporter.waiting("waiting for the weights", call):
@@ -630,9 +631,11 @@ def finish(site, task):
         site.say(f"the result on this site's own held-out images: {in_words(measured)}")
     site.reporter.end()
     try:
-        tell(site, task, {"phase": "done"}, measured)
+        if task["run"]:  # the thesis demo's server knows no such call
+            tell(site, task, {"phase": "done"}, measured)
     except (grpc.RpcError, OSError) as error:
-        site.say(f"the server was not told that the result is here: {plain(error)}")
+        reason = error.code().name if isinstance(error, grpc.RpcError) else plain(error)
+        site.say(f"the server was not told that the result is here: {reason}")
     card_path = cards.path_of(site.result)
     with_card = "without a model card"
     if card_path.exists():
@@ -769,6 +772,8 @@ def keep_trying(attempt, site):
             reason, may_help = tls.explain(error.details(), site.arguments)
             if not may_help:
                 raise ValueError(reason) from None
+        except grpc.FutureCancelledError:  # by the reporter: the server is deaf
+            reason = f"it answered nothing for {UNANSWERED_S} s"
         except tls.NotReady as error:  # certificates that are being renewed
             reason = str(error)
 
@@ -876,6 +881,7 @@ class ProgressReporter:
         self.answered_at = time.monotonic()
         self.wait = None  # (what, since when, the call) while this client waits
         self.changed = threading.Event()
+        self.telling = threading.Lock()  # a report on its way would end the last word, "done"
         threading.Thread(target=self._run, daemon=True).start()
 
     def begin(self, task, phase):
@@ -892,8 +898,9 @@ class ProgressReporter:
             self.changed.set()
 
     def end(self):
-        """Nothing more is told from here."""
-        self.task = None
+        """Nothing more is told from here, once this returns."""
+        with self.telling:
+            self.task = None
 
     @property
     def is_unanswered(self):
@@ -914,7 +921,8 @@ class ProgressReporter:
         while True:
             self.changed.wait(TELL_EVERY_S)
             self.changed.clear()
-            self._tell()
+            with self.telling:
+                self._tell()
             now = time.monotonic()
             if self.wait is None:
                 last_line = now
