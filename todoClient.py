@@ -291,9 +291,8 @@ class Site:
         path = self.folder / "state.json"
         remedy = "move it away; this client then begins with the open round"
         state = files.load_state(path, STATE_KINDS, remedy) or dict(NEW_STATE)
-        rounds = [row.get("round") if isinstance(row, dict) else None for row in state["history"]]
-        if not all(type(number) is int for number in rounds):
-            raise ValueError(f"{path} is not a state of this client (its history): {remedy}")
+        if not is_possible(state):
+            raise ValueError(f"{path} says what no state of a client can: {remedy}")
         return state
 
     def save(self, **changes):
@@ -407,6 +406,21 @@ class Site:
 
     def freezes_base(self, task):
         return self.arguments.freeze_base or self.follows_frozen_base(task)
+
+
+def is_possible(state):
+    """Whether a state's values, whose types are right, are such as a client writes."""
+    rows = [row if isinstance(row, dict) else {} for row in state["history"]]
+    numbers = [state["round"], state["rounds"], *(row.get("round") for row in rows)]
+    scores = (state["trained"] or {}).get("scores", {})
+    run = state["run"] or ""
+    return (
+        all(type(number) is int and 0 <= number <= 999_999_999 for number in numbers)
+        and isinstance(scores, dict)
+        and all(type(value) in (int, float) for value in scores.values())
+        and run.isascii()
+        and run.isprintable()
+    )
 
 
 # --- the steps -----------------------------------------------------------------------------------
