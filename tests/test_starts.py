@@ -5,54 +5,16 @@ The scripts' own main() in this process, without TensorFlow; a table of what is 
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-import standin
 from conftest import client_script, new_run, server_script, start_server, write_weights
-from serving import serve
 
 import data
 import todoClient
-import todoServer
 from common import files
 from federation.state import RunState
-
-
-@pytest.fixture
-def server_main(begun, monkeypatch, capsys):
-    """server_main(flags) -> (exit code, what it said), up to the moment when it would listen."""
-    site = begun()
-    monkeypatch.chdir(site)
-    monkeypatch.setenv("STANDIN_WEIGHTS", str(write_weights(site / "first.h5", 5)))
-    monkeypatch.setattr(todoServer, "model", standin)
-    monkeypatch.setattr(todoServer, "exit_on_signals", lambda *_: None)
-    monkeypatch.setattr(todoServer, "serve", lambda *_: 0)
-    monkeypatch.setattr(todoServer, "end_script", lambda code: None)
-
-    def main(*flags):
-        code = todoServer.main([*flags])
-        said = capsys.readouterr()
-        return code or 0, said.out + said.err
-
-    return main
-
-
-@pytest.fixture
-def client_main(shared_site, tmp_path, monkeypatch, capsys):
-    """client_main(flags) -> (exit code, what it said)."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("preprocessed", "index"):
-        (tmp_path / name).symlink_to(shared_site / name)
-    monkeypatch.setattr(todoClient, "model", standin)
-    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
-
-    def main(*flags):
-        code = todoClient.main(["--name", "client001", "--give-up-after", "0", *flags])
-        said = capsys.readouterr()
-        return code, said.out + said.err
-
-    return main
 
 
 def files_in(folder):
@@ -309,15 +271,6 @@ def test_what_lies_in_a_clients_folder_of_another_run_is_moved_aside_and_said(st
 # --- what a client is told at its first fetch ----------------------------------------------------
 
 
-@pytest.fixture
-def served(make_run):
-    """(Run, its address): a server in this process."""
-    run = make_run()
-    server, address = serve(run.rounds)
-    yield run, address
-    server.stop(0)
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -362,5 +315,14 @@ def test_a_warning_where_the_network_is_larger_than_the_pictures(
     assert ("warning" in capsys.readouterr().out) == warns
     site.check_pictures({**task, **todoClient.SEED_TASK})  # not of a peer of 2020
     assert "warning" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="of the kind 'graham'.*--preprocessing"):
-        site.check_pictures({**task, "preprocessing": "graham"})
+
+
+def test_pictures_of_another_kind_than_the_servers_are_refused(client_main, served):
+    """Nothing else would say that one hospital's are prepared otherwise."""
+    run, address = served
+    shutil.copytree("index", "own")
+    Path("own/prepared.json").write_text('{"preprocessing": "graham"}')
+    run.rounds.state = run.rounds.state.changed(preprocessing="colour")
+    code, said = client_main("--server", address, "--index", "own/worker1.pkl")
+    assert code == 1 and "are of the kind 'graham' (own/prepared.json)" in said
+    assert "of the kind 'colour'" in said and "--preprocessing" in said
