@@ -44,6 +44,8 @@ def main(argv=None):
         return watch(arguments.file, arguments.once)
     except (ValueError, OSError) as error:
         return fail("status", error)
+    except (LookupError, TypeError, AttributeError):
+        return fail("status", f"{arguments.file} is not a server's status.json")
 
 
 def watch(path, once):

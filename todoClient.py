@@ -296,9 +296,8 @@ class Site:
         path = self.folder / "state.json"
         remedy = "move it away; this client then begins with the open round"
         state = files.load_state(path, STATE_KINDS, remedy) or dict(NEW_STATE)
-        rounds = [row.get("round") if isinstance(row, dict) else None for row in state["history"]]
-        if not all(type(number) is int for number in rounds):
-            raise ValueError(f"{path} is not a state of this client (its history): {remedy}")
+        if not is_possible(state):
+            raise ValueError(f"{path} says what no state of a client can: {remedy}")
         return state
 
     def save(self, **changes):
@@ -413,6 +412,21 @@ class Site:
         return self.arguments.freeze_base or self.follows_frozen_base(task)
 
 
+def is_possible(state):
+    """Whether a state's values, whose types are right, are such as a client writes."""
+    rows = [row if isinstance(row, dict) else {} for row in state["history"]]
+    numbers = [state["round"], state["rounds"], *(row.get("round") for row in rows)]
+    scores = (state["trained"] or {}).get("scores", {})
+    run = state["run"] or ""
+    return (
+        all(type(number) is int and 0 <= number <= 999_999_999 for number in numbers)
+        and isinstance(scores, dict)
+        and all(type(value) in (int, float) for value in scores.values())
+        and run.isascii()
+        and run.isprintable()
+    )
+
+
 # --- the steps -----------------------------------------------------------------------------------
 
 
@@ -423,6 +437,7 @@ def ClientgetWeight(stub, site):
     preprocessing. Where its round is behind the last, what was fetched is the result, and lies in
     server_weight.h5. Raises ValueError where the answer makes no sense, grpc.RpcError.
     """
+    site.reporter.begin(site.state, "waiting")
     request_metadata = (("fedml-client", site.name), ("fedml-accept", "blob"))
     call = stub.getWeight(todo_pb2.void(), metadata=request_metadata)
     with site.reporter.waiting("waiting for the weights", call):
@@ -632,8 +647,9 @@ def finish(site, task):
         model.load(site.network, site.result, site.layout.tensors)
         measured = site.scores(threshold_of_result(site))
         site.say(f"the result on this site's own held-out images: {in_words(measured)}")
-    site.reporter.task = None  # `done` is the last word
-    tell(site, task, {"phase": "done"}, measured)
+    site.reporter.end()
+    if task["run"]:  # the thesis demo's server knows no such call
+        tell(site, task, {"phase": "done"}, measured)
     card_path = cards.path_of(site.result)
     with_card = "without a model card"
     if card_path.exists():
@@ -752,6 +768,8 @@ def keep_trying(attempt, site):
                     may_help = False
             if not may_help:
                 raise ValueError(reason) from None
+        except grpc.FutureCancelledError:  # by the reporter: the server is deaf
+            reason = f"it answered nothing for {UNANSWERED_S} s"
         except tls.FilesNotReady as error:  # certificates that are being renewed
             reason = str(error)
 
@@ -859,6 +877,7 @@ class ProgressReporter:
         self.answered_at = time.monotonic()
         self.wait = None  # (what, since when, the call) while this client waits
         self.changed = threading.Event()
+        self.telling = threading.Lock()  # a report on its way would end the last word, "done"
         threading.Thread(target=self._run, daemon=True).start()
 
     def begin(self, task, phase):
@@ -873,6 +892,11 @@ class ProgressReporter:
         self.where = {"phase": phase, **numbers}
         if before != (phase, numbers.get("epoch")):
             self.changed.set()
+
+    def end(self):
+        """Nothing more is told from here, once this returns."""
+        with self.telling:
+            self.task = None
 
     @property
     def is_unanswered(self):
@@ -893,7 +917,8 @@ class ProgressReporter:
         while True:
             self.changed.wait(TELL_EVERY_S)
             self.changed.clear()
-            self._tell()
+            with self.telling:
+                self._tell()
             now = time.monotonic()
             if self.wait is None:
                 last_line = now

@@ -11,6 +11,7 @@ import os
 import time
 
 from common.files import temporary
+from common.log import plain
 from federation.state import HISTORY_COLUMNS
 
 STATUS_VERSION = 2
@@ -230,7 +231,7 @@ def draw(status, written, most_rounds=None):
 
     now = time.time()
     is_ended = status["phase"] in ("over", "stopped")
-    title = (
+    title = plain(
         f"run {status['run']}: {status['arch']}, round {status['round']}/{status['rounds']} "
         f"{PHASES_OF_A_ROUND[status['phase']]}"
     )
@@ -239,13 +240,13 @@ def draw(status, written, most_rounds=None):
     clients = Table("client", "where", "images", box=None, pad_edge=False)
     for row in status["clients"]:
         images = "" if row["num_examples"] is None else str(row["num_examples"])
-        # What others write stays text: without markup.
-        clients.add_row(Text(row["name"]), Text(where(row, now)), images)
+        # What others write stays text: without markup, and without control characters.
+        clients.add_row(Text(plain(row["name"])), Text(plain(where(row, now))), images)
     rounds = Table(*ROUND_COLUMNS, "missing", box=None, pad_edge=False)
     first = 0 if most_rounds is None else max(0, len(status["history"]) - most_rounds)
     for row in status["history"][first:]:
         cells = [_cell(row[name]) for name in ROUND_COLUMNS]
-        rounds.add_row(*cells, Text(row["missing"]))
+        rounds.add_row(*cells, Text(plain(row["missing"])))
     return Group(Text(title), "", clients, *(["", rounds] if status["history"] else []))
 
 

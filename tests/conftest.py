@@ -518,3 +518,71 @@ def client_script(site, training_s=0):
 def server_script(site):
     """todoServer.py without TensorFlow; its evaluation is nothing."""
     return holding(site, "todoServer", "import standin", 'sys.modules["model"] = standin')
+
+
+# --- the scripts' main() in this process ---------------------------------------------------------
+
+
+@pytest.fixture
+def server_main(begun, monkeypatch, capsys):
+    """server_main(flags) -> (exit code, what it said): a start, up to where it would listen."""
+    import standin
+
+    import todoServer
+
+    site = begun()
+    monkeypatch.chdir(site)
+    monkeypatch.setenv("STANDIN_WEIGHTS", str(write_weights(site / "first.h5", 5)))
+    monkeypatch.setattr(todoServer, "model", standin)
+    monkeypatch.setattr(todoServer, "exit_on_signals", lambda *_: None)
+    monkeypatch.setattr(todoServer, "serve", lambda *_: 0)
+    monkeypatch.setattr(todoServer, "end_script", lambda code: None)
+
+    def main(*flags):
+        code = todoServer.main([*flags])
+        said = capsys.readouterr()
+        return code or 0, said.out + said.err
+
+    return main
+
+
+@pytest.fixture
+def client_main(shared_site, tmp_path, monkeypatch, capsys):
+    """client_main(flags) -> (exit code, what it said): the whole client001, without TensorFlow."""
+    import standin
+
+    import todoClient
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("preprocessed", "index"):
+        (tmp_path / name).symlink_to(shared_site / name)
+    monkeypatch.setattr(todoClient, "model", standin)
+    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
+    reporters = []
+
+    class Reporter(todoClient.ProgressReporter):
+        def __init__(self, site):
+            super().__init__(site)
+            reporters.append(self)
+
+    monkeypatch.setattr(todoClient, "ProgressReporter", Reporter)
+
+    def main(*flags):
+        code = todoClient.main(["--name", "client001", "--give-up-after", "0", *flags])
+        for each in reporters:
+            each.end()
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return main
+
+
+@pytest.fixture
+def served(make_run):
+    """(Run, its address): one round of client001 alone, served by this process."""
+    from serving import serve
+
+    run = make_run(clients=["client001"], rounds=1)
+    server, address = serve(run.rounds)
+    yield run, address
+    server.stop(0)

@@ -1,25 +1,22 @@
-"""How server and client end: within seconds, with a sentence, and with the port free.
+"""How server and client end: within seconds, with a sentence, with their code, the port free.
 
-Exit codes: 0 finished, 1 refused or an error, 2 usage, 3 too few clients, 4 gave up,
-5 never answered, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 the run is over, 1 refused or an error, 2 usage, 3 too few clients, 4 gave up,
+5 never answered, 130 Ctrl-C, 143 SIGTERM. What a start refuses stands in test_starts.py.
 """
 
-import re
 import shutil
 import signal
-import sys
 import threading
-import time
+from pathlib import Path
 
 import grpc
 import pytest
 from conftest import (
-    ROOT,
+    Call,
     client_script,
     free_port,
     holding,
     port_is_free,
-    server_script,
     start_server,
     until,
     write_weights,
@@ -30,123 +27,140 @@ import todoClient
 import todoServer
 from common import files
 from federation import weights
+from federation.state import RunState
 from generated import todo_pb2, todo_pb2_grpc
-
-SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
 def deliver(address, site, client, seed=1, round_number=1):
     """A future of the answer, as a client of ours sends."""
     path = write_weights(site / f"{client}-{seed}.h5", seed)
-    stub = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
     named = (
         ("fedml-client", client),
         ("fedml-run", "run0"),
         ("fedml-round", str(round_number)),
         ("fedml-sha256", files.sha256_of(path)),
     )
-    return stub.sendWeight.future(
-        weights.blob_messages(path, client, 3), metadata=named, timeout=60
-    )
+    messages = weights.blob_messages(path, client, 3)
+    return stub_of(address).sendWeight.future(messages, metadata=named, timeout=60)
 
 
-def ended(process, code, timeout_s):
-    """Assert that the process ends with this code in time; twice the time, for a busy machine."""
-    started = time.monotonic()
-    assert process.wait(4 * timeout_s + 5) == code, process.output
-    assert time.monotonic() - started < 2 * timeout_s, process.output
+def stub_of(address):
+    return todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
 
 
-# --- the server ----------------------------------------------------------------------------------
+def state_of(site):
+    return RunState.load(site / "server" / "state.json")
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_signal_ends_the_server_while_clients_wait(start, begun, number, code):
-    site = begun()
-    server, address = start_server(start, site)
-    call = deliver(address, site, "client001")
-    server.wait_for("client001 delivered .* waiting for client002, not seen yet")
-    server.signal(number)
-    ended(server, code, 2)
+def take_part(start, site, address, name="client001", *arguments, training_s=0, patches=()):
+    script = client_script(site, training_s)
+    if patches:
+        text = script.read_text()
+        script = site / "patched_client.py"
+        script.write_text(text.replace("end_script(todo", "\n".join(patches) + "\nend_script(todo"))
+    return start(script, "--name", name, "--server", address, *arguments, cwd=site)
+
+
+def is_refused(call, code, words):
     with pytest.raises(grpc.RpcError) as caught:
         call.result()
-    assert (
-        caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        and "goes on when it is started again" in caught.value.details()
-    )
-    assert (
-        port_is_free(int(address.rpartition(":")[2]))
-        and "kept" in server.lines[-1]
-        and "Traceback" not in server.output
-    )
-    server, address = start_server(start, site)  # what had arrived is there
-    call = deliver(address, site, "client002", 2)
-    server.wait_for("client002 delivered .* have all")
-    call.cancel()
+    assert caught.value.code().name == code and words in caught.value.details()
 
 
-HOLD_EVALUATE = """
-import model
-def evaluate(*_):
-    print("holding: evaluate", flush=True)
-    while True: time.sleep(0.1)
-model.predict = evaluate
-model.configure = model.build = model.load = lambda *_: 0
-"""
+# --- the server: signals -------------------------------------------------------------------------
 
 
-def test_a_signal_ends_the_server_while_it_evaluates(start, begun):
-    site = begun(clients=["client001"])
-    server = start(holding(site, "todoServer", HOLD_EVALUATE), "--listen", "localhost:0", cwd=site)
-    address = server.wait_for(r"listening on (\S+)")[1]
-    call = deliver(address, site, "client001")
-    server.wait_for("holding: evaluate")
-    server.signal(signal.SIGTERM)
-    ended(server, 143, 2)
-    with pytest.raises(grpc.RpcError):
-        call.result()
-    assert (
-        files.load_state(site / "server" / "state.json")["round"] == 2
-    )  # merged and committed, not yet answered
-    assert port_is_free(int(address.rpartition(":")[2]))
+def while_it_loads(start, site):
+    slow = "import data\ndata.load_images = lambda *_: print('here', flush=True) or time.sleep(99)"
+    server = start(holding(site, "todoServer", slow), "--listen", "localhost:0", cwd=site)
+    server.wait_for("here")
+    return server
 
 
-def test_a_signal_ends_the_server_before_it_listens(start, begun):
-    site = begun(clients=["client001"])
-    server = start(
-        holding(
-            site,
-            "todoServer",
-            "import data\ndef slow(*_):\n    print('holding: data', flush=True)\n"
-            "    time.sleep(1000)\ndata.load_images = slow",
-        ),
-        cwd=site,
-    )
-    server.wait_for("holding: data")
-    server.signal(signal.SIGINT)
-    ended(server, 130, 2)
-    assert "Traceback" not in server.output
+def while_clients_wait(start, site):
+    server, address = start_server(start, site)
+    site.call = deliver(address, site, "client001")
+    server.wait_for("client001 delivered .* waiting for client002 .not seen yet")
+    return server
 
 
-def test_a_signal_while_a_stalled_client_uploads(start, begun):
-    site, go_on = begun(), threading.Event()
+def in_half_an_upload(start, site):
     server, address = start_server(start, site)
 
     def half():
         yield todo_pb2.modelWeight(clientname="client001", clientsize=3, blob=b"\x89HDF" * 2500)
-        go_on.wait(60)
+        site.go_on.wait(60)
 
-    call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).sendWeight.future(
-        half(), timeout=60
-    )
+    site.call = stub_of(address).sendWeight.future(half(), timeout=60)
     until(lambda: list((site / "server" / "client001").glob(".*.tmp*")), "the first half is there")
-    server.signal(signal.SIGTERM)
-    ended(server, 143, 2)
-    go_on.set()
-    assert isinstance(call.exception(60), grpc.RpcError)
-    start_server(start, site)
-    left_over = [path.name for path in (site / "server").rglob(".*.tmp*")]
-    assert not [name for name in left_over if not name.startswith(".status.")]  # written just now
+    return server
+
+
+def while_it_evaluates(start, site):
+    RunState.save(state_of(site).changed(clients=["client001"]), site / "server" / "state.json")
+    slow = "standin.predict = lambda *_: print('here', flush=True) or time.sleep(99)"
+    script = holding(site, "todoServer", "import standin", "sys.modules['model'] = standin", slow)
+    server = start(script, "--listen", "localhost:0", cwd=site)
+    site.call = deliver(server.wait_for(r"listening on (\S+)")[1], site, "client001")
+    server.wait_for("here")
+    assert state_of(site).round == 2  # merged and committed, and not answered
+    return server
+
+
+def while_the_result_is_fetched(start, site):
+    path = write_weights(site / "server" / "server_weight.h5", 1, [("big", (1_500_000,))])
+    end_run(site, weights_sha256=files.sha256_of(path))
+    server, address = start_server(start, site)
+    metadata = [("fedml-client", "client001"), ("fedml-accept", "blob")]
+    site.fetch = stub_of(address).getWeight(todo_pb2.void(), metadata=metadata)
+    server.wait_for("client001 fetches the result")
+    return server
+
+
+def end_run(site, **changes):
+    """The run in this folder had one round, and is over."""
+    scores = dict.fromkeys(("loss", "accuracy", "auc", "sensitivity", "specificity"), 0.5)
+    row = {"round": 1, "clients": 1, "missing": "", "num_examples": 3, "seconds": 1.0, **scores}
+    over = {"clients": ["client001"], "rounds": 1, "round": 2, "history": [row]}
+    state_of(site).changed(**over, **changes).save(site / "server" / "state.json")
+    server = site / "server"
+    (server / "server_weight.json").write_text("{}")
+
+
+class Site(type(Path())):
+    """The folder of a test; what a set-up leaves for the checks hangs on it."""
+
+
+@pytest.mark.parametrize(
+    ("set_up", "number", "code"),
+    [
+        (while_it_loads, signal.SIGINT, 130),
+        (while_clients_wait, signal.SIGINT, 130),
+        (while_clients_wait, signal.SIGTERM, 143),
+        (in_half_an_upload, signal.SIGTERM, 143),
+        (while_it_evaluates, signal.SIGTERM, 143),
+        (while_the_result_is_fetched, signal.SIGTERM, 143),
+    ],
+)
+def test_a_signal_ends_the_server_wherever_it_is(start, begun, set_up, number, code):
+    site = Site(begun())
+    site.go_on, site.call = threading.Event(), None
+    server = set_up(start, site)
+    server.signal(number)
+    assert server.wait(10) == code and "Traceback" not in server.output
+    site.go_on.set()
+    if site.call is not None:
+        is_refused(site.call, "UNAVAILABLE", "")
+    if set_up is while_clients_wait:
+        assert "kept" in server.lines[-1]
+        is_refused(site.call, "UNAVAILABLE", "goes on when it is started again")
+        server, address = start_server(start, site)  # what had arrived is there
+        call = deliver(address, site, "client002", 2)
+        server.wait_for("client002 delivered .* have all")
+        call.cancel()
+
+
+# --- the server: its own ends --------------------------------------------------------------------
 
 
 def test_too_few_clients_within_the_limit_is_exit_3(start, begun):
@@ -154,247 +168,98 @@ def test_too_few_clients_within_the_limit_is_exit_3(start, begun):
     server, address = start_server(start, site, "--round-timeout", "2", "--min-clients", "2")
     call = deliver(address, site, "client002")
     assert server.wait(30) == 3
-    assert (
-        "have client002; waiting for client001, not seen yet; client003, not seen yet; "
-        "1 of at least 2" in server.output
-    )
-    with pytest.raises(grpc.RpcError) as caught:
-        call.result()
-    assert (
-        caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        and "1 of at least 2" in caught.value.details()
-    )
+    assert "1 of at least 2" in server.lines[-1] and "client003 (not seen yet)" in server.lines[-1]
+    is_refused(call, "UNAVAILABLE", "1 of at least 2")
     assert port_is_free(int(address.rpartition(":")[2]))
-    assert list(files.load_state(site / "server" / "state.json")["uploads"]) == ["client002"]
+    assert list(state_of(site).uploads) == ["client002"]
 
 
-def test_with_all_gone_and_a_limit_the_server_is_gone_too(start, begun):
-    site = begun()
-    server, address = start_server(start, site, "--round-timeout", "1")
-    assert (
-        server.wait(30) == 3
-        and "no uploads yet; waiting for client001, not seen yet; client002, not seen yet"
-        in server.output
-    )
-    assert port_is_free(int(address.rpartition(":")[2]))
+FULL_DISK = """
+from federation import weights
+def fedavg(*_, **__):
+    raise OSError(28, "No space left on device", "server/server_weight.h5")
+weights.fedavg = fedavg
+"""
 
 
 def test_a_merge_that_fails_is_exit_1_and_everyone_is_told(start, begun):
     site = begun(clients=["client001"])
-    full = """
-from federation import weights
-def fedavg(*_, **__):
-    raise OSError(28, "No space left on device")
-weights.fedavg = fedavg
-"""
-    server = start(holding(site, "todoServer", full), "--listen", "localhost:0", cwd=site)
-    address = server.wait_for(r"listening on (\S+)")[1]
-    with pytest.raises(grpc.RpcError) as caught:
-        deliver(address, site, "client001").result()
-    assert (
-        caught.value.code() == grpc.StatusCode.INTERNAL
-        and "No space left" in caught.value.details()
-    )
-    assert (
-        server.wait(20) == 1
-        and "No space left on device" in server.lines[-1]
-        and "Traceback" not in server.output
-    )
-    state = files.load_state(site / "server" / "state.json")
-    assert state["frozen"] == ["client001"] and state["round"] == 1
-    # started again while the cause is still there: a sentence and exit 1, before anyone is served
-    server = start(holding(site, "todoServer", full), "--listen", "localhost:0", cwd=site)
-    assert (
-        server.wait(20) == 1
-        and "No space left on device" in server.lines[-1]
-        and "listening" not in server.output
-    )
-
-
-@pytest.fixture
-def serve_in_vain(tmp_path, monkeypatch, capsys):
-    """A function: what a server says that ends with exit 1 before it listens."""
-
-    def serve(arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(todoServer, "exit_on_signals", lambda *_: None)
-        assert todoServer.main(arguments) == 1
-        return capsys.readouterr().err
-
-    return serve
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--arch", "vgg16"], "--arch is vgg16, but the run in server has drcnn"),
-        (["--image-size", "64"], "--image-size is 64, but the run in server has 32"),
-        (["--seed", "7"], "--seed is 7, but the run in server has 0"),
-        (
-            ["--round-timeout", "5", "--min-clients", "3"],
-            "--min-clients 3 is more than the run's 2 clients",
-        ),
-        (["--index-dir", "nowhere"], "nowhere/val_set.pkl is missing"),
-    ],
-)
-def test_a_state_that_does_not_fit_the_flags_is_exit_1(serve_in_vain, begun, arguments, sentence):
-    site = begun()
-    before = (site / "server" / "state.json").read_bytes()
-    output = serve_in_vain(arguments)
-    assert sentence in output
-    if "the run in server has" in sentence:
-        assert "--fresh" in output
-    assert (site / "server" / "state.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("damage", ["not json", '{"version": 99}', '{"a": 1}', "[]"])
-def test_a_damaged_state_is_exit_1_and_stays(serve_in_vain, begun, damage):
-    site = begun()
-    (site / "server" / "state.json").write_text(damage)
-    assert "--fresh" in serve_in_vain([])
-    assert (site / "server" / "state.json").read_text() == damage
-
-
-def test_weights_that_are_gone_are_exit_1(serve_in_vain, begun):
-    site = begun()
-    (site / "server" / "server_weight.h5").unlink()
-    output = serve_in_vain([])
-    assert "server_weight.h5 is missing" in output and "--fresh" in output
-
-
-def test_another_model_in_its_place_is_exit_1(serve_in_vain, begun):
-    site = begun()
-    write_weights(site / "server" / "server_weight.h5", 7)
-    output = serve_in_vain([])
-    assert (
-        "server_weight.h5 is not the model of round 1 of the run in server/state.json" in output
-        and "--fresh" in output
-    )
-
-
-def test_a_state_of_the_other_side_is_exit_1(serve_in_vain, begun, monkeypatch, capsys):
-    monkeypatch.chdir(begun())
-    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
-    assert todoClient.main(["--name", "client001", "--client-dir", "server"]) == 1
-    said = capsys.readouterr().err
-    assert "server/state.json is not a state file of this program" in said
-    assert "--fresh" not in said  # a client has no such flag
-    files.save_state("server/state.json", {})
-    assert "server/state.json is not a state file of this program" in serve_in_vain([])
-
-
-def test_fresh_moves_nothing_before_the_new_run_has_all_that_it_needs(serve_in_vain, begun):
-    site = begun()
-    before = sorted(path.name for path in (site / "server").iterdir())
-    assert "nowhere/val_set.pkl is missing" in serve_in_vain(["--fresh", "--index-dir", "nowhere"])
-    assert sorted(path.name for path in (site / "server").iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--min-clients", "2"],
-        ["--rounds", "0"],
-        ["--clients", "a,a"],
-        ["--clients", "../a"],
-        ["--round-timeout", "-1"],
-        ["--listen"],
-        ["--listen", "here"],
-        ["--listen", "localhost:abc"],
-    ],
-)
-def test_wrong_usage_is_exit_2(tmp_path, monkeypatch, arguments):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        todoServer.main(arguments)
-    assert ended.value.code == 2
-    assert not list(tmp_path.iterdir())
-
-
-def test_fresh_moves_the_old_run_aside_and_says_where(start, begun):
-    site = begun()
-    old = (site / "server" / "state.json").read_bytes()
-    (site / "server" / ".gitkeep").touch()
-    script = holding(
-        site,
-        "todoServer",
-        "import model\nfrom conftest import write_weights",
-        "model.configure = model.build = model.initialize = lambda *_: 0",
-        "model.save = lambda network, path: write_weights(path, 5)",
-    )
-    server = start(script, "--fresh", "--listen", "localhost:0", "--rounds", "3", cwd=site)
-    server.wait_for("listening on")
-    assert "the old run's files are in server/old-1" in server.output
-    assert (site / "server" / "old-1" / "state.json").read_bytes() == old and (
-        site / "server" / ".gitkeep"
-    ).exists()
-    state = files.load_state(site / "server" / "state.json")
-    assert state["run"] != "run0" and state["rounds"] == 3 and state["round"] == 1
-    server.kill()
-    server = start(script, "--fresh", "--listen", "localhost:0", cwd=site)
-    server.wait_for("listening on")
-    assert (site / "server" / "old-2").exists() and (
-        site / "server" / "old-1" / "state.json"
-    ).read_bytes() == old
-    server.kill()
-    (
-        site / "server" / "state.json"
-    ).unlink()  # or a --fresh that was killed in the middle: nothing is written over
-    model = (site / "server" / "server_weight.h5").read_bytes()
+    script = holding(site, "todoServer", FULL_DISK)
+    server, address = start_server(start, site, script=script)
+    is_refused(deliver(address, site, "client001"), "INTERNAL", "server/server_weight.h5")
+    assert server.wait(20) == 1 and "No space left on device" in server.output
+    assert state_of(site).frozen == ["client001"]
+    # started again while the cause is still there: a sentence, before anyone is served
     server = start(script, "--listen", "localhost:0", cwd=site)
-    server.wait_for("listening on")
-    assert (site / "server" / "old-3" / "server_weight.h5").read_bytes() == model
+    assert server.wait(20) == 1 and "No space left on device" in server.lines[-1]
+    assert "listening" not in server.output
 
 
-def test_a_finished_server_says_so_answers_repeats_and_is_exit_0(start, begun):
-    site = begun(clients=["client001"], rounds=1)
-    path = write_weights(site / "client001-1.h5", 1)
-    row = {"round": 1, "loss": 0.5}
-    files.save_state(
-        site / "server" / "state.json",
-        {
-            **files.load_state(site / "server" / "state.json"),
-            "round": 2,
-            "history": [row],
-            "counted": {
-                "client001": {"round": 1, "num_examples": 3, "sha256": files.sha256_of(path)}
-            },
-        },
-    )
+def test_a_thread_that_dies_ends_the_server_with_exit_1(start, begun):
+    """With one less it would look alive, and serve nobody; started again, it goes on."""
+    site = begun()
+    dies = """
+import os
+from federation import status
+def write(self):
+    if os.path.exists("die"):
+        raise RuntimeError("this thread dies")
+status.StatusFile.write = write
+"""
+    server, address = start_server(start, site, script=holding(site, "todoServer", dies))
+    (site / "die").touch()
+    assert server.wait(20) == 1 and "start it again" in server.lines[-1]
+    assert port_is_free(int(address.rpartition(":")[2]))
+
+
+# --- the server: the end of the run --------------------------------------------------------------
+
+
+def test_a_server_whose_run_is_over_answers_repeats_hands_out_the_result_and_ends(start, begun):
+    site = begun()
+    sent = write_weights(site / "client001-1.h5", 1)
+    counted = {"round": 1, "num_examples": 3, "sha256": files.sha256_of(sent)}
+    end_run(site, counted={"client001": counted})
     server, address = start_server(start, site)
-    assert (
-        "run run0 is finished (1 rounds); --rounds N goes on, --fresh begins a new one"
-        in server.output
-    )
+    assert "is over" in server.output and "--rounds N goes on" in server.output
     call = deliver(address, site, "client001")
     assert call.result().value == 1 and dict(call.trailing_metadata())["fedml-done"] == "1"
-    assert server.process.poll() is None  # a new client fetches the result, too
-    stub = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
-    list(stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", "client001")], timeout=60))
-    assert server.wait(10) == 0 and "finished after 1 rounds" in server.output
-    assert "Traceback" not in server.output
-    server, address = start_server(start, site, "--rounds", "2")  # it is extended
-    assert "resuming run run0 at round 2/2 from server/state.json" in server.output
+    is_me = [("fedml-client", "client001")]
+    stub = stub_of(address)
+    done = todo_pb2.clientStatus(run="run0", round=2, phase="done")
+    assert server.process.poll() is None
+    assert stub.tell(done, metadata=is_me, timeout=30).round == 2
+    assert server.wait(10) == 0 and "finished after 1 rounds" in server.output  # not in 30 s
+    server, _ = start_server(start, site, "--rounds", "2")  # it is extended
+    assert "resuming run run0 at round 2/2" in server.output
 
 
-def test_a_run_whose_last_evaluation_was_interrupted_is_not_called_finished(start, begun):
-    site = begun(clients=["client001"], rounds=1)
-    closing = {
-        "round": 1,
-        "clients": 1,
-        "missing": "",
-        "num_examples": 3,
-        "wait_seconds": 1,
-        "merge_seconds": 1,
-    }
-    files.save_state(
-        site / "server" / "state.json",
-        {**files.load_state(site / "server" / "state.json"), "round": 2, "closing": closing},
-    )
-    server, _ = start_server(start, site, script=server_script(site))
-    resuming, evaluated, *_ = server.lines
-    assert resuming.endswith(" server: resuming run run0 at round 1/1 from server/state.json")
-    assert " server: round 1/1: loss " in evaluated
+@pytest.mark.parametrize("fetches", [False, True])
+def test_who_never_says_that_it_has_the_result_costs_the_last_wait_and_no_more(make_run, fetches):
+    """Fetched or not: a download counts as progress, and not as the last word."""
+    run = make_run(clients=["client001"], rounds=1)
+    server, address = serve(run.rounds)
+    try:
+        assert deliver(address, run.folder, "client001").result().value == 1
+        waiting = Call(run.rounds.wait_until_all_done, 2)
+        if fetches:
+            is_me = [("fedml-client", "client001")]
+            assert list(stub_of(address).getWeight(todo_pb2.void(), metadata=is_me, timeout=30))
+        until(lambda: run.said and "is over" in run.said[-1] or fetches, "it waits")
+        assert not waiting.ended
+        waiting.result(20)
+    finally:
+        server.stop(0)
+    assert "client001 has not said that it has the result" in run.said[-1]
+
+
+def test_a_server_uses_that_wait(start, begun):
+    """Killed clients never say it; the server ends all the same."""
+    site = begun()
+    end_run(site)
+    script = holding(site, "todoServer", "import todoServer\ntodoServer.LAST_ANSWER_S = 1")
+    server, _ = start_server(start, site, script=script)
+    assert server.wait(20) == 0 and "client001 has not said" in server.output
 
 
 # --- the client ----------------------------------------------------------------------------------
@@ -403,10 +268,10 @@ def test_a_run_whose_last_evaluation_was_interrupted_is_not_called_finished(star
 @pytest.mark.parametrize(
     ("number", "code", "where"),
     [
-        (*SIGNALS[0], "training"),
-        (*SIGNALS[1], "training"),
-        (*SIGNALS[1], "waiting for the answer"),
-        (*SIGNALS[0], "waiting for the server"),
+        (signal.SIGINT, 130, "training"),
+        (signal.SIGTERM, 143, "training"),
+        (signal.SIGINT, 130, "waiting for the answer"),
+        (signal.SIGTERM, 143, "waiting for the server"),
     ],
 )
 def test_a_signal_ends_the_client_with_its_files_whole(start, begun, number, code, where):
@@ -414,100 +279,24 @@ def test_a_signal_ends_the_client_with_its_files_whole(start, begun, number, cod
     address = f"localhost:{free_port()}"
     if where != "waiting for the server":
         server, address = start_server(start, site)
-    client = start(
-        client_script(site, 1000 * (where == "training")),
-        "--name",
-        "client001",
-        "--server",
-        address,
-        cwd=site,
-    )
+    client = take_part(start, site, address, training_s=1000 * (where == "training"))
     if where == "training":
         client.wait_for("training now")
     elif where == "waiting for the answer":
         server.wait_for("client001 delivered")
     else:
-        client.wait_for("no server answers there yet")
+        client.wait_for("waiting for the server at")
     client.signal(number)
-    ended(client, code, 2)
+    assert client.wait(10) == code
     assert "start it again" in client.lines[-1] and "Traceback" not in client.output
     assert not list((site / "client001").glob(".*.tmp*"))
-    for path in (site / "client001").glob("*.h5"):
-        weights.check(path, weights.shapes_of(site / "server" / "server_weight.h5"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (
-            ["--name", "client009", "--index", "index/worker1.pkl"],
-            "server refused: client 'client009' is not one of this run's",
-        ),
-        (["--name", "client001", "--index", "index/worker9.pkl"], "index/worker9.pkl is missing"),
-    ],
-)
-def test_a_client_that_is_refused_or_has_no_images_is_exit_1(start, begun, arguments, sentence):
-    site = begun()
-    _, address = start_server(start, site)
-    client = start(client_script(site), *arguments, "--server", address, cwd=site)
-    assert (
-        client.wait(30) == 1 and sentence in client.lines[-1] and "Traceback" not in client.output
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("image_size", "large", "'large' is not a whole number of at least 16"),
-        ("arch", "resnet", "'resnet'"),
-        ("image_size", 10**9, "1000000000 is too large, expected at most 4096"),
-        ("round", -19, "'-19' is not a whole number"),
-    ],
-)
-def test_a_server_whose_words_make_no_sense_is_exit_1(make_run, start, site, name, value, reason):
-    run = make_run()
-    run.rounds.state = run.rounds.state.changed(**{name: value})
-    server, address = serve(run.rounds)
-    client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
-    assert client.wait(30) == 1 and len(client.lines) == 1
-    assert (
-        "error: the server names a run, but not its network and round as expected ("
-        in client.lines[0]
-    )
-    assert reason in client.lines[0]
-    server.stop(0)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["--name", "hospital"],
-        ["--name", "../x1"],
-        ["--name", "a1", "--epochs", "0"],
-        ["--name", "a1", "--server", "localhost"],
-    ],
-)
-def test_wrong_usage_of_the_client_is_exit_2(tmp_path, monkeypatch, arguments):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        todoClient.main(arguments)
-    assert ended.value.code == 2
-    assert not list(tmp_path.iterdir())
+    layout = weights.Layout(site / "server" / "server_weight.h5")
+    assert all(weights.fits(path, layout) for path in (site / "client001").glob("*.h5"))
 
 
 def test_a_server_that_stays_away_is_exit_4(start, begun):
     site = begun()
-    client = start(
-        client_script(site),
-        "--name",
-        "client001",
-        "--server",
-        f"localhost:{free_port()}",
-        "--give-up-after",
-        "1",
-        cwd=site,
-    )
+    client = take_part(start, site, f"localhost:{free_port()}", "client001", "--give-up-after", "1")
     assert client.wait(30) == 4 and "did not answer for 1 s" in client.lines[-1]
 
 
@@ -516,206 +305,139 @@ def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_ne
 ):
     site = begun(rounds=1)
     server, address = start_server(start, site)
-    client = start(
-        client_script(site),
-        "--name",
-        "client001",
-        "--server",
-        address,
-        "--give-up-after",
-        "1",
-        cwd=site,
-    )
+    client = take_part(start, site, address, "client001", "--give-up-after", "1")
     server.wait_for("client001 delivered")
     server.kill()
     assert client.wait(30) == 5 and "delivered and never answered" in client.lines[-1]
     # both come back: it is delivered again, not trained again
     server, address = start_server(start, site, port=address.rpartition(":")[2])
-    client = start(client_script(site, 1000), "--name", "client001", "--server", address, cwd=site)
+    client = take_part(start, site, address, training_s=1000)
     server.wait_for("client001 delivered .* again, the same weights")
     assert "training" not in client.output
 
 
-def test_a_client_with_other_threads_trains_again_and_says_so(start, begun):
+IMPATIENT = [
+    "todoClient.UNANSWERED_S, todoClient.TELL_EVERY_S, todoClient.TELL_TIMEOUT_S = 2, 0.5, 1",
+    "todoClient.CONNECT_S, todoClient.SERVED_S, todoClient.SHORTEST_PAUSE_S = 1, 2, 0.1",
+]
+
+
+def test_a_stopped_server_is_noticed_by_who_waits_and_given_up(start, begun):
+    """Its port is open, and the system takes connections for it."""
     site = begun(rounds=1)
     server, address = start_server(start, site)
-    for threads, words in (
-        (1, "training on 4 images"),
-        (2, "trained before with other settings (threads was 1, is 2)"),
-    ):
-        client = start(
-            client_script(site),
-            "--name",
-            "client001",
-            "--server",
-            address,
-            "--threads",
-            threads,
-            cwd=site,
-        )
-        before = len(server.lines)
-        server.wait_for("client001 delivered", start=before)
-        client.kill()
-        assert words in client.output and "training now" in client.output
-
-
-def test_what_another_client_trained_is_not_delivered_as_ones_own(start, begun):
-    site = begun(rounds=1)
-    server, address = start_server(start, site)
-    for name in ("client001", "client002"):
-        client = start(
-            client_script(site),
-            "--name",
-            name,
-            "--client-dir",
-            "shared",
-            "--index",
-            "index/worker1.pkl",
-            "--server",
-            address,
-            cwd=site,
-        )
-        server.wait_for(f"{name} delivered")
-        if name == "client001":
-            client.kill()
-    assert "other settings (name was client001, is client002): training again" in client.output
-
-
-def test_weights_of_another_run_are_dropped_with_a_line(start, begun):
-    site = begun(rounds=1)
-    server, address = start_server(start, site)
-    client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
+    flags = ["--give-up-after", "3", "--val-index", "index/val_set.pkl"]
+    client = take_part(start, site, address, "client001", *flags, patches=IMPATIENT)
     server.wait_for("client001 delivered")
-    client.kill()
-    path = site / "client001" / "state.json"
-    files.save_state(path, {**files.load_state(path), "run": "another"})
-    client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
-    server.wait_for("client001 delivered .* again")
-    assert "upload rejected: client001 delivers for run 'another'" in client.output
-    assert "round 1/1: training on 4 images" in client.output
+    server.signal(signal.SIGSTOP)
+    assert client.wait(60) == 5 and "did not answer for 3 s" in client.lines[-1]
+
+
+@pytest.mark.parametrize(("waits_for", "code"), [("its answer", 5), ("the weights", 4)])
+def test_a_server_that_answers_pings_only_is_noticed_and_given_up(
+    start, begun, make_run, waits_for, code
+):
+    """As one whose serving thread died: connections are fine, and no call is ever answered."""
+    site = begun()
+    shutil.rmtree(site / "server")
+    run = make_run(clients=["client001", "client002"], rounds=1)
+    server, address = serve(run.rounds)
+    if waits_for == "the weights":  # a client that was started again
+        (site / "client001").mkdir()
+        files.save_state(site / "client001" / "state.json", {**todoClient.NEW_STATE, "run": "run0"})
+        run.rounds.changed.acquire()
+    flags = ["--give-up-after", "3"]
+    client = take_part(start, site, address, "client001", *flags, patches=IMPATIENT)
+    if waits_for == "its answer":
+        until(lambda: "client001" in run.rounds.uploads, "client001 has delivered")
+        run.rounds.changed.acquire()
+    try:
+        assert client.wait(60) == code and "did not answer for 3 s" in client.lines[-1]
+    finally:
+        run.rounds.changed.release()  # for which every call waited
+        server.stop(0)
+
+
+# --- two of them ---------------------------------------------------------------------------------
 
 
 def test_a_second_client_of_the_name_ends_the_first_with_a_sentence(start, begun):
     site = begun()
     server, address = start_server(start, site)
-    first = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
+    first = take_part(start, site, address)
     server.wait_for("client001 delivered")
-    second = start(
-        client_script(site),
-        "--name",
-        "client001",
-        "--server",
-        address,
-        "--client-dir",
-        "elsewhere",
-        cwd=site,
-    )
-    assert (
-        first.wait(30) == 1
-        and "client001 has delivered again on another connection" in first.lines[-1]
-    )
+    second = take_part(start, site, address, "client001", "--client-dir", "elsewhere")
+    assert first.wait(30) == 1
+    assert "client001 has delivered again on another connection" in first.lines[-1]
     assert second.process.poll() is None
 
 
-def test_a_busy_port_is_exit_1(start, begun):
-    site = begun()
-    shutil.copytree(site / "server", site / "other")
-    _, address = start_server(start, site)
-    second = start("todoServer.py", "--listen", address, "--server-dir", "other", cwd=site)
-    assert second.wait(30) == 1 and "is another server running there" in second.lines[-1]
-
-
-def test_a_port_that_is_taken_on_one_address_of_the_host_is_taken(start, begun):
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_a_port_that_is_taken_on_one_address_of_the_host_is_taken(start, begun, host):
     """localhost is 127.0.0.1 and ::1: the second would have got half of the clients, in silence."""
     site = begun()
     shutil.copytree(site / "server", site / "other")
     port = free_port()
-    start("todoServer.py", "--listen", f"127.0.0.1:{port}", cwd=site).wait_for("listening on")
-    second = start(
-        "todoServer.py", "--listen", f"localhost:{port}", "--server-dir", "other", cwd=site
-    )
+    start("todoServer.py", "--listen", f"{host}:{port}", cwd=site).wait_for("listening on")
+    arguments = ["--listen", f"localhost:{port}", "--server-dir", "other"]
+    second = start("todoServer.py", *arguments, cwd=site)
     assert second.wait(30) == 1 and "is another server running there" in second.lines[-1]
 
 
-def test_a_server_that_keeps_uploads_where_a_client_works_is_told(start, begun):
-    """--server-dir . on the demo's machine: server and client would share client001/."""
-    site = begun()
-    for path in (site / "server").iterdir():
-        path.rename(site / path.name)
-    server, address = start_server(start, site, "--server-dir", ".")
-    client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
-    assert client.wait(30) == 1 and "another process works in client001" in client.lines[-1]
-    assert server.process.poll() is None
-
-
-def test_a_signal_ends_a_finished_server_whose_client_does_not_read(start, begun):
-    site, large = begun(clients=["client001"], rounds=1), [("big", (1_500_000,))]
-    digest = files.sha256_of(write_weights(site / "server" / "server_weight.h5", 1, large))
-    path = site / "server" / "state.json"
-    files.save_state(
-        path,
-        {**files.load_state(path), "weights_sha256": digest, "round": 2, "history": [{"round": 1}]},
-    )
-    server, address = start_server(start, site)
-    call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).getWeight(
-        todo_pb2.void(), metadata=[("fedml-client", "client001"), ("fedml-accept", "blob")]
-    )
-    assert dict(call.initial_metadata())["fedml-round"] == "2"
-    server.wait_for("client001 fetches the result")
-    server.signal(signal.SIGTERM)
-    ended(server, 143, 2)
-    call.cancel()
-
-
 def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing(start, begun):
-    site, go_on = begun(), threading.Event()
+    site = begun()
     server, address = start_server(start, site)
-    client = start(client_script(site), "--name", "client001", "--server", address, cwd=site)
+    client = take_part(start, site, address)
     server.wait_for("client001 delivered")
-
-    def half():
-        yield todo_pb2.modelWeight(clientname="client002", clientsize=3, blob=b"\x89HDF" * 2500)
-        go_on.wait(60)
-
-    call = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address)).sendWeight.future(
-        half(), timeout=60
-    )
-
-    def arrived():
-        return [path.stat().st_size for path in (site / "server" / "client002").glob(".*.tmp*")]
-
-    until(lambda: arrived() == [10_000], "the first half is there")
+    left_alone = files.temporary(site / "server" / "client002" / "upload.h5")
+    left_alone.touch()  # as an upload that is on its way
 
     def written():
-        """{path: when it was written}; status.json is written anew whenever something happens."""
+        """{path: when it was written}, but for status.json."""
         paths = [*(site / "server").rglob("*"), *(site / "client001").rglob("*")]
-        return {path: path.stat().st_mtime_ns for path in paths if path.is_file()} | {
-            site / "server" / "status.json": None
-        }
+        of_the_run = [each for each in paths if each.is_file() and "status" not in each.name]
+        return {path: path.stat().st_mtime_ns for path in of_the_run}
 
     before = written()
     for second in (
-        start("todoServer.py", "--listen", "localhost:0", cwd=site),
         start("todoServer.py", "--listen", "localhost:0", "--fresh", cwd=site),
-        start(client_script(site), "--name", "client001", "--server", address, cwd=site),
+        take_part(start, site, address),
+        # with --server-dir . a server would share client001/ with the client that works there
+        start("todoServer.py", "--server-dir", ".", "--rounds", "1", cwd=site),
     ):
-        assert second.wait(30) == 1 and len(second.lines) == 1
-        assert re.search(
-            r"(server|client001): error: another process works in \1: wait until it ends",
-            second.lines[0],
-        )
-    assert before == written()
-    assert client.process.poll() is None and not call.done()
-    go_on.set()
+        assert second.wait(30) == 1
+        assert "another process works in" in second.lines[-1]
+    assert before == written() and left_alone.exists()
+    assert client.process.poll() is None and server.process.poll() is None
 
 
-def test_no_script_loads_tensorflow_before_it_needs_it(start, begun):
-    begun()
-    import subprocess
+# --- wrong usage ---------------------------------------------------------------------------------
 
-    code = """
-import sys
-import federation.service, todoClient, todoServer
-assert not {"tensorflow", "keras"} & set(sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "word"),
+    [
+        (todoServer, ["--rounds", "0"], "at least 1"),
+        (todoServer, ["--min-clients", "2"], "--round-timeout"),
+        (todoServer, ["--round-timeout", "-1"], "number of seconds"),
+        (todoServer, ["--clients", "a,a"], "different"),
+        (todoServer, ["--clients", "a,../b"], "letters"),
+        (todoServer, ["--clients", "client001,state.json"], "cannot be called"),
+        (todoServer, ["--clients", "tensorboard"], "cannot be called"),
+        (todoServer, ["--listen", "here"], "HOST:PORT"),
+        (todoServer, ["--listen", "localhost:abc"], "HOST:PORT"),
+        (todoClient, [], "--name"),
+        (todoClient, ["--name", "hospital"], "--index"),
+        (todoClient, ["--name", "../x1"], "letters"),
+        (todoClient, ["--name", "a1", "--epochs", "0"], "at least 1"),
+        (todoClient, ["--name", "a1", "--server", "localhost"], "HOST:PORT"),
+    ],
+)
+def test_wrong_usage_is_exit_2_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys, script, arguments, word
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        script.main(arguments)
+    assert ended.value.code == 2 and word in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,220 +1,182 @@
-"""Refused is not for ever: a rejected upload is trained again once, a late client learns the end.
+"""What a client does with a refusal, and with a training that ended in NaN.
 
-Real servers and clients; only TensorFlow is left out, but where a training is to fail.
+A rejected upload is trained again, and not for ever; a late client learns that the run is over.
+The client's own main() in this process, without TensorFlow.
 """
 
-import json
-import re
-import shutil
-import signal
+from pathlib import Path
+from types import SimpleNamespace
 
-import pytest
-from conftest import client_script, holding, server_script, start_server
-
-NAN_UPLOADS = """
 import numpy as np
+import pytest
 import standin
-BAD_TRAININGS = {bad_trainings}
-whole, trained = standin.tensors, []
-def tensors(network):
-    trained.append(network)
-    arrays = whole(network)
-    if len(trained) <= BAD_TRAININGS:
-        bad = np.inf if ALTERNATE and len(trained) % 2 == 0 else np.nan
-        arrays[0] = np.full_like(arrays[0], bad)
-    return arrays
-standin.tensors = tensors
-sys.modules["model"] = standin
+from conftest import holding, start_server
+
 import todoClient
-todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05
-class Anything:  # as if this client had not looked itself: every number is finite to it
-    def __getattr__(self, name):
-        return getattr(np, name)
-    def isfinite(self, numbers):
-        return np.ones(np.shape(numbers), bool)
-todoClient.weights.np = Anything()
-"""
+from common import files
 
 
-def bad_client(site, bad_trainings, alternate=False):
-    """todoClient.py whose first trainings end in NaN, and which does not notice."""
-    patch = NAN_UPLOADS.format(bad_trainings=bad_trainings)
-    return holding(site, "todoClient", f"ALTERNATE = {alternate}", patch)
+@pytest.fixture
+def trainings(monkeypatch):
+    """A list: what the trainings to come end in ("good", "nan" or "inf"); then all are good.
+
+    Bad ones are not noticed by the client. "killed" ends it in the middle.
+    """
+    to_come = []
+    train, write_tensors = standin.train, todoClient.weights.write_tensors
+
+    def train_or_die(*arguments, **options):
+        if to_come[:1] == ["killed"]:
+            raise SystemExit
+        return train(*arguments, **options)
+
+    def write(path, layout, arrays):
+        digest = write_tensors(path, layout, arrays)
+        outcome = to_come.pop(0) if to_come else "good"
+        if outcome != "good":
+            with open(path, "r+b") as file:
+                file.seek(layout.tensors[0].begin)
+                file.write(np.float32(outcome).tobytes())
+            digest = files.sha256_of(path)
+        return digest
+
+    monkeypatch.setattr(standin, "train", train_or_die)
+    monkeypatch.setattr(todoClient.weights, "write_tensors", write)
+    return to_come
 
 
-def state_of(site, client="client001"):
-    return json.loads((site / client / "state.json").read_text())
+# --- uploads that the server rejects -------------------------------------------------------------
 
 
-def test_an_upload_that_is_rejected_once_is_trained_again_and_counts(start, begun):
-    site = begun(clients=["client001"], rounds=2)
-    server, address = start_server(start, site, script=server_script(site))
-    client = start(bad_client(site, 1), "--name", "client001", "--server", address, cwd=site)
-    assert [client.wait(), server.wait()] == [0, 0], client.output
-    assert client.output.count("training now") == 3
-    [line] = [line for line in client.lines if "upload rejected" in line]
-    assert re.search("nan: only finite numbers .*; these weights are dropped, training again", line)
-    assert state_of(site)["rejections"] == []
-
-
-@pytest.mark.parametrize(("alternate", "uploads"), [(False, 2), (True, 3)])
-def test_rejected_again_it_ends_with_1_says_where_to_look_and_may_be_started_again(
-    start, begun, alternate, uploads
+def test_an_upload_that_is_rejected_once_is_trained_again_and_counts(
+    client_main, served, trainings
 ):
-    site = begun(clients=["client001"], rounds=1)
-    server, address = start_server(start, site, script=server_script(site))
-    arguments = ["--name", "client001", "--server", address]
-    client = start(bad_client(site, 99, alternate), *arguments, cwd=site)
-    assert client.wait() == 1, client.output
-    assert client.output.count("training now") == uploads
-    assert f"error: the server rejected {uploads} uploads of this round" in client.lines[-1]
-    assert "Look at the images in index/worker1.pkl" in client.lines[-1]
-    assert server.output.count("only finite numbers") == uploads
-    again = start(client_script(site), *arguments, cwd=site)
-    assert [again.wait(), server.wait()] == [0, 0], again.output
+    run, address = served
+    trainings[:] = ["nan"]
+    code, said = client_main("--server", address)
+    assert code == 0 and said.count("training now") == 2
+    assert "nan: only finite numbers" in said and "training again" in said
+    assert run.rounds.state.evaluated == 1
 
 
-def test_a_client_killed_between_two_rejections_counts_both(start, begun):
-    site = begun(clients=["client001"], rounds=1)
-    server, address = start_server(start, site, script=server_script(site))
-    arguments = ["--name", "client001", "--server", address]
-    slow = bad_client(site, 99).read_text().replace("import todoClient", SLOW_SECOND, 1)
-    (site / "slow.py").write_text(slow)
-    client = start(site / "slow.py", *arguments, cwd=site)
-    client.wait_for("upload rejected")
-    client.wait_for("training for long")
-    client.kill()
-    client = start(bad_client(site, 99), *arguments, cwd=site)
-    assert client.wait() == 1, client.output
-    assert client.output.count("training now") == 1
-    assert "the server rejected 2 uploads" in client.lines[-1]
+@pytest.mark.parametrize(
+    ("outcomes", "uploads"), [(["nan"] * 9, 2), (["nan", "inf", "nan", "inf"], 3)]
+)
+def test_rejected_again_it_ends_with_1_says_where_to_look_and_may_be_started_again(
+    client_main, served, trainings, outcomes, uploads
+):
+    _, address = served
+    trainings[:] = outcomes
+    code, said = client_main("--server", address)
+    assert code == 1 and said.count("training now") == uploads
+    assert f"rejected {uploads} uploads of this round" in said.splitlines()[-1]
+    assert "index/worker1.pkl" in said.splitlines()[-1]
+    trainings.clear()
+    assert client_main("--server", address)[0] == 0
 
 
-SLOW_SECOND = """
-real_train = standin.train
-def train(*arguments, **options):
-    if trained:
-        print("training for long", flush=True)
-        time.sleep(1000)
-    return real_train(*arguments, **options)
-standin.train = train
-import todoClient"""
-
-
-# --- pictures of another kind ---------------------------------------------------------------------
-
-
-def test_pictures_of_another_kind_than_the_servers_are_refused(start, begun):
-    """Nothing else would say that one hospital's are prepared otherwise."""
-    site = begun(clients=["client001", "client002"], rounds=1)
-    for name, kind in (("of-server", "colour"), ("one", "graham"), ("two", "colour")):
-        shutil.copytree(site / "index", site / name)
-        (site / name / "prepared.json").write_text(json.dumps({"preprocessing": kind}))
-    flags = ["--index-dir", "of-server"]
-    server, address = start_server(start, site, *flags, script=server_script(site))
-
-    def client(name, index):
-        arguments = ["--name", name, "--server", address, "--index", index]
-        return start(client_script(site), *arguments, cwd=site)
-
-    refused = client("client001", "one/worker1.pkl")
-    assert refused.wait() == 1
-    assert "are of the kind 'graham' (one/prepared.json)" in refused.lines[-1]
-    assert "of the kind 'colour'" in refused.lines[-1] and "--preprocessing" in refused.lines[-1]
-    # the same kind, and one of which nothing is known
-    others = [client("client002", "two/worker1.pkl"), client("client001", "index/worker1.pkl")]
-    assert [process.wait() for process in [*others, server]] == [0, 0, 0]
+def test_a_client_killed_between_two_rejections_counts_both(client_main, served, trainings):
+    _, address = served
+    trainings[:] = ["nan", "killed"]
+    with pytest.raises(SystemExit):
+        client_main("--server", address)
+    trainings[:] = ["nan"] * 9
+    code, said = client_main("--server", address)
+    assert code == 1 and "the server rejected 2 uploads" in said
 
 
 # --- a straggler ---------------------------------------------------------------------------------
 
 
-LIMIT = ["--round-timeout", "12", "--min-clients", "1"]
-
-
-@pytest.fixture
-def straggler(start, begun):
-    """(site, server, its address, client002): the last round went on without client002."""
-    site = begun(rounds=1)
-    script = server_script(site)
-    server, address = start_server(start, site, *LIMIT, script=script)
-    late = start(client_script(site), "--name", "client002", "--server", address, cwd=site)
-    late.wait_for("training now")
-    late.signal(signal.SIGSTOP)
-    arguments = ["--name", "client001", "--server", address]
-    assert start(client_script(site), *arguments, cwd=site).wait() == 0
-    server.wait_for("the run is over")
-    return site, server, address, late
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("started_again", [False, True])
-def test_a_straggler_that_finds_the_server_learns_that_the_run_is_over(
-    straggler, start, started_again
+def test_a_straggler_learns_that_the_run_is_over_and_gets_the_result(
+    client_main, served, trainings
 ):
-    site, server, address, late = straggler
-    if started_again:
-        server.kill()
-        port = address.rpartition(":")[2]
-        server, _ = start_server(start, site, *LIMIT, port=port, script=server_script(site))
-    late.signal(signal.SIGCONT)
-    assert late.wait() == 0, late.output
-    assert "round 1, which is over" in late.output
-    assert (
-        "the run is over after 1 rounds; its result is client002/server_weight.h5"
-        in (late.lines[-1])
-    )
-    assert server.wait() == 0
+    run, address = served
+    trainings[:] = ["good"]
+    inner = todoClient.ClientsendWeight
+
+    def late(stub, site):
+        if not run.rounds.state.is_over:
+            assert run.deliver("client001", 7).result() is None  # others of the run were enough
+        return inner(stub, site)
+
+    todoClient.ClientsendWeight = late
+    try:
+        code, said = client_main("--server", address)
+    finally:
+        todoClient.ClientsendWeight = inner
+    assert code == 0 and "upload rejected" in said
+    assert "over after 1 rounds; its result is client001/server_weight.h5" in said
+    assert Path("client001/server_weight.h5").read_bytes() == run.weights.read_bytes()
+    assert run.rounds.done_clients == {"client001"}
 
 
-def test_a_straggler_that_finds_no_server_ends_with_4_and_says_that_the_run_may_be_over(
-    start, begun
-):
-    site = begun(rounds=1)
-    server, address = start_server(start, site)
-    arguments = ["--name", "client001", "--server", address, "--give-up-after", "1"]
-    client = start(client_script(site, training_s=2), *arguments, cwd=site)
-    client.wait_for("training now")
-    server.kill()
-    assert client.wait() == 4, client.output
-    assert "round 1 was the last, so the run may be over" in client.lines[-1]
+@pytest.mark.parametrize(
+    ("run", "round_number", "trained", "sent", "code", "words"),
+    [
+        ("r", 3, {"a": 1}, True, 5, "delivered and never answered"),
+        ("r", 3, {"a": 1}, False, 4, "round 3 was the last, so the run may be over"),
+        ("r", 3, None, True, 4, "the run is over, but its result could not be fetched"),
+        ("r", 2, {"a": 1}, True, 4, "what was trained is kept"),
+        ("", 3, {"a": 1}, True, 4, "what was trained is kept"),
+        (None, 0, None, False, 4, "what was trained is kept"),
+    ],
+)
+def test_who_gives_up_says_what_is_lost(run, round_number, trained, sent, code, words):
+    state = {"run": run, "round": round_number, "rounds": 3, "trained": trained}
+    arguments = SimpleNamespace(server="here:1", give_up_after=9)
+    error = todoClient.gave_up(SimpleNamespace(state=state, sent=sent, arguments=arguments))
+    assert error.exit_code == code and words in str(error)
+    assert "did not answer for 9 s" in str(error)
 
 
 # --- training that ends in NaN -------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("noticed_by", ["the loss", "the weights"])
-def test_a_training_that_is_not_finite_is_one_sentence_and_is_not_kept(start, begun, noticed_by):
-    site = begun(clients=["client001"], rounds=1)
-    server, address = start_server(start, site, script=server_script(site))
-    patch = NAN_UPLOADS.format(bad_trainings=99).replace("todoClient.weights.np =", "nobody =")
-    if noticed_by == "the loss":
-        patch += NAN_LOSS
-    script = holding(site, "todoClient", "ALTERNATE = False", patch)
-    arguments = ["--name", "client001", "--server", address]
-    for _ in range(2):  # started again, it trains again
-        client = start(script, *arguments, "--epochs", "4", cwd=site)
-        assert client.wait() == 1, client.output
-        assert client.output.count("training now") == 1 and "Traceback" not in client.output
-        assert re.search(EXPECTED[noticed_by], client.lines[-1]), client.lines[-1]
-        assert "try a smaller learning rate" in client.lines[-1]
-        assert "delivered" not in server.output
-    good = start(client_script(site), *arguments, cwd=site)
-    assert [good.wait(), server.wait()] == [0, 0], good.output
+NAN = "Training ended in numbers that are not finite"
 
 
-NAN_LOSS = """
-def train(network, batches, round_number, epochs, report, progress=None):
-    print("training now", flush=True)
+def nan_loss(*arguments, **options):
+    report = arguments[4]
     row = {"round": 1, "accuracy": 0.5, "num_examples": 4, "seconds": 1.0}
     report({**row, "epoch": 1, "loss": 0.5})
     report({**row, "epoch": 2, "loss": float("nan")})
-standin.train = train
-"""
-EXPECTED = {
-    "the loss": "error: round 1/1, epoch 2: the loss is nan. .*nothing of it is kept",
-    "the weights": "error: round 1/1, epoch 4: layer 'conv1' .*nan.*nothing of it is kept",
-}
+
+
+def folder_is_gone(*arguments, **options):
+    Path("client001").rename("moved")
+    return [{"round": 1, "epoch": 1, "loss": 0.5, "accuracy": 1, "num_examples": 4, "seconds": 1}]
+
+
+def with_nan(network):
+    return [np.full(shape, np.nan, "f4") for _, shape in standin.SHAPES]
+
+
+def of_other_shapes(network):
+    return [np.zeros((9, 9), "f4") for _ in standin.SHAPES]
+
+
+@pytest.mark.parametrize(
+    ("patches", "words"),
+    [
+        ({"train": nan_loss}, f"round 1/1, epoch 2: the loss is nan. {NAN}"),
+        ({"tensors": with_nan}, "round 1/1, epoch 4: layer 'conv1' holds nan"),
+        ({"tensors": of_other_shapes}, "layer 'conv1' has shape (9, 9)"),
+        ({"train": folder_is_gone}, "client001/client_weights.h5 cannot be used"),
+    ],
+)
+def test_a_training_that_failed_is_one_sentence_and_is_not_kept(
+    client_main, served, monkeypatch, patches, words
+):
+    run, address = served
+    with monkeypatch.context() as patched:
+        for name, patch in patches.items():
+            patched.setattr(standin, name, patch)
+        code, said = client_main("--server", address, "--epochs", "4")
+    last = said.splitlines()[-1]
+    assert code == 1 and words in last and "Traceback" not in said
+    assert (NAN in last) == ("nan" in words)  # said of NaN, and of nothing else
+    assert run.rounds.uploads == {}
+    assert client_main("--server", address, "--epochs", "4")[0] == 0  # it trains again
 
 
 @pytest.mark.slow

@@ -1,150 +1,146 @@
 """server/status.json and status.py: where a run is, while it runs and afterwards."""
 
-import csv
 import json
 import os
 import pty
-import re
 import signal
-import subprocess
 import sys
 import time
 
-from conftest import ROOT, client_script, server_script, start_server, until
+import grpc
+import pytest
+from conftest import ROOT, server_script, start_server, until
 
-from federation import status as status_file
+import status as script
+from federation import status
+from generated import todo_pb2, todo_pb2_grpc
 
-
-def read(folder):
-    try:
-        return json.loads((folder / "server" / "status.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def show(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "status.py", *arguments], cwd=folder, capture_output=True, text=True
-    )
+NOW = 1_000_000
+UNSEEN = {"last_seen": None, "fetched": None, "told": None}
+FETCHED = {"last_seen": NOW - 2, "fetched": NOW - 2, "told": None}
+TRAINING = {"phase": "training", "epoch": 2, "epochs": 5, "seconds_left": 180}
+TOLD = {"last_seen": NOW, "fetched": NOW - 60, "told": NOW - 4, **TRAINING}
 
 
-def wheres(folder):
-    status = read(folder)
-    return status and [client["where"] for client in status["clients"]]
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (UNSEEN, "not seen yet"),
+        ({**UNSEEN, "last_seen": NOW - 14}, "last seen 14 s ago"),
+        (FETCHED, "working, fetched 2 s ago"),  # and told nothing yet
+        (TOLD, "training, epoch 2 of 5, 3 min to go, heard 4 s ago"),
+        ({**TOLD, "told": NOW - 7200}, "not heard for 2 h"),
+        ({**TOLD, "num_examples": 30}, "delivered"),
+        ({**TOLD, "num_examples": 30, "is_done": True}, "has the result"),
+    ],
+)
+def test_where_a_client_is(row, words):
+    assert status.where(row, NOW) == words
 
 
-def test_it_says_who_is_where_and_the_scores(start, begun):
-    folder = begun(rounds=1)
-    server, address = start_server(start, folder, script=server_script(folder))
-    until(lambda: read(folder), "the status is there")
-    status = read(folder)
-    assert (status["round"], status["rounds"], status["phase"]) == (1, 1, "open")
-    assert wheres(folder) == ["not seen yet", "not seen yet"]
-
-    client = client_script(folder)
-    first = start(client, "--name", "client001", "--server", address, cwd=folder)
-    until(lambda: wheres(folder) == ["delivered", "not seen yet"], "client001 has delivered")
-    shown = show(folder)
-    assert shown.returncode == 0, shown.stderr
-    lines = shown.stdout.splitlines()
-    assert max(map(len, lines)) <= 80
-    assert lines[0] == "run run0: drcnn, round 1/1 is open"
-    assert re.match(r"client001 +delivered +4 +\d\d:\d\d:\d\d$", lines[4]), shown.stdout
-    assert re.match(r"client002 +not seen yet +never$", lines[5]), shown.stdout
-
-    second = start(client, "--name", "client002", "--server", address, cwd=folder)
-    assert [each.wait(60) for each in (server, first, second)] == [0, 0, 0], server.output
-    status = read(folder)
-    assert status["phase"] == "over" and wheres(folder) == ["has the result"] * 2
-    assert [row["round"] for row in status["history"]] == [1]
-    shown = show(folder, "--once")
-    assert "the run is over" in shown.stdout
-    with open(folder / "server" / "history.csv", newline="") as file:
-        row = next(csv.DictReader(file))
-    names = ["loss", "accuracy", "auc", "sensitivity", "specificity"]
-    scores = " +".join(re.escape(f"{float(row[name]):.3f}") for name in names)
-    assert re.search(rf"^ +1 +{scores} +2$", shown.stdout, re.M), shown.stdout
-
-    copied = folder / "copied.json"
-    copied.write_bytes((folder / "server" / "status.json").read_bytes())
-    assert "the run is over" in show(folder, copied).stdout
+def test_a_new_round_forgets_what_was_told_of_the_one_before(make_run):
+    run = make_run(clients=["client001", "client002"], rounds=2)
+    run.rounds.fetch("client001")[2].close()
+    assert "client001 (working, fetched 0 s ago)" in run.rounds.describe()
+    run.rounds.hear("client001", "run0", 1, TRAINING, {})
+    assert "training, epoch 2 of 5" in run.rounds.describe()
+    calls = [run.deliver(name, 1) for name in ("client001", "client002")]
+    assert [call.result() for call in calls] == [None, None]
+    assert "client001 (last seen" in run.rounds.describe()
 
 
-def test_a_stopped_and_a_killed_server_are_told(start, begun):
-    folder = begun()
-    server, _ = start_server(start, folder, script=server_script(folder))
-    until(lambda: read(folder), "the status is there")
+def shown(path, capsys, *flags):
+    """What status.py says of this file, and with which code it ends."""
+    code = script.main([str(path), "--once", *flags])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_it_shows_the_clients_and_the_scores_of_the_rounds(make_run, capsys):
+    run = make_run(clients=["client001", "client002"], rounds=1)
+    path = run.folder / "status.json"
+    call = run.delivered("client001", 1, num_examples=42)
+    status.StatusFile(run.rounds).write()
+    code, text = shown(path, capsys)
+    assert not code and "run run0: drcnn, round 1/1 is open" in text
+    for words in ("client001", "delivered", "42", "client002", "not seen yet"):
+        assert words in text
+    run.deliver("client002", 2).result()
+    call.result()
+    status.StatusFile(run.rounds).write()
+    _, text = shown(path, capsys)
+    assert "the run is over" in text and all(word in text for word in ("0.875", "0.750", "auc"))
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_it_is_kept_up_to_date_and_says_that_the_server_was_stopped(start, begun, capsys):
+    site = begun()
+    path = site / "server" / "status.json"
+    server, address = start_server(start, site, script=server_script(site))
+    until(path.exists, "the status is there")
+    assert "not seen yet" in shown(path, capsys)[1]
+    stub = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
+    list(stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", "client001")], timeout=30))
+    until(lambda: "working, fetched" in shown(path, capsys)[1], "the fetch is in the file")
+    minute_ago = time.time() - 60
+    server.signal(signal.SIGSTOP)
+    os.utime(path, (minute_ago, minute_ago))
+    assert "the server is gone, or this is a copy" in shown(path, capsys)[1]
+    server.signal(signal.SIGCONT)
     server.signal(signal.SIGTERM)
     assert server.wait() == 143
-    assert "round 1/2 was open when the server stopped" in show(folder).stdout
-
-    server, _ = start_server(start, folder, script=server_script(folder))
-    until(lambda: read(folder)["phase"] == "open", "it runs again")
-    server.kill()
-    path = folder / "server" / "status.json"
-    minute_ago = time.time() - 60
-    os.utime(path, (minute_ago, minute_ago))
-    assert re.search(r"\d\d s ago: the server is gone, or this is a copy", show(folder).stdout)
+    assert "round 1/2 was open when the server stopped" in shown(path, capsys)[1]
 
 
-def test_what_is_no_status_is_a_sentence(tmp_path):
-    missing = show(tmp_path)
-    assert missing.returncode == 1 and "there is no server/status.json" in missing.stderr
-    for text in ("{", "[]", "{}", '{"version": 2}', "\xff"):
-        (tmp_path / "status.json").write_text(text, encoding="latin-1")
-        shown = show(tmp_path, "status.json")
-        assert shown.returncode == 1 and len(shown.stderr.splitlines()) == 1, shown.stderr
-        assert "status.json" in shown.stderr and "Traceback" not in shown.stderr
-
-
-def test_a_terminal_is_redrawn_until_the_run_is_over(tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "{",
+        "[]",
+        "{}",
+        '{"version": 99}',
+        json.dumps({"version": status.STATUS_VERSION}),
+        "\xff",
+    ],
+)
+def test_what_is_no_status_is_a_sentence(tmp_path, capsys, text):
     path = tmp_path / "status.json"
-    status = {
-        "version": status_file.STATUS_VERSION,
-        "run": "1f0c2a",
-        "arch": "drcnn",
-        "round": 2,
-        "rounds": 40,
-        "phase": "open",
-        "opened": time.time(),
-        "clients": [
-            {
-                "name": "client001",
-                "where": "missing",
-                "last_seen": time.time(),
-                "num_examples": None,
-                "report": {"phase": "training", "epoch": 12, "epochs": 40, "seconds_left": 180},
-            }
-        ],
-        "history": [],
-    }
+    if text is not None:
+        path.write_text(text, encoding="latin-1")
+    code, said = shown(path, capsys)
+    assert code == 1 and str(path) in said.replace("\n", "") and len(said.splitlines()) == 1
 
-    def publish():
-        path.with_suffix(".new").write_text(json.dumps(status))
-        path.with_suffix(".new").rename(path)
 
-    publish()
+def test_what_stands_in_a_copy_from_elsewhere_stays_text(make_run, capsys):
+    run = make_run(clients=["client001"])
+    found = status.status_of(run.rounds)
+    found["arch"] = found["clients"][0]["name"] = "\x1b[2J[red]x"
+    (run.folder / "copied.json").write_text(json.dumps(found))
+    code, said = shown(run.folder / "copied.json", capsys)
+    assert not code and "\x1b" not in said and "[red]x" in said
+
+
+def test_a_terminal_is_redrawn_until_the_run_is_over(tmp_path, make_run):
+    run = make_run(clients=["client001"], rounds=2)
+    run.rounds.hear("client001", "run0", 1, TRAINING, {})
+    status.StatusFile(run.rounds).write()
     pid, terminal = pty.fork()
     if pid == 0:
-        os.chdir(tmp_path)
         os.environ.update(TERM="xterm", COLUMNS="81", LINES="20")
-        os.execv(sys.executable, [sys.executable, str(ROOT / "status.py"), "status.json"])
-    shown = ""
-    while "3 min to go" not in shown:
-        shown += os.read(terminal, 4096).decode()
-    assert "training, epoch 12 of 40, 3 min to go" in shown and "\x1b" not in shown
-    row = {name: 0.5 for name in status_file.HISTORY_COLUMNS} | {"clients": 1, "missing": ""}
-    status["history"] = [{**row, "round": number} for number in range(1, 41)]
-    status["phase"] = "over"
-    publish()
+        path = str(run.folder / "status.json")
+        os.execv(sys.executable, [sys.executable, str(ROOT / "status.py"), path])
+    said = ""
     try:
+        while "3 min to go" not in said:
+            said += os.read(terminal, 4096).decode()
+        for seed in (1, 2):
+            run.deliver("client001", seed).result()
+        status.StatusFile(run.rounds).write()
         while True:
-            shown += os.read(terminal, 4096).decode()
+            said += os.read(terminal, 4096).decode()
     except OSError:  # so a terminal says that nobody holds its other end
         pass
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    last = shown.split("\x1b[")[-1]
-    assert last.startswith("J") and "the run is over" in last
-    lines = last[1:].rstrip().split("\r\n")
-    assert len(lines) <= 19 and lines[-1].startswith("   40 ") and "  ..." in lines
+    assert "the run is over" in said.split("3 min to go")[-1]

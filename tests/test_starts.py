@@ -1,0 +1,328 @@
+"""What a start finds in its folders: taken up, refused with a sentence, or moved aside and said.
+
+The scripts' own main() in this process, without TensorFlow; a table of what is spoiled.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import client_script, new_run, server_script, start_server, write_weights
+
+import data
+import todoClient
+from common import files
+from federation.state import RunState
+
+
+def files_in(folder):
+    """{path: content} of what lies there."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- a server's folder ---------------------------------------------------------------------------
+
+
+def spoil_nothing():
+    pass
+
+
+def no_weights():
+    Path("server/server_weight.h5").unlink()
+
+
+def other_weights():
+    write_weights("server/server_weight.h5", 7)
+
+
+def other_patients():
+    Path("index").unlink()
+    Path("index").mkdir()
+    records = data.read_index(Path("first-index/val_set.pkl"))
+    data.write_index(Path("index/val_set.pkl"), records[:-1])
+
+
+def other_pictures():
+    Path("index").unlink()
+    Path("index").mkdir()
+    records = data.read_index(Path("first-index/val_set.pkl"))
+    data.write_index(Path("index/val_set.pkl"), records)
+    Path("index/prepared.json").write_text('{"preprocessing": "graham"}')
+
+
+def state_is(text):
+    return lambda: Path("server/state.json").write_text(text)
+
+
+def of_a_client():
+    files.save_state(Path("server/state.json"), todoClient.NEW_STATE)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "words"),
+    [
+        (spoil_nothing, ["--arch", "vgg16"], "--arch is vgg16, but the run in server has drcnn"),
+        (spoil_nothing, ["--image-size", "64"], "--image-size is 64, but"),
+        (spoil_nothing, ["--seed", "7"], "--seed is 7, but"),
+        (spoil_nothing, ["--weights", "imagenet"], "--weights is imagenet, but"),
+        (
+            spoil_nothing,
+            ["--round-timeout", "5", "--min-clients", "3"],
+            "--min-clients 3 is more than the run's 2 clients",
+        ),
+        (spoil_nothing, ["--index-dir", "nowhere"], "nowhere/val_set.pkl is missing"),
+        (spoil_nothing, ["--fresh", "--index-dir", "nowhere"], "nowhere/val_set.pkl is missing"),
+        (no_weights, [], "server_weight.h5 is missing"),
+        (other_weights, [], "server_weight.h5 is not the model of round 1"),
+        (other_patients, [], "validation_sha256"),
+        (other_pictures, [], "preprocessing was '', is 'graham'"),
+        (state_is("not json"), [], "server/state.json is not a state"),
+        (state_is("[]"), [], "server/state.json is not a state"),
+        (state_is("[" * 100_000), [], "server/state.json is not a state"),
+        (state_is('{"version": 99}'), [], "version 99"),
+        (state_is('{"version": 2}'), [], "server/state.json is not a state"),
+        (of_a_client, [], "server/state.json is not a state"),
+    ],
+)
+def test_a_server_that_cannot_go_on_is_exit_1_and_changes_nothing(
+    server_main, spoil, flags, words, shared_site
+):
+    os.symlink(shared_site / "index", "first-index")
+    spoil()
+    before = files_in(Path("server"))
+    code, said = server_main(*flags)
+    assert code == 1 and words in said.splitlines()[-1]
+    if spoil is not spoil_nothing:
+        assert "--fresh" in said  # what the user can do
+    assert files_in(Path("server")) == before
+
+
+@pytest.mark.parametrize("script", ["server", "client"])
+def test_a_folder_in_which_it_cannot_write_is_told_at_start(request, monkeypatch, script):
+    """And not when all have trained: another user owns the server's folder, or a client's in it."""
+    main = request.getfixturevalue(f"{script}_main")
+    folder = {"server": "server/client002", "client": "client001"}[script]
+
+    def touch(path, inner=Path.touch):
+        if str(path.parent) == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        inner(path)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    code, said = main()
+    assert code == 1 and f"Permission denied: '{folder}" in said
+
+
+def test_fresh_moves_the_old_run_aside_and_nothing_else(server_main):
+    """To a new folder each time, which is said; also what a --fresh left that was killed."""
+    server = Path("server")
+    (server / "client001").mkdir()
+    (server / "client001" / "client_weights.h5").write_text("an upload")
+    (server / "mine.txt").write_text("a note")
+    (server / "works-here").mkdir()  # a client's own folder
+    for name in ("state.json", "client_weights.h5"):
+        (server / "works-here" / name).touch()
+    old = files_in(server)
+    code, said = server_main("--fresh", "--rounds", "3")
+    assert code == 0 and "the old run's files are in server/old-1" in said
+    moved = ("state.json", "server_weight.h5", "client001/client_weights.h5")
+    for name in moved:
+        assert (server / "old-1" / name).read_bytes() == old[server / name]
+    assert len(files_in(server / "old-1")) == len(moved)
+    assert (server / "mine.txt").exists() and (server / "works-here" / "state.json").exists()
+    state = RunState.load(server / "state.json")
+    assert (state.run != "run0", state.rounds, state.round) == (True, 3, 1)
+    assert state.validation_sha256 == files.sha256_of("index/val_set.pkl")
+    # killed after it had moved the state: nothing is written over
+    (server / "state.json").unlink()
+    model = (server / "server_weight.h5").read_bytes()
+    code, said = server_main()
+    assert code == 0 and "server/old-2" in said
+    assert (server / "old-2" / "server_weight.h5").read_bytes() == model
+
+
+def test_a_first_start_moves_nothing(server_main):
+    for path in (Path("server/state.json"), Path("server/server_weight.h5")):
+        path.unlink()
+    Path("server/notes.txt").write_text("mine")
+    code, said = server_main()
+    assert code == 0 and "old" not in said and not list(Path("server").glob("old-*"))
+
+
+def test_a_run_whose_last_evaluation_was_interrupted_is_not_called_over(server_main):
+    merged = {"round": 1, "clients": 1, "missing": "", "num_examples": 3}
+    path = Path("server/state.json")
+    state = RunState.load(path).changed(clients=["client001"], rounds=1, round=2, merged=merged)
+    state.save(path)
+    code, said = server_main()
+    resuming, evaluated = said.splitlines()
+    assert code == 0 and "resuming run run0 at round 1/1 from server" in resuming
+    assert "round 1/1: loss" in evaluated and RunState.load(path).is_over
+
+
+# --- a client's folder ---------------------------------------------------------------------------
+
+
+def client_state(**changes):
+    return json.dumps({"version": files.STATE_VERSION, **todoClient.NEW_STATE, **changes})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json",
+        "[]",
+        "[" * 100_000,
+        client_state(round="1"),
+        client_state(round=True),
+        client_state(round=-1),
+        client_state(round=10**12),
+        client_state(rounds=-1),
+        client_state(run=7),
+        client_state(run="r\x1b[2J"),
+        client_state(history=[1]),
+        client_state(history=[{"round": "1"}]),
+        client_state(trained=[]),
+        client_state(trained={"scores": {"auc": "high"}}),
+        client_state(rejections={}),
+        client_state(more=1),
+        json.dumps({"version": 99}),
+    ],
+)
+def test_a_client_with_a_spoiled_state_is_exit_1_and_it_stays(client_main, text):
+    Path("client001").mkdir()
+    Path("client001/state.json").write_text(text)
+    code, said = client_main()
+    assert code == 1 and "client001/state.json" in said and "move it away" in said
+    assert "--fresh" not in said  # a client has no such flag
+    assert Path("client001/state.json").read_text() == text
+
+
+def test_a_servers_folder_is_no_clients(client_main):
+    Path("server").mkdir()
+    new_run(["client001"], 1, write_weights("server/server_weight.h5")).save("server/state.json")
+    code, said = client_main("--client-dir", "server")
+    assert code == 1 and "server/state.json is not a state" in said
+
+
+def trained_in(folder):
+    """A client's folder with weights that are trained and not delivered."""
+    Path(folder).mkdir()
+    site = todoClient.Site(todoClient.parse(["--name", "client001", "--client-dir", folder]))
+    write_weights(site.weights, 1)
+    trained = {**site.settings, "sha256": files.sha256_of(site.weights), "scores": {}}
+    site.save(run="run0", round=1, rounds=2, trained=trained)
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ([], None),
+        (["--threads", "2"], "threads was 1, is 2"),
+        (["--seed", "3"], "seed was 0, is 3"),
+        (["--name", "client002", "--index", "index/worker1.pkl"], "name was client001"),
+        (["--index", "index/worker2.pkl"], "num_examples was 4, is 6"),
+        (["--epochs", "2"], "epochs was 1, is 2"),
+    ],
+)
+def test_what_was_trained_is_delivered_unless_by_other_settings(
+    client_main, monkeypatch, capsys, flags, changed
+):
+    monkeypatch.setattr(todoClient, "ProgressReporter", lambda site: None)
+    trained_in("folder")
+    arguments = ["--name", "client001", "--client-dir", "folder", *flags]
+    site = todoClient.Site(todoClient.parse(arguments))
+    assert site.has_trained_weights() == (changed is None)
+    assert (changed or "") in capsys.readouterr().out
+    write_weights(site.weights, 2)  # and never what is not what was trained
+    assert not site.has_trained_weights()
+
+
+def test_what_lies_in_a_clients_folder_of_another_run_is_moved_aside_and_said(start, begun):
+    """What was trained for it is dropped with a line; nothing is moved at a first start."""
+    site = begun(rounds=1)
+    server, address = start_server(start, site, script=server_script(site))
+
+    def client(name):
+        return start(client_script(site), "--name", name, "--server", address, cwd=site)
+
+    first = client("client001")
+    server.wait_for("client001 delivered")
+    first.kill()
+    assert not list((site / "client001").glob("old-*")) and "another run" not in first.output
+    folder = site / "client001"
+    state = todoClient.files.load_state(folder / "state.json", todoClient.STATE_KINDS)
+    files.save_state(folder / "state.json", {**state, "run": "another"})
+    for name in ("server_weight.h5", "server_weight.json", "my notes.txt"):
+        (folder / name).write_text(f"of another run: {name}")
+    first, second = client("client001"), client("client002")
+    assert [each.wait() for each in (first, second, server)] == [0, 0, 0], first.output
+    assert "upload rejected: client001 delivers for run 'another'" in first.output
+    assert "another run begins: what lay in client001 is in client001/old-1" in first.output
+    moved = {path.name for path in (folder / "old-1").iterdir()}
+    names = {"state.json", "client_weights.h5", "history.csv"}
+    assert moved == names | {"server_weight.h5", "server_weight.json"}
+    assert (folder / "my notes.txt").exists()
+    assert "of another run" in (folder / "old-1" / "server_weight.h5").read_text()
+
+
+# --- what a client is told at its first fetch ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"image_size": "large"}, "'large' is not a whole number of at least 16"),
+        ({"image_size": 10**9}, "at most 4096"),
+        ({"arch": "resnet"}, "'resnet'"),
+        ({"rounds": -19}, "'-19' is not a whole number"),
+    ],
+)
+def test_a_server_whose_words_make_no_sense_is_exit_1(client_main, served, changes, reason):
+    run, address = served
+    run.rounds.state = run.rounds.state.changed(**changes)
+    code, said = client_main("--server", address)
+    assert code == 1 and len(said.splitlines()) == 1
+    assert "the server names a run, but not" in said and reason in said
+    assert list(Path("client001").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--name", "client009", "--index", "index/worker1.pkl"], "'client009' is not one of"),
+        (["--index", "index/worker9.pkl"], "index/worker9.pkl is missing"),
+        (["--val-index", "index/other.pkl"], "index/other.pkl is missing"),
+    ],
+)
+def test_a_client_that_is_refused_or_has_no_images_is_exit_1(client_main, served, flags, words):
+    code, said = client_main("--server", served[1], *flags)
+    assert code == 1 and words in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("own_size", "warns"), [(16, True), (32, False), (None, False)])
+def test_a_warning_where_the_network_is_larger_than_the_pictures(
+    client_main, monkeypatch, capsys, own_size, warns
+):
+    monkeypatch.setattr(todoClient, "ProgressReporter", lambda site: None)
+    prepared = {"preprocessing": "colour"} | ({"image_size": own_size} if own_size else {})
+    monkeypatch.setattr(todoClient.cards, "read_prepared", lambda folder: prepared)
+    site = todoClient.Site(todoClient.parse(["--name", "client001"]))
+    task = {"run": "run0", "image_size": 32, "preprocessing": "colour"}
+    site.check_pictures(task)
+    assert ("warning" in capsys.readouterr().out) == warns
+    site.check_pictures({**task, **todoClient.SEED_TASK})  # not of a peer of 2020
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_pictures_of_another_kind_than_the_servers_are_refused(client_main, served):
+    """Nothing else would say that one hospital's are prepared otherwise."""
+    run, address = served
+    shutil.copytree("index", "own")
+    Path("own/prepared.json").write_text('{"preprocessing": "graham"}')
+    run.rounds.state = run.rounds.state.changed(preprocessing="colour")
+    code, said = client_main("--server", address, "--index", "own/worker1.pkl")
+    assert code == 1 and "are of the kind 'graham' (own/prepared.json)" in said
+    assert "of the kind 'colour'" in said and "--preprocessing" in said
