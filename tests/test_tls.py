@@ -273,7 +273,7 @@ def test_what_is_this_machine(address, local):
     assert tls.is_this_machine(address) is local
 
 
-# --- docs/hospitals.md's table of who cannot connect --------------------------------------------------
+# --- the table of docs/hospitals.md: who cannot connect -----------------------------------------
 
 
 def rows():
