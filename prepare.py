@@ -33,7 +33,7 @@ from PIL import Image
 
 import data
 from common.files import alone_in, sha256_of
-from preparation import datasets, field, fundus, overview, photos, pictures, splits, thesis
+from preparation import datasets, field, overview, photos, pictures, splits, synthetic, thesis
 from preparation.tables import few
 from preparation.written import WrittenFiles
 
@@ -309,7 +309,7 @@ def choices_of(args):
         choices["channels"] = "kept" if args.keep_channels else "exchanged"
         choices["image_size"] = None  # the pictures have one
     # With other code the pictures are other pictures, too.
-    modules = (fundus,) if choices["preprocessing"] == "drawn" else (photos, field)
+    modules = (synthetic,) if choices["preprocessing"] == "drawn" else (photos, field)
     choices["code"] = "".join(sha256_of(module.__file__)[:8] for module in modules)
     return choices
 
@@ -413,9 +413,9 @@ def photos_to_draw(args):
     The grades are in the proportions of their hospital.
     """
     if args.split == "hospitals":
-        hospitals = [(hospital.name, hospital.grade_shares) for hospital in fundus.HOSPITALS]
+        hospitals = [(hospital.name, hospital.grade_shares) for hospital in synthetic.HOSPITALS]
     else:
-        hospitals = [("", fundus.GRADE_SHARES)]
+        hospitals = [("", synthetic.GRADE_SHARES)]
     rng = np.random.default_rng([args.seed, 0])
     found = []
     for part, total in (("train", args.num_train), ("val", args.num_val)):

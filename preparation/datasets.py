@@ -53,7 +53,7 @@ class Photo(NamedTuple):
     patient: str  # the same for all images of a patient; the image's own where nothing is known
     part: str = ""  # "train", "val" or "test" where the published archive says so
     name: str = ""  # of the prepared picture, without extension; unique within the data set
-    hospital: str = ""  # the name of one of fundus.HOSPITALS, where the picture is drawn for one
+    hospital: str = ""  # the name of one of synthetic.HOSPITALS, where the picture is drawn for one
 
 
 class Columns(NamedTuple):

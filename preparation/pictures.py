@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from common.files import temporary
-from preparation import fundus, photos
+from preparation import photos, synthetic
 from preparation.written import publish_listed
 
 # For fewer pictures than this, starting processes takes longer than it saves.
@@ -172,8 +172,8 @@ def make_picture(job):
 def draw(job):
     """A drawn photograph: uint8 (image_size, image_size, 3)."""
     rng = np.random.default_rng([job.choices["seed"], 0, job.number])
-    hospital = fundus.hospital_of(job.photo.hospital)
-    image, _ = fundus.draw(job.photo.grade, rng, job.choices["image_size"], hospital=hospital)
+    hospital = synthetic.hospital_of(job.photo.hospital)
+    image, _ = synthetic.draw(job.photo.grade, rng, job.choices["image_size"], hospital=hospital)
     return image
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from preparation import fundus, photos
+from preparation import photos, synthetic
 from preparation.field import field_mask, find_field
 
 IDRID = (
@@ -151,7 +151,7 @@ def test_real_photographs_fill_the_square():
 
 def drawn_eye(size=200):
     """A drawn eye on black, with room around it."""
-    eye, _ = fundus.draw(2, np.random.default_rng(4), size)
+    eye, _ = synthetic.draw(2, np.random.default_rng(4), size)
     image = Image.new("RGB", (size + 120, size + 80))
     image.paste(Image.fromarray(eye), (60, 40))
     return image

@@ -18,7 +18,7 @@ from test_report import finished_run
 import model
 import predict
 from common import files
-from preparation import fundus, photos
+from preparation import photos, synthetic
 from reporting import card as cards
 
 
@@ -57,7 +57,7 @@ def by_hand(pixels):
 @pytest.fixture(scope="module")
 def photograph(tmp_path_factory):
     path = tmp_path_factory.mktemp("photographs") / "eye.png"
-    Image.fromarray(fundus.draw(3, np.random.default_rng(5), 150)[0]).save(path)
+    Image.fromarray(synthetic.draw(3, np.random.default_rng(5), 150)[0]).save(path)
     return path
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 import prepare
-from preparation import fundus, overview
+from preparation import overview, synthetic
 
 ROOT = Path(__file__).parents[1]
 IDRID = ROOT.parent / "shared" / "fundus" / "idrid"
@@ -98,14 +98,14 @@ def test_equal_hospitals_have_the_shares_and_the_pictures_of_any_hospital():
     assert overview.count_grades(train) == [12, 1, 9, 0, 2]
     for number in (0, 5):
         rng = np.random.default_rng([0, 0, number])
-        image, _ = fundus.draw(train[number]["label"], rng, 32)
+        image, _ = synthetic.draw(train[number]["label"], rng, 32)
         assert (np.asarray(Image.open(train[number]["dir"])) == image).all()
 
 
 def test_each_worker_is_one_of_the_drawn_hospitals_and_they_are_named(capsys):
     prepare.main(SMALL)
     prepared = json.loads(Path("index/prepared.json").read_text())
-    names = [hospital.name for hospital in fundus.HOSPITALS]
+    names = [hospital.name for hospital in synthetic.HOSPITALS]
     assert prepared["worker_hospitals"] == dict(
         zip(("worker1", "worker2", "worker3"), names, strict=True)
     )
@@ -113,7 +113,7 @@ def test_each_worker_is_one_of_the_drawn_hospitals_and_they_are_named(capsys):
     # The picture of a patient is that of its hospital: of patients, and by a camera of its own.
     record = data.read_index("index/worker2.pkl")[0]
     rng = np.random.default_rng([0, 0, int(record["picture"][6:11])])
-    image, _ = fundus.draw(record["label"], rng, 32, hospital=fundus.HOSPITALS[1])
+    image, _ = synthetic.draw(record["label"], rng, 32, hospital=synthetic.HOSPITALS[1])
     assert (np.asarray(Image.open(record["dir"])) == image).all()
 
 
@@ -136,7 +136,7 @@ def test_more_or_fewer_clients_than_hospitals_deal_the_same_pictures(positions_o
     assert "36 pictures are there, 0 to make" in out
     workers = json.loads(Path("index/prepared.json").read_text())["worker_hospitals"]
     for names, positions in zip(workers.values(), positions_of_workers, strict=True):
-        assert names == " and ".join(sorted(fundus.HOSPITALS[i].name for i in positions))
+        assert names == " and ".join(sorted(synthetic.HOSPITALS[i].name for i in positions))
     dealt = [
         record["dir"]
         for number in range(num_clients)
