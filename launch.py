@@ -42,8 +42,7 @@ STOP_S = 10  # how long a process may take to end after SIGTERM, before it is ki
 # These two repeat what scripts know that need packages; tests/test_launch.py compares them.
 IMAGE_SIZES = {"drcnn": 128, "vgg16": 224, "lite0": 224}  # pixels a side, where no flag names them
 PRETRAINED = ["vgg16", "lite0"]  # networks with a base that has ImageNet weights
-DATASETS = ["synthetic", "idrid", "ddr", "aptos", "eyepacs", "folder", "retinamnist"]
-NEED_NO_SOURCE = ["synthetic", "retinamnist"]
+DATASETS = ["synthetic", "idrid", "ddr", "aptos", "eyepacs", "folder"]
 
 
 def main(argv=None):
@@ -133,6 +132,35 @@ DATA_FLAGS = [
         "--skip-broken",
         ["prepare"],
         {"action": "store_true", "help": "leave unreadable images out instead of stopping"},
+    ),
+    # prepare.py's messages name these
+    *(
+        (flag, ["prepare"], {"metavar": "NAME", "help": "folder: see prepare.py --help"})
+        for flag in (
+            "--labels",
+            "--image-column",
+            "--label-column",
+            "--patient-column",
+            "--part-column",
+        )
+    ),
+    (
+        "--grades-from",
+        ["prepare"],
+        {"choices": ["0", "1"], "help": "folder: the number that means no DR"},
+    ),
+    (
+        "--referable",
+        ["prepare"],
+        {
+            "action": "store_true",
+            "help": "folder: the labels are 0 and 1, and 1 is grade 2 or more",
+        },
+    ),
+    (
+        "--remove-old",
+        ["prepare"],
+        {"action": "store_true", "help": "remove the pictures of other choices"},
     ),
 ]
 TRAINING_FLAGS = [
@@ -318,7 +346,7 @@ def are_drawn(flags):
 def check_combinations(parser, flags):
     """What prepare.py would refuse, before anything is installed for it."""
     dataset = flags.get("--dataset", "synthetic")
-    if dataset not in NEED_NO_SOURCE and "--source" not in flags:
+    if dataset != "synthetic" and "--source" not in flags:
         parser.error(f"--dataset {dataset} needs --source, the folder of the unpacked data set")
     if "--source" in flags and dataset == "synthetic":
         parser.error("--source without --dataset: name the data set too, as in --dataset folder")

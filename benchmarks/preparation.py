@@ -82,7 +82,8 @@ def rate(checkout, flags):
 
         first = seconds()
         again = seconds()
-        num_pictures = len(list(Path(project).glob("preprocessed/*/*.png"))) - 1  # contact sheet
+        # not the sheets, contact_sheet.png and check_these.png, which lay there once
+        num_pictures = len(list(Path(project).glob("preprocessed/*/[!c]*.png")))
         return num_pictures / (first - again)
 
 

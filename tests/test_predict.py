@@ -63,10 +63,10 @@ def photograph(tmp_path_factory):
 
 def test_a_photograph_is_prepared_as_in_training(score, photograph):
     code, scores, said = score("graham", photograph)
-    pixels = photos.preprocess(photos.open_image(photograph), 32)
+    pixels = photos.prepare_photograph(photograph, 32)[0]
     assert (code, scores) == (0, {str(photograph): by_hand(pixels)})
     _, in_colour, _ = score("colour", photograph)
-    pixels_in_colour = photos.preprocess(photos.open_image(photograph), 32, "colour")
+    pixels_in_colour = photos.prepare_photograph(photograph, 32, "colour")[0]
     assert in_colour == {str(photograph): by_hand(pixels_in_colour)} != scores
     # or this test could not fail
     assert by_hand(pixels) != by_hand(np.asarray(Image.open(photograph).resize((32, 32))))
