@@ -1,15 +1,15 @@
 """Prepare a data set: pictures as the network sees them, and an index for each hospital.
 
-    python3 prepare.py                                        # draw 450 + 300 images
+    python3 prepare.py                                        # 450 + 300 synthetic images
     python3 prepare.py --dataset idrid --source ~/data/IDRiD  # photographs, an unpacked archive
     python3 prepare.py --dataset folder --source DIR --num-clients 1 --val-part 0   # a hospital's
-    python3 prepare.py --split noniid --share 100             # unequal hospitals, 100 images common
+    python3 prepare.py --dataset folder --source DIR --split column --hospital-column site
     python3 prepare.py --check                                # exit 0 if index/ is of these choices
 
 The pictures go to preprocessed/, the indexes to index/. Started again with the same choices, it
-goes on with the pictures that are missing. index/prepared.json says what the index was made from.
-It is removed first and written last: an index without it is not complete. Nothing is removed that
-prepare.py did not write: it is moved to a folder old-1, old-2 ...
+goes on with the pictures that are missing. index/prepared.json says what the index was made from,
+and is written last: an index without it is not complete. Nothing is removed that prepare.py did not
+write: it is moved to a folder old-1, old-2 ...
 """
 
 import argparse
@@ -32,15 +32,16 @@ import numpy as np
 from PIL import Image
 
 import data
-from common.files import alone_in, sha256_of
-from preparation import datasets, field, fundus, overview, photos, pictures, splits, thesis
+from common.files import alone_in, clean, first_free, publish_text, sha256_of
+from preparation import datasets, field, overview, photos, pictures, splits, synthetic, thesis
 from preparation.tables import few
-from preparation.written import WrittenFiles
 
 INDEX = Path("index")
 PREPARED = INDEX / "prepared.json"
-SPLIT_FIGURE = INDEX / "split.png"
-PREPROCESSED = Path("preprocessed")
+# What is written there.
+WRITTEN = re.compile(
+    r"(worker\d+|train_set|val_set)\.pkl|prepared\.json|(split|contact_sheet|check_these)\.png"
+)
 # --check found that index/ was made from other choices, or is not complete.
 EXIT_NOT_MADE = 10
 # What a flag is where it is not given. Which ones were given must be known: one that would have no
@@ -52,28 +53,25 @@ DEFAULTS = {
     "seed": 0,
     "num_train": 450,
     "num_val": 300,
-    "num_clients": 3,
-    "split": None,  # "hospitals" if they are drawn, else "iid"
+    "num_clients": None,  # 3, or one for each hospital of --split column
+    "split": None,  # "hospitals" of synthetic images, else "iid"
     "alpha": 0.5,
     "share": 0,
     "balanced": False,
     "val_part": None,
     "preprocessing": "graham",
-    "image_column": "image",
-    "label_column": "label",
-    "patient_column": "",
-    "skip_broken": False,
+    "labels": "",
+    **{f"{role}_column": "" for role in datasets.COLUMN_NAMES},
+    "referable": False,
+    "grades_from": None,
     "index_from": None,
-    "keep_channels": False,
-    "check": False,
 }
-OF_FOLDER = ("image_column", "label_column", "patient_column")
-OF_DRAWING = ("num_train", "num_val")
-# The imported indexes and pictures have all of this already.
-NOT_OF_IMPORT = (
-    *("dataset", "image_size", "seed", "num_clients", "split", "alpha", "share", "balanced"),
-    *("val_part", "preprocessing", *OF_FOLDER, *OF_DRAWING),
+ACTIONS = {"skip_broken": False, "keep_channels": False, "remove_old": False, "check": False}
+OF_FOLDER = (
+    *("labels", "referable", "grades_from"),
+    *(f"{role}_column" for role in datasets.COLUMN_NAMES),
 )
+OF_SYNTHETIC = ("num_train", "num_val")
 
 
 def main(argv=None):
@@ -92,112 +90,94 @@ def main(argv=None):
 def prepare(args, choices):
     """Find the photographs, make the pictures, choose who gets which, write the indexes."""
     found, indexes = find_photos(args)
-    folder = PREPROCESSED / choices["dataset"]
-    refuse_own_pictures(found.photos, folder)
     tell(found)
-    usable, left_out = without_missing(found, args)
+    leave_out(args, faults_of(found, args.source))
+    usable = settle(found, args)
     choose_indexes(usable, indexes, args)  # if that cannot be, it is better said before the work
-    index = WrittenFiles(INDEX)
-    index.clear(PREPARED)
-    listed = WrittenFiles(folder)
-    problems, doubts = pictures.make_pictures(usable, choices, listed)
-    readable = without_broken(usable, problems, args.skip_broken)
+    made_with = made_with_of(args, choices)
+    problems, doubts = pictures.make_pictures(usable, made_with)
+    for name, sentence in problems.items():
+        print(f"unreadable: {name}: {sentence}", file=sys.stderr)
+    if problems:
+        leave_out(args, [f"{len(problems)} of {len(usable)} images cannot be used"])
+    readable = [photo for photo in usable if photo.name not in problems]
     sets = choose_indexes(readable, indexes, args)
+    folder = pictures.folder_of(made_with)
     patients = opaque_patients(readable, args.seed) if found.patients else {}
     records = {name: records_of(chosen, folder, patients) for name, chosen in sets.items()}
+    skipped = [*found.missing, *found.ambiguous, *problems]
     prepared = {
         **choices,
         "num_clients": len(workers_of(sets)),
         "patients": found.patients,
-        "labels": digest_of(found.photos),
-        "skipped": sorted([*left_out, *problems]),
+        "labels_sha256": digest_of(found.photos),
+        "skipped": sorted(skipped),
         "ungradable": len(found.ungradable),
         "indexes": {name: counts_of(own) for name, own in records.items()},
         "date": datetime.date.today().isoformat(),
         "worker_hospitals": worker_hospitals(sets),
     }
-    write_indexes(index, records, prepared)
-    show(index, listed, records, prepared)
-    show_doubtful(listed, readable, doubts)
-    index.tell_moved()
-    listed.tell_moved()
+    doubtful = [
+        (photo.path, folder / f"{photo.name}.png", doubts[photo.name])
+        for photo in readable
+        if photo.name in doubts
+    ]
+    clear_index()
+    write_index(records, prepared, doubtful)
+    show(records, prepared, doubtful, len(readable))
+    pictures.tell_other_folders(folder, args.remove_old)
 
 
 # --- the choices ---------------------------------------------------------------------------------
 
 
-def part(text):
-    """An argparse type: a part of a whole, 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+def number_from(least, most):
+    """An argparse type: a number from `least` to `most`."""
+
+    def number(text):  # argparse tells its name of a text that is no number
+        if not least <= float(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number from {least} to {most}")
+        return float(text)
+
+    return number
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
+def parser():
+    """The argparse.ArgumentParser of the flags; what is not given is not in its result."""
+    made = argparse.ArgumentParser(
         description="Prepare a data set: pictures in preprocessed/, indexes in index/.",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--dataset", choices=("synthetic", *datasets.LOADERS), help="drawn, or photographs")
-    add("--source", metavar="DIR", help="folder of the unpacked data set")
-    add("--image-size", type=pixels, metavar="PIXELS", help="a side of a picture (128)")
-    add("--seed", type=at_least(0), metavar="N", help="of drawing and splitting (0)")
-    add("--num-train", type=at_least(10), metavar="N", help="drawn images to train on (450)")
-    add("--num-val", type=at_least(10), metavar="N", help="drawn images to validate on (300)")
+    add = made.add_argument_group("what there is").add_argument
     add(
-        "--num-clients",
-        type=at_least(1),
-        metavar="N",
-        help="number of indexes worker1.pkl, worker2.pkl ... (3)",
+        "--dataset",
+        choices=("synthetic", *datasets.NAMES),
+        help="synthetic eyes (the default), a published data set, or any folder of photographs",
     )
-    add(
-        "--split",
-        choices=("hospitals", "iid", "noniid", "dirichlet"),
-        help="synthetic: three hospitals that differ in patients and cameras (default there); "
-        "equal hospitals (default for photographs), the thesis's unequal ones, or by --alpha",
-    )
-    add(
-        "--alpha",
-        type=float,
-        metavar="A",
-        help="of --split dirichlet: the smaller, the more unequal (0.5)",
-    )
-    add("--share", type=at_least(0), metavar="N", help="training images that every client gets (0)")
-    add(
-        "--val-part",
-        type=part,
-        metavar="PART",
-        help="part of the photographs to validate on, 0 to 1 (as the data set says, or 0.2); "
-        "0: a hospital trains on all it has, 1: all are for the server to score by",
-    )
-    add(
-        "--preprocessing",
-        choices=photos.PREPROCESSINGS,
-        help="of photographs: less their local average, as the thesis did (graham, the "
-        "default), or in their colours, which is better for lite0 (colour)",
-    )
-    add(
-        "--balanced",
-        action="store_true",
-        help="ddr: the thesis's draw of 10,000 to train on, 2,522 to validate",
-    )
-    for name in OF_FOLDER:
-        what = name.partition("_")[0]
-        default = "found by its name; none: there is none" if what == "patient" else what
+    add("--source", metavar="DIR", help="folder of the photographs, as unpacked")
+    add("--num-train", type=at_least(10), metavar="N", help="synthetic: to train on (450)")
+    add("--num-val", type=at_least(10), metavar="N", help="synthetic: to validate on (300)")
+    add("--labels", metavar="NAME", help="folder: its table, where there are several")
+    for role in datasets.COLUMN_NAMES:
+        needed = {"image", "label"}
+        less = "" if role in needed else "; none: there is none"
+        only = ", with --split column" if role == "hospital" else ""
         add(
-            f"--{what}-column",
+            f"--{role}-column",
             metavar="NAME",
-            help=f"folder: the column of labels.csv ({default})",
+            help=f"folder: the table's column of the {role} (found by its name{less}){only}",
         )
     add(
-        "--skip-broken",
+        "--referable",
         action="store_true",
-        help="leave missing, ungradable and unreadable images out instead of stopping",
+        help="folder: the labels are 0 and 1, and 1 is grade 2 or more",
+    )
+    add(
+        "--grades-from",
+        type=int,
+        choices=(0, 1),
+        help="folder: the number that means no DR, where it cannot be told (asked)",
     )
     add(
         "--index-from",
@@ -212,106 +192,145 @@ def parse(argv):
         help="--index-from: leave red and blue as they are; the thesis stored them exchanged",
     )
     add(
+        "--skip-broken",
+        action="store_true",
+        help="leave missing, ungradable and unreadable images out instead of stopping",
+    )
+    add = made.add_argument_group("the pictures").add_argument
+    add("--image-size", type=pixels, metavar="PIXELS", help="a side of a picture (128)")
+    add(
+        "--preprocessing",
+        choices=photos.PREPROCESSINGS,
+        help="of photographs: less their local average, as the thesis did (graham, the "
+        "default), or in their colours, which is better for lite0 (colour)",
+    )
+    add("--remove-old", action="store_true", help="remove the pictures of other choices")
+    add = made.add_argument_group("who gets which").add_argument
+    add(
+        "--val-part",
+        type=number_from(0, 1),
+        metavar="PART",
+        help="part of the photographs to validate on, 0 to 1 (as the data set says, or 0.2); "
+        "0: a hospital trains on all it has, 1: all are for the server to score by",
+    )
+    add(
+        "--num-clients",
+        type=at_least(1),
+        metavar="N",
+        help="number of indexes worker1.pkl, worker2.pkl ... (3; --split column: the hospitals)",
+    )
+    add(
+        "--split",
+        choices=("hospitals", "column", "iid", "noniid", "dirichlet"),
+        help="hospitals: three synthetic ones that differ in patients and cameras (the default "
+        "of synthetic); column: the hospitals that the table names; iid: equal ones (the "
+        "default of photographs); noniid: the thesis's unequal ones; dirichlet: by --alpha",
+    )
+    add(
+        "--alpha",
+        type=number_from(0.001, 1000),
+        metavar="A",
+        help="dirichlet: the smaller, the more unequal (0.5)",
+    )
+    add("--share", type=at_least(0), metavar="N", help="training images that every client gets (0)")
+    add(
+        "--balanced",
+        action="store_true",
+        help="ddr: the thesis's draw of 10,000 to train on, 2,522 to validate",
+    )
+    add("--seed", type=at_least(0), metavar="N", help="of all that is random (0)")
+    add(
         "--check",
         action="store_true",
         help=f"only say whether index/ was made from these choices (exit 0 or {EXIT_NOT_MADE})",
     )
-    given = vars(parser.parse_args(argv))
-    args = argparse.Namespace(**{**DEFAULTS, **given})
+    return made
+
+
+def parse(argv):
+    """The flags, an argparse.Namespace; ends with a usage error where they do not fit together."""
+    known = parser()
+    given = vars(known.parse_args(argv))
+    args = argparse.Namespace(**{**DEFAULTS, **ACTIONS, **given})
     if args.split is None:
         args.split = "hospitals" if args.dataset == "synthetic" else "iid"
-    refuse_without_effect(parser, args, given)
-    check_usage(parser, args)
+    if args.num_clients is None and args.split != "column":
+        args.num_clients = 3
+    for holds, useless, beside in without_effect(args):
+        flags = [f"--{name.replace('_', '-')}" for name in useless if name in given]
+        if holds and flags:
+            known.error(f"{' and '.join(flags)} would have no effect beside {beside}")
+    if args.dataset != "synthetic" and not args.source and not args.index_from:
+        known.error(f"--dataset {args.dataset} needs --source, the folder of the photographs")
+    if args.balanced and args.dataset != "ddr":
+        known.error(f"--balanced is the thesis's draw from ddr, not from {args.dataset}")
+    if args.balanced and args.val_part is not None:
+        known.error("--balanced says itself what validates: leave --val-part out")
+    of_kind = {"hospitals": "synthetic", "column": "folder"}.get(args.split, args.dataset)
+    if args.dataset != of_kind:
+        known.error(
+            f"--split {args.split} is of --dataset {of_kind}, not of {args.dataset}: use iid, "
+            "noniid or dirichlet"
+        )
+    if args.split == "noniid" and args.num_clients != 3:
+        known.error(
+            f"--split noniid is for 3 clients, found {args.num_clients}: use --split dirichlet"
+        )
+    if args.split != "column":
+        args.hospital_column = "none"
     return args
 
 
-def refuse_without_effect(parser, args, given):
-    """End with a usage error where a flag was given that would change nothing."""
-    if args.index_from:
-        beside, useless = "--index-from, whose files have it", NOT_OF_IMPORT
-    elif args.dataset == "synthetic":
-        beside, useless = (
-            "--dataset synthetic",
-            (
-                *("source", "val_part", "preprocessing"),
-                *OF_FOLDER,
-            ),
-        )
-    elif args.dataset == "folder":
-        beside, useless = "--dataset folder", OF_DRAWING
-    else:
-        beside, useless = f"--dataset {args.dataset}", (*OF_DRAWING, *OF_FOLDER)
-    if not args.index_from:
-        useless = (*useless, "keep_channels")
-    flags = [f"--{name.replace('_', '-')}" for name in useless if name in given]
-    if flags:
-        parser.error(f"{' and '.join(flags)} would have no effect beside {beside}")
-
-
-def check_usage(parser, args):
-    """End with a usage error where flags do not fit together."""
-    without_source = ("synthetic", "retinamnist")
-    if not args.source and not args.index_from and args.dataset not in without_source:
-        parser.error(
-            f"--dataset {args.dataset} needs --source, the folder of the unpacked data set"
-        )
-    if args.source and not args.index_from and is_within(args.source, PREPROCESSED):
-        parser.error(
-            f"--source {args.source} lies in preprocessed/, where prepared pictures are written: "
-            "move the photographs to a folder elsewhere"
-        )
-    for file in args.index_from or []:
-        if Path(file).resolve().parent == INDEX.resolve():
-            parser.error(
-                "--index-from must lie outside index/, where the new indexes are written: move the "
-                "old ones first"
-            )
-    if args.balanced and args.dataset != "ddr":
-        parser.error(f"--balanced is the thesis's draw from ddr, not from {args.dataset}")
-    if args.balanced and args.val_part is not None:
-        parser.error("--balanced says itself what validates: leave --val-part out")
-    if args.split == "hospitals" and args.dataset != "synthetic":
-        parser.error(
-            f"--split hospitals is of the drawn hospitals, not of {args.dataset}: use iid, noniid "
-            "or dirichlet"
-        )
-    if args.split == "noniid" and args.num_clients != 3:
-        parser.error(
-            f"--split noniid is for 3 clients, found {args.num_clients}: use --split dirichlet"
-        )
-    if not 0 < args.alpha < float("inf"):
-        parser.error(f"--alpha must be above 0, found {args.alpha}")
-
-
-def is_within(path, folder):
-    return Path(path).expanduser().resolve().is_relative_to(folder.resolve())
+def without_effect(args):
+    """[(whether it is so, names of flags that would change nothing then, beside what)]."""
+    imports = bool(args.index_from)
+    is_synthetic = args.dataset == "synthetic" and not imports
+    of_photographs = ("source", "val_part", "preprocessing", *OF_FOLDER)
+    # The imported indexes and pictures have all of it already.
+    of_indexes = [name for name in DEFAULTS if name not in ("index_from", "source")]
+    return (
+        (imports, of_indexes, "--index-from, whose files have it"),
+        (not imports, ["keep_channels"], "a data set: it is of --index-from"),
+        (is_synthetic, of_photographs, "--dataset synthetic"),
+        (not is_synthetic, OF_SYNTHETIC, f"--dataset {args.dataset}"),
+        (args.dataset != "folder", OF_FOLDER, f"--dataset {args.dataset}"),
+        (args.split != "column", ["hospital_column"], f"--split {args.split}: it is of column"),
+        (args.split != "dirichlet", ["alpha"], f"--split {args.split}: it is of dirichlet"),
+    )
 
 
 def choices_of(args):
-    """All that decides the result, as a dict: prepared.json keeps it, --check compares with it."""
-    choices = {name: value for name, value in vars(args).items() if name in DEFAULTS}
-    for name in ("check", "skip_broken", "keep_channels"):
-        del choices[name]
+    """All that decides the result, as a dict: prepared.json keeps it, --check compares with it.
+
+    What is None is not chosen but found.
+    """
+    choices = {name: getattr(args, name) for name in DEFAULTS}
     choices["source"] = str(Path(args.source).expanduser().resolve()) if args.source else None
+    choices["channels"] = None
     if args.split != "dirichlet":
         choices["alpha"] = None
     if args.val_part == 1:
         choices["num_clients"] = 0
-    drawn = args.dataset == "synthetic"
-    if drawn:
-        choices["preprocessing"] = "drawn"
-    choices["channels"] = None
+    if args.dataset == "synthetic":
+        choices["preprocessing"] = synthetic.KIND
     if args.index_from:
-        for name in NOT_OF_IMPORT:
-            del choices[name]
+        choices = {"source": choices["source"], "image_size": None}
         choices["dataset"] = choices["preprocessing"] = "imported"
         choices["index_from"] = [str(Path(file).resolve()) for file in args.index_from]
         choices["channels"] = "kept" if args.keep_channels else "exchanged"
-        choices["image_size"] = None  # the pictures have one
     # With other code the pictures are other pictures, too.
-    modules = (fundus,) if choices["preprocessing"] == "drawn" else (photos, field)
+    modules = (synthetic,) if choices["preprocessing"] == synthetic.KIND else (photos, field)
     choices["code"] = "".join(sha256_of(module.__file__)[:8] for module in modules)
     return choices
+
+
+def made_with_of(args, choices):
+    """Those of the choices that decide what a picture looks like; not who gets it."""
+    names = ("dataset", "preprocessing", "image_size", "channels", "code")
+    made_with = {name: choices[name] for name in names}
+    if choices["preprocessing"] == synthetic.KIND:
+        made_with |= {"seed": args.seed, "hospitals": args.split == "hospitals"}
+    return made_with
 
 
 # --- is index/ made from it? ---------------------------------------------------------------------
@@ -333,44 +352,26 @@ def first_problem(args, choices):
     """Why index/ has to be made anew, or ""; raises nearly anything where prepared.json is bad."""
     prepared = json.loads(PREPARED.read_text(encoding="utf-8"))
     for name, value in choices.items():
-        # The size of imported pictures is not chosen, but found.
-        if prepared.get(name) != value and not (name == "image_size" and value is None):
+        if value is not None and prepared.get(name) != value:
             return f"it was made with {name} {prepared.get(name)}, not {value}"
-    if not args.skip_broken:
-        if prepared["skipped"]:
-            return f"{len(prepared['skipped'])} unreadable images were left out"
-        if prepared["ungradable"]:
-            return f"{prepared['ungradable']} ungradable images were left out"
+    left_out = len(prepared["skipped"]) + prepared["ungradable"]
+    if left_out and not args.skip_broken:
+        return f"{left_out} unreadable or ungradable images were left out"
     for name in prepared["indexes"]:
         for record in data.read_index(INDEX / f"{name}.pkl"):
             if not os.path.exists(record["dir"]):
                 return f"{record['dir']} is missing"
-    if choices["preprocessing"] == "drawn" or not args.source and not args.index_from:
-        return ""  # there is nothing outside this folder that could change
-    if args.source and not os.path.exists(choices["source"]):
-        return (
-            ""  # the photographs are away, as on a disk that is not mounted; the pictures are here
-        )
-    return changed_since(args, choices, prepared)
-
-
-def changed_since(args, choices, prepared):
-    """What has changed in --source since index/ was made, or ""."""
-    found, _ = find_photos(args)
-    if prepared["labels"] != digest_of(found.photos):
-        return "the labels have changed"
-    listed = WrittenFiles(PREPROCESSED / choices["dataset"], read_only=True)
-    skipped = set(prepared["skipped"])
-    for number, photo in enumerate(photo for photo in found.photos if photo.name not in skipped):
-        entry = listed.entry(listed.folder / f"{photo.name}.png")
-        if not entry or entry.get("made_from") != pictures.stamp(photo, number, choices):
-            return f"{photo.path} has changed"
+    # The photographs may be away, as on a disk that is not mounted; the pictures are here.
+    if args.source and os.path.exists(choices["source"]):
+        found, _ = find_photos(args)
+        if digest_of(found.photos) != prepared["labels_sha256"]:
+            return "the labels have changed"
     return ""
 
 
 def digest_of(found):
-    """SHA-256 of names, grades, patients and parts of a list of Photo."""
-    rows = sorted((photo.name, photo.grade, photo.patient, photo.part) for photo in found)
+    """SHA-256 of names, grades, patients, parts and hospitals of a list of Photo."""
+    rows = sorted(photo._replace(path="") for photo in found)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -378,7 +379,7 @@ def digest_of(found):
 
 
 def find_photos(args):
-    """(DataSet, imported indexes): what is to be drawn, or what there is; of the latter {} else."""
+    """(DataSet, imported indexes): what is to be made, or what there is; of the latter {} else."""
     if args.index_from:
         found, indexes = thesis.load(args.index_from, args.source)
         if args.keep_channels:
@@ -390,32 +391,19 @@ def find_photos(args):
             )
         return found, indexes
     if args.dataset == "synthetic":
-        return photos_to_draw(args), {}
-    columns = datasets.Columns(args.image_column, args.label_column, args.patient_column)
-    found = datasets.load(args.dataset, args.source, args.image_size, columns)
-    if not args.balanced:
-        # The thesis's draw is from all parts. Else the published test part is for a final test.
-        kept = [photo for photo in found.photos if photo.part != "test"]
-        if len(kept) < len(found.photos):
-            found.notes.append(
-                f"{len(found.photos) - len(kept)} images of the published test part are left "
-                "alone, to test with at the end"
-            )
-        found.photos = kept
-    if args.val_part is not None and any(photo.part for photo in found.photos):
-        found.notes.append("--val-part decides: the parts that the data set itself tells do not")
-    return found, {}
+        return synthetic_photos(args), {}
+    return datasets.load(args.dataset, args.source, args), {}
 
 
-def photos_to_draw(args):
+def synthetic_photos(args):
     """A DataSet of Photos without a path: to train and to validate on, from every hospital.
 
     The grades are in the proportions of their hospital.
     """
     if args.split == "hospitals":
-        hospitals = [(hospital.name, hospital.grade_shares) for hospital in fundus.HOSPITALS]
+        hospitals = [(hospital.name, hospital.grade_shares) for hospital in synthetic.HOSPITALS]
     else:
-        hospitals = [("", fundus.GRADE_SHARES)]
+        hospitals = [("", synthetic.GRADE_SHARES)]
     rng = np.random.default_rng([args.seed, 0])
     found = []
     for part, total in (("train", args.num_train), ("val", args.num_val)):
@@ -426,21 +414,11 @@ def photos_to_draw(args):
             ends = np.round(np.cumsum(grade_shares) * count)
             sorted_grades = np.searchsorted(ends, np.arange(count), side="right")
             for grade in rng.permutation(sorted_grades).tolist():
-                patient = f"{part} {number}"
-                picture = f"{part}_{number:05d}"
-                found.append(datasets.Photo(None, grade, patient, part, picture, name))
+                picture = f"{number:05d}"
+                found.append(datasets.Photo(None, grade, f"{part} {number}", part, picture, name))
                 number += 1
-    return datasets.DataSet(found, "drawing", "each drawn image is of a patient of its own")
-
-
-def refuse_own_pictures(found, folder):
-    """Raise ValueError if a photograph lies where prepare.py writes its pictures."""
-    own = [photo.path for photo in found if photo.path and is_within(photo.path, folder)]
-    if own:
-        raise ValueError(
-            f"{own[0]} lies in {folder}, where prepared pictures are written: move the photographs "
-            "to a folder elsewhere"
-        )
+    sentence = "each synthetic image is of a patient of its own"
+    return datasets.DataSet(found, "synthesis", sentence)
 
 
 def tell(found):
@@ -449,55 +427,85 @@ def tell(found):
     count = f"{len(found.photos):,} images"
     if found.patients:
         count += f" of {num_patients:,} patients"
-    print(f"patients: {found.patients_sentence}; {count}", flush=True)
     for note in found.notes:
-        print(note, flush=True)
+        print(note)
+    print(f"patients: {found.patients_sentence}; {count}", flush=True)
 
 
-def without_missing(found, args):
-    """(photos with a file, names of the others).
+def faults_of(found, source):
+    """Sentences that count what is ungradable, missing or not clear."""
+    total = sum(map(len, (found.photos, found.ungradable, found.missing, found.ambiguous)))
+    ungradable = [f"{image!r} ({cell or 'blank'})" for image, cell in found.ungradable]
+    faults = (
+        (f"of {total:,} images are ungradable", ungradable),
+        (f"of {total:,} images are not in {source}", list(map(repr, found.missing))),
+        ("names fit several files each", list(map(repr, found.ambiguous))),
+    )
+    return [f"{len(names):,} {what}: {few(names)}" for what, names in faults if names]
 
-    Raises ValueError if some are missing or ungradable and may not be left out.
-    """
-    total = len(found.photos) + len(found.ungradable)
-    sentences = []
-    if found.ungradable:
-        some = few([f"{image!r} ({cell or 'blank'})" for image, cell in found.ungradable])
-        sentences.append(f"{len(found.ungradable):,} of {total:,} images are ungradable: {some}")
-    if found.missing:
-        some = few([repr(name) for name in found.missing])
-        sentences.append(
-            f"{len(found.missing):,} of {total:,} images are not in {args.source}: {some}"
-        )
-    if found.ambiguous:
-        some = few([repr(name) for name in found.ambiguous])
-        sentences.append(f"{len(found.ambiguous):,} names fit several files each: {some}")
+
+def leave_out(args, sentences):
+    """Say what is left out; ValueError where that was not allowed."""
     for sentence in sentences:
         if args.skip_broken:
             print(f"left out: {sentence}", flush=True)
         else:
             fail("prepare.py", sentence)
     if sentences and not args.skip_broken:
-        raise ValueError("nothing was made: mend that, or leave these out with --skip-broken")
-    there = [photo for photo in found.photos if photo.path is None or photo.path.is_file()]
-    if not there:
-        raise ValueError(
-            f"none of the {total:,} images is in {args.source}: is it the right folder?"
-        )
-    names = {photo.name for photo in there}
-    return there, [photo.name for photo in found.photos if photo.name not in names]
+        raise ValueError("no index was made: mend that, or leave these out with --skip-broken")
 
 
-def without_broken(found, problems, skip_broken):
-    """The photos of `found` that have no problem; ValueError if others may not be skipped."""
-    for name, sentence in problems.items():
-        print(f"unreadable: {name}: {sentence}", file=sys.stderr)
-    if problems and not skip_broken:
-        raise ValueError(
-            f"{len(problems)} of {len(found)} images cannot be used: mend them, or give "
-            "--skip-broken"
+def settle(found, args):
+    """The photos of `found` that are used, named as their pictures will be.
+
+    Copies of one photograph are of one patient, and a patient is in one part; what that changes is
+    said.
+    """
+    digests = [digest_of_photo(photo, number) for number, photo in enumerate(found.photos)]
+    settled, copies = splits.join_identical(found.photos, digests)
+    settled = [
+        photo._replace(name=datasets.picture_name(photo, digest))
+        for photo, digest in zip(settled, digests, strict=True)
+    ]
+    if copies:
+        some = few([" = ".join(photo.name for photo in same) for same in copies])
+        kept = "the imported indexes keep them" if args.index_from else "each set on one side"
+        print(
+            f"{sum(map(len, copies)):,} photographs are only {len(copies):,}, identical under "
+            f"several names: {some}; {kept}"
         )
-    return [photo for photo in found if photo.name not in problems]
+    if args.index_from:
+        return settled
+    contradictory = [same for same in copies if len({photo.grade for photo in same}) > 1]
+    if contradictory:
+        some = [
+            " = ".join(f"{photo.name} (grade {photo.grade})" for photo in same)
+            for same in contradictory
+        ]
+        leave_out(args, [f"{len(some):,} photographs have several grades: {few(some)}"])
+        paths = {photo.path for same in contradictory for photo in same}
+        settled = [photo for photo in settled if photo.path not in paths]
+    if not args.balanced:
+        settled, sentences = splits.settle_parts(settled, args.val_part)
+        print("".join(f"{sentence}\n" for sentence in sentences), end="")
+    at = {}
+    for photo in settled:
+        at.setdefault(photo.patient, set()).add(photo.hospital)
+    num_moved = sum(len(hospitals) > 1 for hospitals in at.values())
+    if num_moved:
+        print(f"{num_moved:,} patients are of several hospitals: each goes to one, with all images")
+    return settled
+
+
+def digest_of_photo(photo, number):
+    """What tells a photo's picture from others: SHA-256 of its file, or of what makes it."""
+    if photo.path is None:
+        made_from = json.dumps([number, photo.grade, photo.hospital])
+        return hashlib.sha256(made_from.encode()).hexdigest()
+    try:
+        return sha256_of(photo.path)
+    except OSError:  # whoever prepares it will say why
+        return hashlib.sha256(os.fsencode(photo.path)).hexdigest()
 
 
 # --- who gets which ------------------------------------------------------------------------------
@@ -509,11 +517,8 @@ def choose_indexes(found, indexes, args):
     indexes: imported ones, as thesis.load gives them. Raises ValueError if one would be empty.
     """
     if indexes:
-        named = {photo.name: photo for photo in found}
-        sets = {
-            name: [named[each] for each in names if each in named]
-            for name, names in indexes.items()
-        }
+        at = {photo.path: photo for photo in found}
+        sets = {name: [at[path] for path in paths if path in at] for name, paths in indexes.items()}
     else:
         # Random numbers of their own: the same photos validate, however the others are dealt.
         rng_val = np.random.default_rng([args.seed, 1])
@@ -521,8 +526,9 @@ def choose_indexes(found, indexes, args):
         train, val = splits.choose_validation(found, args.balanced, rng_val, args.val_part)
         sets = {}
         if train:
+            num_clients = args.num_clients or len({photo.hospital for photo in train})
             workers = splits.split(
-                train, args.split, args.num_clients, rng_split, args.alpha, args.share
+                train, args.split, num_clients, rng_split, args.alpha, args.share
             )
             sets = {f"worker{number}": chosen for number, chosen in enumerate(workers, start=1)}
             sets["train_set"] = train
@@ -540,7 +546,7 @@ def workers_of(sets):
 
 
 def worker_hospitals(sets):
-    """{"worker1": "screening centre", ...} where hospitals were drawn, else {}."""
+    """{"worker1": "screening centre", ...} where hospitals are known, else {}."""
     names = {}
     for worker in workers_of(sets):
         hospitals = sorted({photo.hospital for photo in sets[worker]} - {""})
@@ -575,79 +581,80 @@ def records_of(chosen, folder, patients):
 def counts_of(records):
     """How many images and patients an index has; patients None where nobody knows."""
     known = data.knows_patients(records)
-    return {
-        "images": len(records),
-        "patients": len(set(data.patients(records))) if known else None,
-    }
+    patients = len(set(data.patients(records))) if known else None
+    return {"images": len(records), "patients": patients}
 
 
 # --- what is written -----------------------------------------------------------------------------
 
 
-def write_indexes(index, records, prepared):
-    """The indexes; then prepared.json, which declares them complete. index: WrittenFiles."""
-    # First all old ones go: a crash must not leave an old index beside new ones.
-    old = [path for path in INDEX.glob("worker*.pkl") if re.fullmatch(r"worker\d+", path.stem)]
-    for path in (*sorted(old), INDEX / "train_set.pkl", INDEX / "val_set.pkl", SPLIT_FIGURE):
-        index.clear(path)
+def clear_index():
+    """Remove what prepare.py wrote into index/ the last time; move aside what it did not write."""
+    clean(INDEX)
+    try:
+        ours = dict(json.loads(PREPARED.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = {}
+    in_the_way = [path for path in sorted(INDEX.iterdir()) if WRITTEN.fullmatch(path.name)]
+    if ours:
+        PREPARED.unlink()  # first: without it, what is left is no index
+        in_the_way.remove(PREPARED)
+    moved = []
+    aside = first_free(INDEX, "old-{}")
+    for path in in_the_way:
+        if path.is_file() and sha256_of(path) == ours.get(path.name):
+            path.unlink()
+        else:
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / path.name)
+            moved.append(path.name)
+    if moved:
+        print(f"{aside}: {len(moved)} files that prepare.py did not write are here: {few(moved)}")
+
+
+def write_index(records, prepared, doubtful):
+    """The indexes and the sheets; then prepared.json, which declares them complete."""
     for name, own in records.items():
-        with index.publishing(INDEX / f"{name}.pkl") as written:
-            data.write_index(written, own)
-    # Imported pictures have a size of their own.
-    with Image.open(next(iter(records.values()))[0]["dir"]) as picture:
-        prepared["image_size"] = picture.width
-    with index.publishing(PREPARED) as written:
-        written.write_text(json.dumps(prepared, indent=1) + "\n", encoding="utf-8")
-
-
-def show(index, listed, records, prepared):
-    """A table, and two pictures that show what was prepared."""
-    print(overview.format_table(records))
-    hospitals = prepared["worker_hospitals"]
-    for worker, names in hospitals.items():
-        print(f"{worker}: {names}")
+        data.write_index(INDEX / f"{name}.pkl", own)
     dataset = f"data set {prepared['dataset']}"
     pictured = records.get("train_set", []) + records.get("val_set", [])
-    sheet = listed.folder / "contact_sheet.png"
-    with listed.publishing(sheet) as written:
-        title = f"Prepared pictures: {dataset}, preprocessing {prepared['preprocessing']}"
-        overview.save_contact_sheet(written, pictured, title)
+    title = f"Prepared pictures: {dataset}, preprocessing {prepared['preprocessing']}"
+    overview.save_contact_sheet(INDEX / "contact_sheet.png", pictured, title)
+    if doubtful:
+        overview.save_check_sheet(INDEX / "check_these.png", doubtful)
+    hospitals = prepared["worker_hospitals"]
     workers = {
         f"{name} ({hospitals[name]})" if name in hospitals else name: records[name]
         for name in workers_of(records)
     }
-    drawn = False
     if workers:
-        with index.publishing(SPLIT_FIGURE) as written:
-            title = f"Who trains on what: {dataset}"
-            if "split" in prepared:  # an import is split already
-                title += f", split {prepared['split']}"
-            drawn = overview.save_split_figure(written, workers, title)
-    if drawn:
-        print(f"look at {sheet} and {SPLIT_FIGURE}")
-    elif workers:
-        print(f"look at {sheet}; {SPLIT_FIGURE} needs matplotlib and was not drawn")
-    else:
-        print(f"look at {sheet}")
+        title = f"Who trains on what: {dataset}"
+        if "split" in prepared:  # an import is split already
+            title += f", split {prepared['split']}"
+        overview.save_split_figure(INDEX / "split.png", workers, title)
+    # Imported pictures have a size of their own.
+    with Image.open(pictured[0]["dir"]) as picture:
+        prepared["image_size"] = picture.width
+    written = [path for path in INDEX.iterdir() if WRITTEN.fullmatch(path.name)]
+    prepared["files"] = {path.name: sha256_of(path) for path in sorted(written)}
+    publish_text(PREPARED, json.dumps(prepared, indent=1) + "\n")
 
 
-def show_doubtful(listed, readable, doubts):
-    """List the photographs whose field of view is implausible, with a sheet of them."""
-    if not doubts:
-        return
-    doubtful = [
-        (photo.path, listed.folder / f"{photo.name}.png", doubts[photo.name])
-        for photo in readable
-        if photo.name in doubts
-    ]
-    sheet = listed.folder / "check_these.png"
-    with listed.publishing(sheet) as written:
-        overview.save_check_sheet(written, doubtful)
-    some = few([f"{path.name} ({why})" for path, _, why in doubtful])
-    print(
-        f"check these: in {len(doubtful):,} of {len(readable):,} photographs the field of view is "
-        f"implausible: {some}; {sheet} shows them"
-    )
+def show(records, prepared, doubtful, num_photos):
+    """A table of who got what, and where to look."""
+    print(overview.format_table(records))
+    for worker, hospital in prepared["worker_hospitals"].items():
+        print(f"{worker}: {hospital}")
+    if doubtful:
+        some = few([f"{path.name} ({why})" for path, _, why in doubtful])
+        print(
+            f"check these: {len(doubtful):,} of {num_photos:,} photographs may be none of a "
+            f"fundus: {some}"
+        )
+    sheets = [str(INDEX / name) for name in prepared["files"] if name.endswith(".png")]
+    print(f"look at {' and '.join(sheets)}")
+    if workers_of(records) and "split.png" not in prepared["files"]:
+        print(f"{INDEX / 'split.png'} needs matplotlib and was not made")
 
 
 if __name__ == "__main__":

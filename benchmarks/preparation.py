@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
-from preparation import fundus
+from preparation import synthetic
 
 SIZE = (4000, 3000)  # pixels, of a usual fundus camera
 NUM_DRAWN = 60
@@ -57,7 +57,7 @@ def draw_photographs(folder):
     rows = ["image,label"]
     for number in range(NUM_DRAWN):
         rng = np.random.default_rng(number)
-        eye, _ = fundus.draw(number % 5, rng, 750)
+        eye, _ = synthetic.draw(number % 5, rng, 750)
         large = Image.fromarray(eye).resize((SIZE[1], SIZE[1]), Image.Resampling.BICUBIC)
         photograph = Image.new("RGB", SIZE)
         photograph.paste(large, ((SIZE[0] - SIZE[1]) // 2, 0))
@@ -82,7 +82,8 @@ def rate(checkout, flags):
 
         first = seconds()
         again = seconds()
-        num_pictures = len(list(Path(project).glob("preprocessed/*/*.png"))) - 1  # contact sheet
+        # not the sheets, contact_sheet.png and check_these.png, which lay there once
+        num_pictures = len(list(Path(project).glob("preprocessed/*/[!c]*.png")))
         return num_pictures / (first - again)
 
 

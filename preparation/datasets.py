@@ -1,41 +1,51 @@
-"""One function for each published data set: from its folder, as its archive unpacks, to Photos.
+"""What lies in a folder becomes a list of photographs with grades and patients.
 
-Only the labels are read here, and it is looked up which photographs are there. Whether a photograph
-is whole shows when it is prepared. All raise ValueError, one sentence, where a table is not what
-the archive has.
+A published data set is described by PUBLISHED; any other folder has one table, or a folder for each
+grade. Only the labels are read here, and it is looked up which photographs are there. Whether a
+photograph is whole shows when it is prepared.
 """
 
-import hashlib
 import os
 import re
 import unicodedata
-import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
+from preparation.photos import SUFFIXES, dicom_patient
+from preparation.tables import few, fold, is_grade, plain, read_grade, read_table
 
-from preparation.tables import few, read_labels
-from preparation.written import WrittenFiles
-
-RETINAMNIST_URL = "https://zenodo.org/records/10519652/files/{name}?download=1"
-RETINAMNIST_MD5 = {
-    128: "e48e916a24454daf90583d4e6efb1a18",
-    224: "eae7e3b6f3fcbda4ae613ebdcbe35348",
-}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"}
-# Names of a column of patients, in lower case and without blanks and signs between the words.
-PATIENT_COLUMNS = {
-    "patient", "patientid", "patientno", "patientnr", "patientnumber", "patientcode", "patientname",
-    "pid", "ptid", "mrn", "person", "personid", "subject", "subjectid", "participant",
-    "participantid",
+# Names of the columns of a table, as tables.plain writes them. What a column is for is its role.
+COLUMN_NAMES = {
+    "image": {
+        "image", "imageid", "imagename", "imagefile", "imagefilename", "imagepath", "img", "imgid",
+        "imgname", "imgpath", "file", "filename", "filepath", "path", "picture", "photo",
+        "photograph", "idcode",
+    },
+    "label": {
+        "label", "grade", "level", "diagnosis", "severity", "stage", "class", "dr", "drgrade",
+        "drlevel", "drseverity", "drstage", "drclass", "drlabel", "retinopathy", "retinopathygrade",
+        "diabeticretinopathy", "diabeticretinopathygrade", "icdr", "icdrgrade", "icdrlevel",
+        "adjudicateddrgrade",
+    },
+    "patient": {
+        "patient", "patientid", "patientno", "patientnr", "patientnumber", "patientcode",
+        "patientname", "pid", "ptid", "mrn", "person", "personid", "subject", "subjectid",
+        "participant", "participantid",
+    },
+    "part": {"part", "split", "partition", "subset"},
+    "hospital": {
+        "hospital", "hospitalid", "site", "siteid", "centre", "centreid", "center", "centerid",
+        "clinic", "clinicid", "institution",
+    },
 }  # fmt: skip
-# What stands in such a column where the patient is not known.
-NOBODY = {"", "-", "--", "?", "na", "n/a", "nan", "none", "null", "unk", "unknown"}
-# What a column `part` may say.
+# What stands in a column of patients where the patient is not known.
+NOBODY = {
+    "", "-", "--", "?", "na", "n/a", "nan", "none", "null", "unk", "unknown", "anonymous",
+    "anonymized",
+}  # fmt: skip
+# What a column or a folder may call a part.
 PARTS = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",
@@ -43,392 +53,470 @@ PARTS = {
 }  # fmt: skip
 # A file name may have 255 bytes on most file systems; a temporary one has some more than this.
 MOST_NAME_BYTES = 180
+TABLE_SUFFIXES = (".csv", ".tsv")
 
 
 class Photo(NamedTuple):
     """A graded photograph of a data set, before it is prepared."""
 
-    path: Path | None  # None: it is to be drawn
+    path: Path | None  # None: it is synthetic
     grade: int  # 0..4
     patient: str  # the same for all images of a patient; the image's own where nothing is known
-    part: str = ""  # "train", "val" or "test" where the published archive says so
-    name: str = ""  # of the prepared picture, without extension; unique within the data set
-    hospital: str = ""  # the name of one of fundus.HOSPITALS, where the picture is drawn for one
-
-
-class Columns(NamedTuple):
-    """The columns of a user's own table, as --image-column ... name them."""
-
-    image: str = "image"
-    label: str = "label"
-    patient: str = ""  # "": look for one; "none": there is none
+    part: str = ""  # "train", "val" or "test" where the data set says so
+    name: str = ""  # what the data set calls it; later the prepared picture, without extension
+    hospital: str = ""
 
 
 @dataclass
 class DataSet:
     """What was found of a data set."""
 
-    photos: list  # of Photo
+    photos: list = field(default_factory=list)  # of Photo
     patients: str | None = None  # what tells the patients apart; None: nothing does
     patients_sentence: str = ""  # the same as a sentence for the user
     ungradable: list = field(default_factory=list)  # (image, cell of its grade)
-    missing: list = field(default_factory=list)  # names of Photos without a file
+    missing: list = field(default_factory=list)  # names without a file
     ambiguous: list = field(default_factory=list)  # names that fit several files
     notes: list = field(default_factory=list)  # other lines for the user
+    read: set = field(default_factory=set)  # paths of what was looked at besides the photos
 
 
-def load(dataset, source, image_size=128, columns=None):
-    """Find a data set by its name, a key of LOADERS.
+class Published(NamedTuple):
+    """How a published data set lies in its folder."""
 
-    source: its folder; for retinamnist None, or where the downloaded file lies.
+    tables: tuple  # of (table, folder of its photographs, part)
+    image: str  # columns
+    grade: str
+    layout: dict = {}  # of tables without a line of names: what read_table needs
+    folder: str = ""  # where tables and folders lie, or in the source itself
+    side: str = ""  # a pattern: what a name has behind the patient; "": names tell no patient
+    ungradable: str = ""  # a grade of the published set that means ungradable
+
+
+PUBLISHED = {
+    # Porwal et al. 2018, disease grading. Both parts use the same names for different eyes.
+    "idrid": Published(
+        tuple(
+            (
+                f"2. Groundtruths/{letter}. IDRiD_Disease Grading_{title} Labels.csv",
+                f"1. Original Images/{letter}. {title} Set",
+                part,
+            )
+            for letter, title, part in (("a", "Training", "train"), ("b", "Testing", "val"))
+        ),
+        "image name",
+        "retinopathy grade",
+        folder="B. Disease Grading",
+    ),
+    # OIA-DDR, Li et al. 2019: lines like `007-0004-000.jpg 0`. Of 12,522 names none has a beginning
+    # in common with another that would tell a patient.
+    "ddr": Published(
+        tuple(
+            (f"{name}.txt", name, part)
+            for name, part in (("train", "train"), ("valid", "val"), ("test", "test"))
+        ),
+        "image",
+        "grade",
+        {"columns": ["image", "grade"], "delimiter": " "},
+        ungradable="5",
+    ),
+    # Kaggle 2019
+    "aptos": Published((("train.csv", "train_images", ""),), "id_code", "diagnosis"),
+    # Kaggle 2015: 10_left and 10_right are of patient 10
+    "eyepacs": Published(
+        (("trainLabels.csv", "train", ""),), "image", "level", side="_(left|right)$"
+    ),
+}  # fmt: skip
+NAMES = (*PUBLISHED, "folder")
+
+
+def load(dataset, source, flags):
+    """Find a data set by its name, one of NAMES, in the folder `source`: a DataSet.
+
+    flags: of "folder": an object with labels (the table's name), image_column, label_column,
+    patient_column, part_column, hospital_column ("" where not given), referable and grades_from.
+    Raises ValueError, one sentence, where something cannot be read as it is meant.
     """
-    source = Path(source).expanduser() if source else None
-    if dataset != "retinamnist" and not source.is_dir():
-        raise ValueError(
-            f"{source} is no folder: --source must be the folder of the data set {dataset!r}"
-        )
-    if dataset == "retinamnist":
-        found = retinamnist(source, image_size)
-    elif dataset == "folder":
-        found = folder(source, columns or Columns())
+    source = Path(source).expanduser()
+    if not source.is_dir():
+        raise ValueError(f"{source} is no folder: --source must be that of data set {dataset!r}")
+    if dataset == "folder":
+        found = load_folder(source, flags)
     else:
-        found = LOADERS[dataset](source)
+        found = load_published(dataset, source, PUBLISHED[dataset])
     if not found.photos:
         ungradable = f" but {len(found.ungradable)} ungradable ones" if found.ungradable else ""
         raise ValueError(
             f"{source} has no graded image{ungradable}: is it the folder of the data set "
             f"{dataset!r}, fully unpacked?"
         )
-    refuse_repeated(source, found.photos)
-    found.photos = name_pictures(found.photos, source)
-    num_patients = len({photo.patient for photo in found.photos})
-    if found.patients and num_patients == 1 and len(found.photos) > 1:
+    counts = Counter(photo.path for photo in found.photos)
+    repeated = [f"{path} twice" for path, count in counts.items() if count > 1]
+    if repeated:
+        raise ValueError(f"{source} lists {few(repeated)}: leave one of the two")
+    if found.patients and len(found.photos) > 1 == len({photo.patient for photo in found.photos}):
         raise ValueError(
             f"{source}: all {len(found.photos)} images are of one patient by {found.patients}, "
-            "expected several: give another --patient-column, or --patient-column none if the "
-            "table does not tell patients"
+            "expected several: give another --patient-column, or --patient-column none if nothing "
+            "tells the patients"
         )
+    tell_not_read(source, found)
     return found
 
 
-def refuse_repeated(source, photos):
-    """Raise ValueError if a photograph is listed twice."""
-    counts = Counter(photo.path for photo in photos)
-    repeated = [str(path) for path, count in counts.items() if count > 1]
-    if repeated:
+def tell_not_read(source, found):
+    """Add a line that counts, by kind, what lies in `source` and is no photograph of `found`."""
+    read = found.read | {photo.path for photo in found.photos}
+    kinds = Counter(path.suffix.lower() or "without extension" for path in walk(source, read))
+    if kinds:
+        some = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(12))
+        found.notes.append(f"not read: {some}")
+
+
+def walk(source, read=()):
+    """The files in `source` and below that are not hidden and not in `read`, in order."""
+    for directory, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(directory) / name
+            if not name.startswith(".") and path not in read:
+                yield path
+
+
+# --- data sets -----------------------------------------------------------------------------------
+
+
+def load_published(dataset, source, published):
+    """The DataSet of one of PUBLISHED."""
+    root = source / published.folder
+    if not root.is_dir():
+        root = source  # that folder itself was given
+    found = DataSet()
+    for name, folder, part in published.tables:
+        table = read_table(root / name, **published.layout)
+        found.read.add(table.path)
+        images = table.cells(table.column(published.image))
+        grades = table.cells(table.column(published.grade))
+        patients = [published.side and re.sub(published.side, "", image) for image in images]
+        rows = [
+            dict(zip(COLUMN_NAMES, (*row, part, ""), strict=True))
+            for row in zip(images, grades, patients, strict=True)
+        ]
+        add_photos(found, rows, read_grades(table.path, rows, 0), root / folder)
+    # A class of the published set is no fault of its table.
+    of_class = [each for each in found.ungradable if each[1] == published.ungradable]
+    if of_class:
+        found.ungradable = [each for each in found.ungradable if each not in of_class]
+        found.notes.append(f"{len(of_class):,} ungradable images are left out")
+    if published.side:
+        found.patients = "the file name"
+        found.patients_sentence = "by the file name: 10_left and 10_right are of patient 10"
+    else:
+        found.patients_sentence = f"{dataset} tells no patients: each image is its own patient"
+    return found
+
+
+def load_folder(source, flags):
+    """The DataSet of any folder: with one table, or with a folder for each grade."""
+    found = DataSet()
+    path = find_table(source, flags.labels)
+    if path:
+        table = read_table(path)
+        found.read.add(path)
+        rows = rows_of_table(found, source, table, choose_columns(source, table, flags))
+    else:
+        rows = rows_of_class_folders(source, flags)
+    grades = read_grades(path or source, rows, flags.grades_from, flags.referable)
+    add_photos(found, rows, grades, source)
+    if not found.patients and fold(flags.patient_column) != "none":
+        add_dicom_patients(found)
+    if not found.patients:
+        found.patients_sentence = (
+            "no column and no DICOM file tells patients: each image is its own patient "
+            "(--patient-column names a column)"
+        )
+    british = {row["label"] for row in rows if re.fullmatch("r[0-3]", fold(row["label"]))}
+    if british:
+        found.notes.append("R0, R1, R2 and R3 are read as the grades 0, 1, 2 and 4")
+    return found
+
+
+def find_table(source, name):
+    """The path of the folder's table, called `name` if that is not ""; None if there is none."""
+    if name:
+        return source / name
+    tables = [path for path in walk(source) if path.parent == source]
+    tables = [path for path in tables if path.suffix.lower() in TABLE_SUFFIXES]
+    if len(tables) > 1:
+        some = few([repr(path.name) for path in tables])
+        raise ValueError(f"{source} has {len(tables)} tables, {some}: say which by --labels NAME")
+    return tables[0] if tables else None
+
+
+# --- a user's table ------------------------------------------------------------------------------
+
+
+def choose_columns(source, table, flags):
+    """{role: (number of the column or None, sentence about it)}."""
+    files = PhotoFinder(source)
+    checks = {
+        "image": ("name a file", 0.5, lambda cell: len(files.find(cell)) == 1),
+        "label": ("are grades", 1, is_grade),
+    }
+    taken = {}
+    for role in ("patient", "part", "hospital", "image", "label"):
+        given = getattr(flags, f"{role}_column")
+        numbers = [number for number, _ in taken.values()]
+        number = choose_column(table, role, given, checks.get(role), numbers)
+        sentence = ""
+        if number is not None:
+            cells = table.cells(number)
+            sentence = f"{len(set(cells) - {''}):,} different"
+            if role in checks:
+                words, _, fits = checks[role]
+                sentence = f"{sum(map(fits, cells)):,} of {len(cells):,} cells {words}"
+            what = "grade" if role == "label" else role
+            sentence = f"{table.path.name}, {what}: column {table.columns[number]!r}, {sentence}"
+        taken[role] = (number, sentence)
+    return {role: taken[role] for role in COLUMN_NAMES}
+
+
+def choose_column(table, role, given, check, used):
+    """The number of the column for a role; None where there is none, and none is needed.
+
+    given: what the flag says: a name, "none", or "" to look for one. It is the one with a known
+    name; where there are several, or none, the one whose cells are right. check: (words, part of
+    the cells that must be right, whether a cell is), or None for a role that is not needed.
+    used: numbers of columns that have a role already.
+    """
+    if fold(given) == "none" and not check:
+        return None
+    if given:
+        return table.column(given)
+    named = [n for n, name in enumerate(table.columns) if plain(name) in COLUMN_NAMES[role]]
+    if len(named) == 1 or (not named and not check):
+        return named[0] if named else None
+    for number in named:
+        table.column(table.columns[number])  # raises where one is there twice
+    fitting = named
+    if check:
+        _, least, fits = check
+        fitting = []
+        for number in set(named or range(len(table.columns))) - set(used):
+            cells = [row[number] for row in table.rows]
+            if len(set(cells)) > 1 and sum(map(fits, cells)) >= least * len(cells):
+                fitting.append(number)
+        if not named and any(fits(table.columns[number] or " ") for number in fitting):
+            raise ValueError(
+                f"{table.path}: the first line looks like a photograph's, not like names of "
+                f"columns: add a line such as image,label; found {', '.join(table.columns)[:200]}"
+            )
+    if len(fitting) == 1:
+        return fitting[0]
+    what = f"{len(fitting)} columns that can be" if fitting else "no column that can be"
+    among = few([repr(table.columns[number]) for number in fitting or range(len(table.columns))], 9)
+    raise ValueError(f"{table.path} has {what} the {role}: {among}; name it with --{role}-column")
+
+
+def rows_of_table(found, source, table, taken):
+    """A dict {role: text} for each row of a user's table. taken: of choose_columns."""
+    found.notes += [sentence for _, sentence in taken.values() if sentence]
+    cells = {
+        role: [""] * len(table.rows) if number is None else table.cells(number)
+        for role, (number, _) in taken.items()
+    }
+    for role in ("image", "hospital", "part"):
+        if taken[role][0] is not None and "" in cells[role]:
+            line = table.lines[cells[role].index("")]
+            raise ValueError(f"{table.path}, line {line}: the {role} is blank in this row")
+    number = taken["patient"][0]
+    if number is not None:
+        patients = [read_patient(cell) for cell in cells["patient"]]
+        unknown = patients.count("")
+        found.patients = f"column {table.columns[number]!r}"
+        found.patients_sentence = f"by {found.patients}"
+        if unknown:
+            found.patients_sentence += f"; {unknown} images are of an unknown patient each"
+        cells["patient"] = patients
+    return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
+
+
+def read_patient(cell):
+    """The patient that a cell names, the same however it is written; "" if it names nobody."""
+    text = fold(unicodedata.normalize("NFC", cell))
+    if text in NOBODY:
+        return ""
+    return re.sub(r"^(\d+)\.0$", r"\1", text)  # a spreadsheet makes 17 to 17.0
+
+
+# --- folders of grades ---------------------------------------------------------------------------
+
+
+def rows_of_class_folders(source, flags):
+    """A dict {role: text} for each photograph that lies in a folder with the name of a grade.
+
+    A folder above or below may be called train, val or test.
+    """
+    rows = []
+    nameless = Counter()
+    for path in walk(source):
+        if path.suffix.lower() in SUFFIXES:
+            folders = path.relative_to(source).parts[:-1]
+            grades = [folder for folder in folders if is_grade(folder)]
+            parts = [folder for folder in folders if fold(folder) in PARTS]
+            if len(grades) == 1 and len(parts) <= 1:
+                image = path.relative_to(source).as_posix()
+                row = (image, grades[0], "", "".join(parts), "")
+                rows.append(dict(zip(COLUMN_NAMES, row, strict=True)))
+            else:
+                nameless["/".join(folders) or "."] += 1
+    given = [role for role in COLUMN_NAMES if fold(getattr(flags, f"{role}_column")) not in NOBODY]
+    if nameless or given:
+        some = few([f"{folder!r} ({count} images)" for folder, count in nameless.items()])
         raise ValueError(
-            f"{source} lists {few([f'{path} twice' for path in repeated])}: leave one of the two"
+            f"{source} has no table (.csv, .tsv), and folders without the name of one grade: "
+            f"{some or 'none'}; expected a table, or folders such as 0 to 4, or no DR, mild, "
+            "moderate, severe, PDR"
+        )
+    return rows
+
+
+def add_dicom_patients(found):
+    """Patients by the PatientID of DICOM files, where there are such files."""
+    ids = {
+        photo.path: read_patient(dicom_patient(photo.path))
+        for photo in found.photos
+        if photo.path.suffix.lower() == ".dcm" and photo.path.is_file()
+    }
+    num_known = sum(map(bool, ids.values()))
+    if num_known:
+        found.photos = [
+            photo._replace(patient=f"patient {ids[photo.path]}") if ids.get(photo.path) else photo
+            for photo in found.photos
+        ]
+        found.patients = "PatientID"
+        found.patients_sentence = (
+            f"by PatientID of {num_known} DICOM files; of {len(found.photos) - num_known} images "
+            "nobody knows the patient"
         )
 
 
-# --- names ---------------------------------------------------------------------------------------
+# --- rows become photographs ---------------------------------------------------------------------
 
 
-def name_pictures(photos, source):
-    """The photos with a name for the prepared picture; no two have the same."""
-    names = [picture_name(photo) for photo in photos]
-    counts = Counter(name.casefold() for name in names)  # some file systems do not see the case
-    named = []
-    for photo, name in zip(photos, names, strict=True):
-        too_long = len(name.encode()) > MOST_NAME_BYTES
-        if too_long or counts[name.casefold()] > 1:
-            # Two names that become one differ in what was replaced. A hash of the whole path keeps
-            # them apart, and is the same at every start.
-            digest = hashlib.sha256(relative(photo.path, source).encode()).hexdigest()[:10]
-            short = name.encode()[:MOST_NAME_BYTES].decode(errors="ignore")
-            name = f"{short}_{digest}"
-        named.append(photo._replace(name=name))
-    return named
+def read_grades(where, rows, first=None, referable=False):
+    """The grade 0..4 of each row, None where it is ungradable.
+
+    first: the number that means no DR, None to be asked where it is not clear. referable: 1 means
+    grade 2 or more. Raises ValueError where a cell is no grade, and where the scale is not clear.
+    """
+    wrong = [
+        f"{row['image']!r} the grade {row['label']!r}" for row in rows if not is_grade(row["label"])
+    ]
+    if wrong:
+        raise ValueError(f"{where} gives {few(wrong)}, expected a whole number 0 to 4")
+    grades = [read_grade(row["label"]) for row in rows]
+    in_numbers = {
+        grade
+        for grade, row in zip(grades, rows, strict=True)
+        if grade is not None and not re.search("[a-z]", fold(row["label"]))
+    }
+    if referable:
+        if not in_numbers <= {0, 1}:
+            raise ValueError(f"{where} has grades up to {max(in_numbers)}: --referable is for 0, 1")
+        return [2 * grade if grade else grade for grade in grades]
+    if first is None and in_numbers == {0, 1}:
+        raise ValueError(
+            f"{where} has the grades 0 and 1 only: is 1 referable DR (grade 2 or more), then give "
+            "--referable; or is it mild DR of the grades 0 to 4, then give --grades-from 0"
+        )
+    if first is None and in_numbers and min(in_numbers) == 1:
+        raise ValueError(
+            f"{where} has the grades 1 to {max(in_numbers)} and none is 0: is 1 no DR, on a scale "
+            "shifted by one, then give --grades-from 1; or is 1 mild DR, nobody healthy, and 5 "
+            "ungradable, then give --grades-from 0"
+        )
+    if first == 1 and 0 in in_numbers:
+        raise ValueError(f"{where} has grades 0: --grades-from 1 is for a scale from 1 to 5")
+    shifted = [grade - (first or 0) if grade in in_numbers else grade for grade in grades]
+    return [None if grade is None or grade > 4 else grade for grade in shifted]
 
 
-def picture_name(photo):
-    """A file name for the prepared picture: all but letters, digits, "_" and "-" becomes "_"."""
-    words = f"{photo.part}_{photo.name or photo.path.stem}"
-    return re.sub(r"[^\w-]+", "_", unicodedata.normalize("NFC", words)).strip("_")
+def add_photos(found, rows, grades, folder):
+    """Add a Photo for each row whose photograph is in `folder`; count the others in `found`."""
+    files = PhotoFinder(folder)
+    wrong_parts = []
+    for row, grade in zip(rows, grades, strict=True):
+        fitting = files.find(row["image"])
+        part = PARTS.get(fold(row["part"]), "")
+        if row["part"] and not part:
+            wrong_parts.append(f"{row['image']!r} the part {row['part']!r}")
+        if grade is None:
+            found.ungradable.append((row["image"], row["label"]))
+            found.read.update(fitting)
+        elif len(fitting) == 1:
+            # The prefixes keep a patient "7" and an image "7" apart.
+            patient = (
+                f"patient {row['patient']}" if row["patient"] else f"image {part} {row['image']}"
+            )
+            photo = Photo(fitting[0], grade, patient, part, row["image"], row["hospital"])
+            found.photos.append(photo)
+        else:
+            (found.ambiguous if fitting else found.missing).append(row["image"])
+    if wrong_parts:
+        raise ValueError(
+            f"the table gives {few(wrong_parts)}, expected train, val or test; --part-column none "
+            "if that column says something else"
+        )
 
 
-def relative(path, source):
-    """The path from the folder `source`, or as it is where it does not lie there; with slashes."""
-    if source and path.is_relative_to(source):
-        path = path.relative_to(source)
-    return path.as_posix()
+def picture_name(photo, sha256):
+    """A file name for the prepared picture, which ends in 12 digits of its photograph's SHA-256.
+
+    All but letters, digits, "_" and "-" becomes "_".
+    """
+    stem, suffix = os.path.splitext(photo.name)
+    words = f"{photo.part}_{stem if suffix.lower() in SUFFIXES else photo.name}"
+    words = unicodedata.normalize("NFC", words)
+    name = re.sub(r"[^\w-]+", "_", words).strip("_").encode()[:MOST_NAME_BYTES]
+    return f"{name.decode(errors='ignore')}_{sha256[:12]}"
 
 
 class PhotoFinder:
     """Finds the files of one folder by the names that a table gives them.
 
     A name that is no file may be loose: without extension, in another case, with backslashes, with
-    accents that are composed otherwise, or without the folders before it. It counts if only one
-    file fits.
+    accents that are composed otherwise, or without the folders before it.
     """
 
     def __init__(self, source):
         self.source = source
-        self.missing = []
-        self.ambiguous = []
-        self.files = None  # loose name -> list of paths; made when it is needed first
+        self.files = None  # loose name -> paths; made when it is needed first
 
-    def find(self, name, suffix=""):
-        """The path of the photograph `name` (+ suffix); where it would be if it is missing."""
-        path = self.source / f"{name}{suffix}"
-        if os.path.isfile(path):
-            return path
+    def find(self, name):
+        """The paths that `name` can mean: none, one, or several where it is loose."""
+        if not name or "\0" in name:
+            return []
+        path = self.source / name
+        if os.path.isfile(path) and path.suffix.lower() in SUFFIXES:
+            return [path]
         if self.files is None:
-            self.files = loose_names(self.source)
-        fitting = self.files.get(loose(name), [])
-        if len(fitting) == 1:
-            return fitting[0]
-        (self.ambiguous if fitting else self.missing).append(f"{name}{suffix}")
-        return path
+            self.files = self.loose_names()
+        return self.files.get(loose(name), [])
+
+    def loose_names(self):
+        """A photograph has up to four: with and without extension, with and without its folders."""
+        files = {}
+        for path in walk(self.source):
+            if path.suffix.lower() in SUFFIXES:
+                whole = loose(path.relative_to(self.source).as_posix())
+                for key in {whole, loose(path.name)}:
+                    files.setdefault(key, []).append(path)
+                    files.setdefault(key[: -len(path.suffix)], []).append(path)
+        return files
 
 
 def loose(name):
     """A name without all that loose names may differ in, but with its extension."""
     text = unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
     return "/".join(part for part in text.split("/") if part not in ("", "."))
-
-
-def loose_names(source):
-    """{loose name: list of paths} of all pictures in the folder `source`.
-
-    A picture has up to four such names: with and without extension, with and without its folders.
-    """
-    files = {}
-    for directory, folders, names in os.walk(source):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(directory) / name
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            whole = loose(path.relative_to(source).as_posix())
-            for key in {whole, loose(name)}:
-                files.setdefault(key, []).append(path)
-                files.setdefault(key[: -len(path.suffix)], []).append(path)
-    return files
-
-
-# --- patients ------------------------------------------------------------------------------------
-
-
-def find_patient_column(table, columns, wanted):
-    """The column of patients among `columns` (in lower case), or None.
-
-    wanted: what --patient-column says: "" to look for one, "none" for none.
-    """
-    if wanted.lower() == "none":
-        return None
-    if wanted:
-        if wanted.strip().lower() not in columns:
-            found = ", ".join(filter(None, columns))[:300]
-            raise ValueError(f"{table} has no column {wanted!r}: found {found}")
-        return wanted.strip().lower()
-    for column in columns:
-        if re.sub(r"[\W_]+", "", column) in PATIENT_COLUMNS:
-            return column
-    return None
-
-
-def read_patient(cell):
-    """The patient that a cell names, the same however it is written; "" if it names nobody."""
-    text = unicodedata.normalize("NFC", cell).strip().casefold()
-    if text in NOBODY:
-        return ""
-    return re.sub(r"^(\d+)\.0$", r"\1", text)  # a spreadsheet makes 17 to 17.0
-
-
-# --- the data sets -------------------------------------------------------------------------------
-
-
-def ddr(source):
-    """OIA-DDR (Li et al. 2019): three tables without a header, lines like `007-0004-000.jpg 0`.
-
-    Grade 5 is ungradable. The names tell no patient: of 12,522 none has a beginning in common with
-    another that would say so.
-    """
-    files = PhotoFinder(source)
-    found = DataSet([], missing=files.missing, ambiguous=files.ambiguous)
-    num_left_out = 0
-    for part, name in (("train", "train"), ("val", "valid"), ("test", "test")):
-        layout = {"fieldnames": ("image", "grade"), "delimiter": " "}
-        labels = read_labels(source / f"{name}.txt", "image", "grade", **layout)
-        for label in labels.graded:
-            path = files.find(f"{name}/{label.image}")
-            found.photos.append(Photo(path, label.grade, label.image, part))
-        # That is a class of the published set, and no fault of the table.
-        published = [image for image, cell in labels.ungradable if cell == "5"]
-        num_left_out += len(published)
-        found.ungradable += [each for each in labels.ungradable if each[1] != "5"]
-    if num_left_out:
-        found.notes.append(f"{num_left_out:,} ungradable images (grade 5) are left out")
-    found.patients_sentence = (
-        "the names of ddr tell no patient: each image counts as its own patient"
-    )
-    return found
-
-
-def aptos(source):
-    """APTOS 2019 (Kaggle); the set tells no patients."""
-    files = PhotoFinder(source)
-    labels = read_labels(source / "train.csv", "id_code", "diagnosis")
-    photos = [
-        Photo(files.find(f"train_images/{label.image}", ".png"), label.grade, label.image)
-        for label in labels.graded
-    ]
-    return DataSet(
-        photos,
-        None,
-        "aptos tells no patients: each image counts as its own patient",
-        labels.ungradable,
-        files.missing,
-        files.ambiguous,
-    )
-
-
-def eyepacs(source):
-    """EyePACS (Kaggle 2015); 10_left and 10_right are of patient 10."""
-    files = PhotoFinder(source)
-    labels = read_labels(source / "trainLabels.csv", "image", "level")
-    photos = []
-    for label in labels.graded:
-        path = files.find(f"train/{label.image}", ".jpeg")
-        photos.append(Photo(path, label.grade, re.sub("_(left|right)$", "", label.image)))
-    return DataSet(
-        photos,
-        "the file name",
-        "by the file name: 10_left and 10_right are of patient 10",
-        labels.ungradable,
-        files.missing,
-        files.ambiguous,
-    )
-
-
-def idrid(source):
-    """IDRiD, disease grading (Porwal et al. 2018).
-
-    Both parts use the same file names for different eyes, so an image's own patient is part and
-    name.
-    """
-    root = source / "B. Disease Grading"
-    if not root.is_dir():
-        root = source  # that folder itself was given
-    found = DataSet([])
-    for part, letter, title in (("train", "a", "Training"), ("val", "b", "Testing")):
-        table = root / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{title} Labels.csv"
-        files = PhotoFinder(root / "1. Original Images" / f"{letter}. {title} Set")
-        labels = read_labels(table, "image name", "retinopathy grade")
-        for label in labels.graded:
-            path = files.find(label.image, ".jpg")
-            found.photos.append(Photo(path, label.grade, f"{part} {label.image}", part))
-        found.ungradable += labels.ungradable
-        found.missing += files.missing
-        found.ambiguous += files.ambiguous
-    found.patients_sentence = "idrid tells no patients: each image counts as its own patient"
-    return found
-
-
-def folder(source, columns):
-    """Any pictures with a labels.csv: image (path from the folder), label (grade), or patient too.
-
-    A column `part` (train, val) says who validates.
-    """
-    table = source / "labels.csv"
-    image_column, label_column = (name.strip().lower() for name in columns[:2])
-    labels = read_labels(
-        table, image_column, label_column, flags=("--image-column", "--label-column")
-    )
-    patient_column = find_patient_column(table, labels.columns, columns.patient)
-    has_parts = "part" in labels.columns
-    files = PhotoFinder(source)
-    found = DataSet([], None, "", labels.ungradable, files.missing, files.ambiguous)
-    wrong_parts = []
-    num_unknown = 0
-    for label in labels.graded:
-        patient = read_patient(label.line[patient_column]) if patient_column else ""
-        num_unknown += not patient
-        # The prefix keeps a patient "7" and an image "7" apart.
-        patient = f"patient {patient}" if patient else label.image
-        part = label.line["part"].lower() if has_parts else ""
-        if has_parts and part not in PARTS:
-            wrong_parts.append(f"{label.image!r} the part {part!r}")
-        path = files.find(label.image)
-        found.photos.append(
-            Photo(path, label.grade, patient, PARTS.get(part, ""), name=label.image)
-        )
-    if wrong_parts:
-        raise ValueError(f"{table} gives {few(wrong_parts)}, expected train, val or test")
-    if patient_column:
-        found.patients = f"column {patient_column!r}"
-        unknown = f"; {num_unknown} images are of an unknown patient each" if num_unknown else ""
-        found.patients_sentence = f"by {found.patients}{unknown}"
-    else:
-        names = ", ".join(filter(None, labels.columns))[:300]
-        found.patients_sentence = (
-            f"no patient column among {names}: each image counts as its own patient "
-            "(--patient-column names one)"
-        )
-    return found
-
-
-def retinamnist(source, image_size):
-    """RetinaMNIST+ (Yang et al. 2023; CC BY 4.0), of 128 or 224 pixels.
-
-    Downloaded once where there is no source, and unpacked into preprocessed/, which is ours.
-    """
-    pixels = 128 if image_size <= 128 else 224
-    name = f"retinamnist_{pixels}.npz"
-    if source is None:
-        source = download_retinamnist(name, RETINAMNIST_MD5[pixels])
-    archive = source / name if source.is_dir() else source
-    parts = read_retinamnist(archive, name)
-    unpacked = WrittenFiles(Path("preprocessed") / archive.stem)
-    state = archive.stat()
-    made_from = [str(archive.resolve()), state.st_size, state.st_mtime_ns]
-    photos = []
-    for part, (images, labels) in parts.items():
-        for number, (image, label) in enumerate(zip(images, labels.ravel(), strict=True)):
-            path = unpacked.folder / f"{part}_{number:04d}.png"
-            if label not in range(5):
-                raise ValueError(
-                    f"{archive} gives {path.name} the grade {label}, expected a whole number 0 to 4"
-                )
-            entry = unpacked.entry(path)
-            if not entry or entry.get("made_from") != made_from:
-                with unpacked.publishing(path, made_from=made_from) as written:
-                    Image.fromarray(image).save(written)
-            photos.append(Photo(path, int(label), path.name, part, f"{number:04d}"))
-    sentence = "retinamnist tells no patients: each image counts as its own patient"
-    return DataSet(photos, None, sentence)
-
-
-def download_retinamnist(name, md5):
-    """The path of the archive `name` in Keras's cache, downloaded if it is not there yet."""
-    url = RETINAMNIST_URL.format(name=name)
-    try:
-        import keras  # here, because it takes seconds
-
-        return Path(keras.utils.get_file(name, url, file_hash=md5, hash_algorithm="md5"))
-    except Exception as error:  # no network, no such page, a checksum that does not fit
-        raise ValueError(
-            f"{name} cannot be downloaded from {url} ({error}): try again online, or fetch it by "
-            "hand and give --source the file"
-        ) from None
-
-
-def read_retinamnist(archive, name):
-    """{part: (images, uint8 (n, pixels, pixels, 3), labels (n, 1))} of the archive."""
-    try:
-        with np.load(archive) as arrays:
-            parts = {
-                part: (arrays[f"{part}_images"], arrays[f"{part}_labels"])
-                for part in ("train", "val", "test")
-            }
-        if any(images.dtype != np.uint8 for images, _ in parts.values()):
-            raise ValueError("its images are not of 8 bits")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{archive} is no RetinaMNIST archive ({error}): download {name} from zenodo.org"
-        ) from None
-    return parts
-
-
-LOADERS = {loader.__name__: loader for loader in (idrid, ddr, aptos, eyepacs, folder, retinamnist)}

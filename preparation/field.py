@@ -1,13 +1,15 @@
-"""Where in a fundus photograph the eye is: its field of view, a disc that may be cut.
+"""Where in a fundus photograph the eye is, its field of view; and whether it is a fundus at all.
 
-A disc is fitted to the outline of what differs from the surround. So a notch of the camera that
-sticks out, a text or a logo in a corner, and a caption below do not move it, and are left outside.
+The field is a disc that may be cut. A circle is fitted to the outline of what differs from the
+surround, which is black or of another colour. So a notch of the camera that sticks out, a text in a
+corner and a caption below do not move it. (A flood fill from the corners would take several times
+as long and see the same outline: what is dark within the eye has no part in it.)
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 # Grey levels up to this are the black around the field of view ...
 DARK = 7
@@ -16,18 +18,29 @@ STRAY_LIGHT = 0.15
 # The outline is found in a picture of about this many pixels: finer ones cost time and find no
 # more.
 SEARCH_PIXELS = 400
-# A surround of another colour than black is flat: so far may its pixels be from its median colour.
+# Pixels that are this close to a coloured surround are surround.
 FLAT = 12
 # So many circles through three random points of the outline are tried. Where only half of the
 # points lie on the disc's rim, as of an eye that is cut, one circle in eight is right.
 TRIALS = 300
 # The disc counts if the eye fills this part of it, within the cuts ...
-FILLED = 0.9
-# ... if not more than this part of what differs from the surround lies outside of it ...
+FILLED = 0.7
+# ... if not more than this part of what differs from the surround lies outside of it, as a second
+# eye would ...
 OUTSIDE = 0.3
 # ... and if so much of the outline is the disc's rim or a cut. An ellipse has less.
 EXPLAINED = 0.6
-SMALLEST = 0.1  # part of the photograph below which a field of view is implausible
+# A gradable photograph has at least so many pixels across its field of view, and the field covers
+# at least this part of it.
+LEAST_PIXELS = 200
+LEAST_PART = 0.1
+# The mean grey level of a field that is neither black nor white; IDRiD's 507 have 41 to 149.
+DARKEST, BRIGHTEST = 15, 235
+# The part of a field whose pixels differ from their surroundings, by a grey level of green or more,
+# where the field is DETAIL_PIXELS across. IDRiD's 507 have 0.52 and more; blurred by 1 % of the
+# field's width they have 0.37 and less, by 2 % 0.11. A few sharp things on a plain disc are no eye.
+DETAIL_PIXELS = 256
+LEAST_DETAIL = 0.3
 
 
 class Field(NamedTuple):
@@ -47,81 +60,107 @@ class Field(NamedTuple):
         half = np.sqrt(np.maximum(self.radius**2 - (y - self.y) ** 2, 1))
         return np.maximum(self.x - half, self.left), np.minimum(self.x + half, self.right)
 
-    def scaled(self, factor):
-        return Field(*(factor * number for number in self))
+    def mask(self, shape):
+        """bool (height, width): which pixels the field covers."""
+        y = np.arange(shape[0])[:, None] + 0.5
+        x = np.arange(shape[1]) + 0.5
+        disc = (x - self.x) ** 2 + (y - self.y) ** 2 < self.radius**2
+        return disc & (x > self.left) & (x < self.right) & (y > self.top) & (y < self.bottom)
+
+
+# --- is it a fundus? -----------------------------------------------------------------------------
+
+
+def why_no_fundus(image, field, width):
+    """Why a PIL image, RGB, is no gradable photograph of a fundus, or "".
+
+    field: its Field, or None. width: pixels across the photograph itself, where `image` is a
+    reduced one.
+    """
+    if field is None:
+        return "no round field of view"
+    across = round(2 * field.radius * width / image.width)
+    if across < LEAST_PIXELS:
+        return f"its field of view is {across} pixels across, expected {LEAST_PIXELS} at least"
+    area = (field.right - field.left) * (field.bottom - field.top) * np.pi / 4
+    part = area / (image.width * image.height)
+    if part < LEAST_PART:
+        return f"its field of view is only {part:.0%} of the picture"
+    box = (max(0, field.left), max(0, field.top))
+    box += (min(image.width, field.right), min(image.height, field.bottom))
+    size = (DETAIL_PIXELS, DETAIL_PIXELS)
+    small = image.resize(size, Image.Resampling.BOX, box)
+    middle = DETAIL_PIXELS / 2
+    reach = 0.86 * middle  # the rim itself is no detail
+    disc = Field(middle, middle, reach, 0, 0, *size).mask(size)
+    level = np.asarray(small.convert("L"))[disc].mean()
+    if not DARKEST <= level <= BRIGHTEST:
+        return f"its field of view is {'black' if level < DARKEST else 'white'}"
+    green = small.getchannel("G")
+    blurred = green.filter(ImageFilter.GaussianBlur(2))
+    differs = np.asarray(green) != np.asarray(blurred)
+    return "it is blurred, or shows nothing" if differs[disc].mean() < LEAST_DETAIL else ""
+
+
+# --- the field -----------------------------------------------------------------------------------
 
 
 def find_field(image):
-    """(Field or None, doubt) of a PIL image, RGB.
-
-    None where what differs from the surround is no disc. doubt: why the field of view is
-    implausible; "" if it is not.
-    """
+    """The Field of a PIL image, RGB; None where what differs from the surround is no disc."""
     factor = max(1, round(max(image.size) / SEARCH_PIXELS))
-    pixels = np.asarray(image.reduce(factor) if factor > 1 else image)
-    field = None
-    surround = surround_colour(pixels)
-    if surround is not None:
-        field = fit_field(differs_from(pixels, surround))
-        if field:
-            field = field._replace(rim=1.5)  # of the pixels of the search
-    if field is None:
-        mask = brighter_than_black(np.asarray(Image.fromarray(pixels).convert("L")))
-        if mask.all():
-            return None, "it fills the picture, without a border"
-        field = fit_field(mask)
-    if field is None:
-        return None, "it is not round"
-    area = field_mask(field, pixels.shape[:2]).mean()
-    doubt = f"it is only {area:.0%} of the picture" if area < SMALLEST else ""
-    return field.scaled(factor), doubt
+    reduced = image.reduce(factor) if factor > 1 else image
+    pixels = np.asarray(reduced).astype(int)
+    grey = np.asarray(reduced.convert("L"))
+    colour = surround_colour(pixels)
+    found = None
+    if brighter_than_black(grey, colour.max()):
+        # The eye is where a pixel is nearer to it than to the surround. A dark rim is no part of it
+        # here, because it is none on black.
+        distance = np.abs(pixels - colour).max(axis=2)
+        differs = distance > FLAT
+        halfway = np.median(distance[differs]) / 2 if differs.any() else 0
+        differs &= distance > halfway
+        found = fit_field(differs & brighter_than_black(np.where(differs, grey, 0)))
+        found = found and found._replace(rim=1.5)
+    found = found or fit_field(brighter_than_black(grey))
+    return found and Field(*(factor * number for number in found))
 
 
-def brighter_than_black(grey):
-    """bool (height, width): where a grey picture is brighter than the black around the eye."""
-    return grey > max(DARK, STRAY_LIGHT * np.percentile(grey, 95))
+def whole_field(image):
+    """The Field of a picture that shows no disc: all that is brighter than black, a rectangle.
+
+    Raises ValueError where nothing is.
+    """
+    box = Image.fromarray(brighter_than_black(np.asarray(image.convert("L")))).getbbox()
+    if box is None:
+        raise ValueError(
+            f"nothing in it is brighter than grey level {DARK}: it is no fundus photograph"
+        )
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return Field(x, y, 10 * sum(box), *box)  # of so large a disc the box is all that is left
+
+
+def brighter_than_black(grey, level=None):
+    """Whether `level`, or each pixel of a grey picture, is brighter than the black around its eye.
+
+    grey: uint8 (height, width). Returns bool, or bool (height, width).
+    """
+    return (grey if level is None else level) > max(DARK, STRAY_LIGHT * np.percentile(grey, 95))
 
 
 def surround_colour(pixels):
-    """The colour around the eye if it is flat and not black, float (3,), else None.
+    """The colour (3,) on which two corners of int (height, width, 3) agree best.
 
-    It is the colour on which at least two corners of uint8 (height, width, 3) agree: in one of them
-    may be a text.
+    In the others may be a text.
     """
     side = max(2, min(pixels.shape[:2]) // 25)
     corners = [
-        pixels[rows, columns].reshape(-1, 3).astype(float)
+        np.median(pixels[rows, columns], axis=(0, 1))
         for rows in (slice(side), slice(-side, None))
         for columns in (slice(side), slice(-side, None))
     ]
-    medians = np.array([np.median(corner, axis=0) for corner in corners])
-    flat = [
-        np.abs(corner - median).max(axis=1).mean() < FLAT
-        for corner, median in zip(corners, medians, strict=True)
-    ]
-    alike = np.abs(medians[:, None] - medians).max(axis=2) < FLAT  # (4, 4)
-    votes = (alike & flat).sum(axis=1) * flat
-    if votes.max() < 2:
-        return None
-    colour = medians[votes.argmax()]
-    grey = np.asarray(Image.fromarray(pixels).convert("L"))
-    is_black = colour.max() <= max(DARK, STRAY_LIGHT * np.percentile(grey, 95))
-    return None if is_black else colour
-
-
-def differs_from(pixels, colour):
-    """bool (height, width): where the eye is in uint8 (height, width, 3) on a coloured surround.
-
-    With the surround made black it is found as on black: a dark rim belongs to it there no more
-    than here.
-    """
-    distance = np.abs(pixels - colour).max(axis=2)
-    eye = distance[distance > FLAT]
-    # Halfway: where the two are mixed, the line between them is in the middle of the mixed pixels.
-    halfway = np.median(eye) / 2 if len(eye) else 0
-    differs = distance > max(FLAT, halfway)
-    grey = np.asarray(Image.fromarray(pixels).convert("L"))
-    return brighter_than_black(np.where(differs, grey, 0))
+    apart = np.abs(np.array(corners)[:, None] - corners).max(axis=2)  # (4, 4)
+    return corners[np.sort(apart, axis=1)[:, 1].argmin()]  # column 0 is each corner to itself
 
 
 def fit_field(mask):
@@ -132,28 +171,24 @@ def fit_field(mask):
         return None
     x, y, radius = circle
     disc = Field(x, y, radius, x - radius, y - radius, x + radius, y + radius)
-    inside = mask & field_mask(disc, mask.shape)
-    left, right = cuts(inside, field_mask(disc, mask.shape), axis=0)
-    top, bottom = cuts(inside, field_mask(disc, mask.shape), axis=1)
+    covered = disc.mask(mask.shape)
+    left, right = cuts(mask & covered, covered, axis=0)
+    top, bottom = cuts(mask & covered, covered, axis=1)
     field = disc._replace(
         left=max(disc.left, left),
         right=min(disc.right, right),
         top=max(disc.top, top),
         bottom=min(disc.bottom, bottom),
     )
-    expected = field_mask(field, mask.shape)
-    filled = (between_edges(inside) & expected).sum() / max(1, expected.sum())
-    wide = field_mask(disc._replace(radius=1.03 * radius + 1), mask.shape, boxed=False)
-    outside = (mask & ~wide).sum() / mask.sum()
-    px, py = points.T
-    on_cut = np.min(
-        [abs(px - field.left), abs(px - field.right), abs(py - field.top), abs(py - field.bottom)],
-        axis=0,
-    )
-    explained = (near(points, circle[None])[0] | (on_cut < 2)).mean()
-    if filled < FILLED or outside > OUTSIDE or explained < EXPLAINED:
-        return None
-    return field
+    expected = field.mask(mask.shape)
+    filled = (mask & expected).sum() / max(1, expected.sum())
+    around = disc._replace(radius=1.03 * radius + 1, left=-1, top=-1, right=1e9, bottom=1e9)
+    outside = (mask & ~around.mask(mask.shape)).sum() / mask.sum()
+    to_cut = [abs(points[:, 0] - edge) for edge in (field.left, field.right)]
+    to_cut += [abs(points[:, 1] - edge) for edge in (field.top, field.bottom)]
+    explained = (near(points, circle[None])[0] | (np.min(to_cut, axis=0) < 2)).mean()
+    is_disc = filled >= FILLED and outside <= OUTSIDE and explained >= EXPLAINED
+    return field if is_disc else None
 
 
 def outline(mask):
@@ -162,20 +197,18 @@ def outline(mask):
     Points at the edge of the picture are left out: there the photograph is cut, not the eye.
     """
     height, width = mask.shape
-    points = []
     rows = np.flatnonzero(mask.any(axis=1))
     columns = np.flatnonzero(mask.any(axis=0))
-    for edge in (mask[rows].argmax(axis=1), width - mask[rows, ::-1].argmax(axis=1)):
-        points.append(np.stack([edge, rows + 0.5], axis=1))
-    for edge in (mask[:, columns].argmax(axis=0), height - mask[::-1, columns].argmax(axis=0)):
-        points.append(np.stack([columns + 0.5, edge], axis=1))
-    points = np.concatenate(points).astype(float)
-    x, y = points.T
-    return points[(x > 1.5) & (x < width - 1.5) & (y > 1.5) & (y < height - 1.5)]
+    left, right = mask[rows].argmax(axis=1), width - mask[rows, ::-1].argmax(axis=1)
+    top, bottom = mask[:, columns].argmax(axis=0), height - mask[::-1, columns].argmax(axis=0)
+    x = np.concatenate([left, right, columns + 0.5, columns + 0.5])
+    y = np.concatenate([rows + 0.5, rows + 0.5, top, bottom])
+    inner = (x > 1.5) & (x < width - 1.5) & (y > 1.5) & (y < height - 1.5)
+    return np.stack([x, y], axis=1)[inner]
 
 
 def fit_circle(points, size):
-    """(x, y, radius) of the circle on which most of `points`, float (n, 2), lie; or None.
+    """float (3,): x, y, radius of the circle on which most of `points`, (n, 2), lie; or None.
 
     Circles through three random points are tried, and the best is fitted to all points near it
     (RANSAC, Fischler and Bolles 1981): so points on a straight cut, a notch or a text do not count.
@@ -184,20 +217,25 @@ def fit_circle(points, size):
     if len(points) < 20:
         return None
     rng = np.random.default_rng(0)  # the same photograph gives the same picture
-    best = None
-    circles = circles_through(points[rng.integers(len(points), size=(TRIALS, 3))])
-    x, y, radius = circles.T
-    circles = circles[(radius > size / 20) & (radius < 1.5 * size)]
-    if not len(circles):
+    tried = circles_near(points[rng.integers(len(points), size=(TRIALS, 3))])
+    tried = tried[(tried[:, 2] > size / 20) & (tried[:, 2] < 1.5 * size)]
+    if not len(tried):
         return None
-    best = circles[near(points, circles).sum(axis=1).argmax()]
+    best = tried[near(points, tried).sum(axis=1).argmax()]
     for _ in range(3):
-        close = points[near(points, best[None])[0]]
-        # (x - a)² + (y - b)² = r² is linear in a, b and c = r² - a² - b².
-        system = np.column_stack([2 * close, np.ones(len(close))])
-        (a, b, c), *_ = np.linalg.lstsq(system, (close**2).sum(axis=1), rcond=None)
-        best = np.array([a, b, np.sqrt(max(c + a * a + b * b, 1))])
+        best = circles_near(points[near(points, best[None])[0]])
     return best
+
+
+def circles_near(points):
+    """x, y and radius (..., 3) of the circles that lie nearest to points (..., n, 2).
+
+    (x - a)² + (y - b)² = r² is linear in a, b and c = r² - a² - b²: least squares.
+    """
+    system = np.concatenate([2 * points, np.ones_like(points[..., :1])], axis=-1)
+    solved = np.linalg.pinv(system) @ (points**2).sum(axis=-1, keepdims=True)
+    a, b, c = np.moveaxis(solved[..., 0], -1, 0)
+    return np.stack([a, b, np.sqrt(np.maximum(c + a * a + b * b, 1))], axis=-1)
 
 
 def near(points, circles):
@@ -205,36 +243,6 @@ def near(points, circles):
     x, y, radius = circles.T[:, :, None]
     from_rim = np.abs(np.hypot(points[:, 0] - x, points[:, 1] - y) - radius)
     return from_rim < np.maximum(1, 0.01 * radius)
-
-
-def circles_through(triples):
-    """float (n, 3): x, y, radius of the circles through float (n, 3, 2); of a line they are inf."""
-    a, b, c = triples.transpose(1, 0, 2)
-    p, q = b - a, c - a
-    with np.errstate(divide="ignore", invalid="ignore"):
-        twice_area = 2 * (p[:, 0] * q[:, 1] - p[:, 1] * q[:, 0])
-        p2, q2 = (p**2).sum(axis=1), (q**2).sum(axis=1)
-        dx = (q[:, 1] * p2 - p[:, 1] * q2) / twice_area
-        dy = (p[:, 0] * q2 - q[:, 0] * p2) / twice_area
-    return np.stack([a[:, 0] + dx, a[:, 1] + dy, np.hypot(dx, dy)], axis=1)
-
-
-def field_mask(field, shape, boxed=True):
-    """bool (height, width): which pixels a Field covers."""
-    y = np.arange(shape[0])[:, None] + 0.5
-    x = np.arange(shape[1])[None] + 0.5
-    mask = (x - field.x) ** 2 + (y - field.y) ** 2 < field.radius**2
-    if not boxed:
-        return mask
-    across = (x > field.left) & (x < field.right)
-    return mask & across & (y > field.top) & (y < field.bottom)
-
-
-def between_edges(mask):
-    """bool (height, width): all between the first and the last pixel of each row of `mask`."""
-    after_first = np.maximum.accumulate(mask, axis=1)
-    before_last = np.maximum.accumulate(mask[:, ::-1], axis=1)[:, ::-1]
-    return after_first & before_last
 
 
 def cuts(inside, disc, axis):

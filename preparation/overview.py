@@ -3,6 +3,8 @@
 The figure is drawn like figure 3 of the thesis.
 """
 
+import warnings
+
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import replacing
@@ -86,7 +88,8 @@ def save_check_sheet(path, doubtful):
     for number, (photograph, picture, why) in enumerate(shown):
         x, y = number % columns * width + 4, number // columns * height + 4
         pen.text((x, y), f"{photograph.name[:44]}\n{why[:44]}", fill="black")
-        small = open_image(photograph, shortest_side=SHEET_CELL)
+        with warnings.catch_warnings(action="ignore"):  # told when it was prepared
+            small = open_image(photograph, shortest_side=SHEET_CELL)
         small.thumbnail((SHEET_CELL + 32, SHEET_CELL))
         sheet.paste(small, (x, y + 32))
         with Image.open(picture) as prepared:

@@ -9,75 +9,64 @@ them.
 import warnings
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
-from preparation.field import DARK, brighter_than_black, find_field
+from preparation.field import find_field, whole_field, why_no_fundus
 
 PREPROCESSINGS = ("graham", "colour")
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".dcm")
 # Sigma of the blur that makes the local average, as a part of the picture's width.
 GRAHAM_SIGMA = 10 / 224
-# The edge of a row is the median over this many rows, so that a stray bright pixel does not move
-# it.
-EDGE_ROWS = 9
 # A JPEG is decoded at a fraction of its size if its shorter side keeps this many times the
 # picture's. It takes a third of the time, and what is left is still averaged.
 SPARE = 2
-# EXIF: how a photograph was held. How to turn its pixels, by the value of the tag.
-ORIENTATION_TAG = 0x0112
-TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+
+
+# --- photographs ---------------------------------------------------------------------------------
 
 
 def prepare_photograph(path, image_size, preprocessing="graham"):
     """The photograph at `path` as the network sees it: (uint8 (image_size, image_size, 3), doubt).
 
-    preprocessing: one of PREPROCESSINGS.
-    doubt: why its field of view is implausible, or "". Raises ValueError where it cannot be read or
-    shows nothing.
+    preprocessing: one of PREPROCESSINGS. doubt: why it is no gradable photograph of a fundus, or
+    "". Raises ValueError where it cannot be read or shows nothing.
     """
     image = open_image(path, shortest_side=SPARE * image_size)
-    field, doubt = find_field(image)
-    if field and field.bottom - field.top < SPARE * image_size / 2:
+    width = image.info["width"]
+    field = find_field(image)
+    if field and field.bottom - field.top < SPARE * image_size / 2 and image.width < width:
         # The eye is a small part of the photograph: it needs all of its pixels.
         image = open_image(path)
-        field, doubt = find_field(image)
-    return prepare_image(image, image_size, field, preprocessing), doubt
+        field = find_field(image)
+    square = stretch_field(image, field or whole_field(image), image_size)
+    if preprocessing == "graham":
+        square = subtract_local_average(square)
+    return square, why_no_fundus(image, field, width)
 
 
-def preprocess(image, image_size, preprocessing="graham"):
-    """PIL image, RGB, to uint8 (image_size, image_size, 3). ValueError if it shows nothing."""
-    return prepare_image(image, image_size, find_field(image)[0], preprocessing)
+# --- files ---------------------------------------------------------------------------------------
 
 
-def prepare_image(image, image_size, field, preprocessing):
-    """As preprocess; field: the image's Field, or None if it is no disc."""
-    if field:
-        square = stretch_field(image, field, image_size)
-    else:
-        square = stretch(crop(image), image_size)
-    return square if preprocessing == "colour" else subtract_local_average(square)
+class Refused(Exception):
+    """A file that can be read, but that is no photograph for us."""
 
 
 def open_image(path, shortest_side=None):
     """A PIL image, RGB, read whole and turned as its EXIF says; what is transparent is black.
 
-    shortest_side: pixels; a JPEG may come smaller, as long as its shorter side has so many.
-    Raises ValueError where the file is missing, truncated, too large, not in FORMATS, or has more
-    than 8 bits a channel and does not use them.
+    shortest_side: pixels; a JPEG may come smaller, as long as its shorter side has so many. Its
+    info["width"] is then still the width of the photograph itself.
+    Raises ValueError where the file is missing, truncated, too large, of no known format, or has
+    more than 8 bits a channel and does not use them.
     """
     # Above its limit Pillow only warns, and raises above twice the limit: `decode` refuses both.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
+        if str(path).lower().endswith(".dcm"):
+            return open_dicom(path)
         with Image.open(path, formats=FORMATS) as image:
-            return decode(path, image, shortest_side)
+            return decode(image, shortest_side)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except Image.DecompressionBombError:
@@ -86,103 +75,116 @@ def open_image(path, shortest_side=None):
         ) from None
     except Refused as error:
         raise ValueError(f"{path} {error}") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything
-        raise ValueError(f"{path} cannot be read as {', '.join(FORMATS)} ({error})") from None
+    except Exception as error:  # decoders raise nearly anything
+        kinds = "DICOM" if str(path).lower().endswith(".dcm") else ", ".join(FORMATS)
+        raise ValueError(f"{path} cannot be read as {kinds} ({error})") from None
 
 
-class Refused(Exception):
-    """A file that Pillow can read, but that is no photograph for us."""
-
-
-def decode(path, image, shortest_side):
+def decode(image, shortest_side=None):
     """An opened PIL image, read whole: RGB, upright. Raises Refused, or whatever Pillow raises."""
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError
+    refuse_too_large(image.width, image.height)
+    width = image.width
     if shortest_side and image.format == "JPEG":
         image.draft(None, (shortest_side, shortest_side))
-    sixteen_bits = ";16" in raw_mode(image)
+    # How it lies in its file, "RGB", "RGB;16B" ...; Pillow says so only before it is loaded.
+    sixteen_bits = image.tile and ";16" in str(image.tile[0].args)
     image.load()
-    # After `load`: Pillow turns a TIFF by itself, and removes the tag then.
-    orientation = read_orientation(image)
+    reduced = image.width / width
+    image = upright(image)
     if sixteen_bits:
-        image = to_eight_bits(path, image)
+        image = to_eight_bits(image)
     elif image.mode.startswith(("I", "F")):
         raise Refused("has more than 16 bits a channel: convert it to 8 bits first")
-    if orientation in TRANSPOSE:
-        image = image.transpose(TRANSPOSE[orientation])
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")
         image = Image.alpha_composite(black, image.convert("RGBA"))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info["width"] = round(image.width / reduced)
+    return image
 
 
-def read_orientation(image):
-    """The value of the EXIF tag, 1 where there is none or the tags are broken."""
+def refuse_too_large(width, height):
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+
+
+def upright(image):
+    """A PIL image turned as its EXIF says; a broken tag costs no photograph."""
     try:
-        return image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # a broken tag costs no photograph
-        return 1
+        image.getexif()  # is kept by the image; exif_transpose would fail to write odd tags again
+        image.info.pop("exif", None)
+        return ImageOps.exif_transpose(image)
+    except Exception:  # tags that cannot be read at all
+        return image
 
 
-def raw_mode(image):
-    """How an image that is not loaded yet lies in its file: "RGB", "RGB;16B" ..., or ""."""
-    if not image.tile:
-        return ""
-    arguments = image.tile[0].args
-    first = arguments[0] if isinstance(arguments, tuple) else arguments
-    return first if isinstance(first, str) else ""
-
-
-def to_eight_bits(path, image):
+def to_eight_bits(image):
     """The upper byte of each 16-bit channel, if the channels use it; else Refused.
 
     A camera of 10, 12 or 14 bits whose values were stored as they are leaves the upper bits empty:
     of such a photograph the upper byte shows a few stripes.
     """
     if image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        highest = int(values.max())
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    else:
-        # Pillow itself keeps the upper byte of 16-bit colours.
-        num_colours = len(image.getbands()) - ("A" in image.getbands())
-        upper = np.asarray(image)[..., :num_colours]
-        highest = int(upper.max()) << 8
-        if highest < 1 << 15:
-            highest = int((upper.astype(int) * 256 + lower_bytes(path)[..., :num_colours]).max())
-    if highest < 1 << 15:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    # Of colours, Pillow itself keeps the upper byte. An alpha channel always uses it.
+    colours = image.getbands()[: len(image.getbands()) - ("A" in image.getbands())]
+    highest = max(image.getchannel(colour).getextrema()[1] for colour in colours)
+    if highest < 128:
         raise Refused(
-            f"has 16 bits a channel and values up to {highest:,} of 65,535 only, expected more "
-            "than half of that range: scale it to 8 bits first"
+            f"has 16 bits a channel and no value above {256 * highest + 255:,} of 65,535, expected "
+            "more than half of that range: scale it to 8 bits first"
         )
     return image
 
 
-def lower_bytes(path):
-    """The lower byte of each 16-bit channel, uint8 (height, width, channels)."""
-    with Image.open(path, formats=FORMATS) as image:
-        tile = image.tile[0]
-        mode = raw_mode(image)
-        # Read in the other byte order, the lower byte is the one that Pillow keeps.
-        swapped = mode.replace("16B", "16L") if "16B" in mode else mode[:-1] + "B"
-        arguments = (swapped, *tile.args[1:]) if isinstance(tile.args, tuple) else swapped
-        image.tile = [each._replace(args=arguments) for each in image.tile]
-        return np.asarray(image)
+# --- DICOM ---------------------------------------------------------------------------------------
 
 
-def crop(image):
-    """Cut a PIL image to what is brighter than the black around it."""
-    box = Image.fromarray(field_of_view(image)).getbbox()
-    if box is None:
+def read_dicom(path, tags=None):
+    """The pydicom data set of a file. tags: only these, without the pixels; None: all.
+
+    Raises ValueError where pydicom is not installed, Refused for a file that, unpacked, can be of
+    any size; or whatever pydicom raises.
+    """
+    try:
+        import pydicom
+    except ImportError:
         raise ValueError(
-            f"nothing in it is brighter than grey level {DARK}: it is no fundus photograph"
-        )
-    return image.crop(box)
+            "DICOM needs the package pydicom: pip install -r requirements-report.txt"
+        ) from None
+    packed = pydicom.uid.DeflatedExplicitVRLittleEndian
+    if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == packed:
+        raise Refused("is DICOM that is packed as a whole (deflated): export it otherwise")
+    return pydicom.dcmread(path, specific_tags=tags, stop_before_pixels=tags is not None)
 
 
-def field_of_view(image):
-    """bool (height, width): where a PIL image is brighter than the black around the eye."""
-    return brighter_than_black(np.asarray(image.convert("L")))
+def dicom_patient(path):
+    """The PatientID of a DICOM file; "" where it has none, or is damaged: `open_image` says how."""
+    try:
+        return str(read_dicom(path, ["PatientID"]).get("PatientID", ""))
+    except ValueError:
+        raise
+    except Exception:  # of a damaged file, nearly anything
+        return ""
+
+
+def open_dicom(path):
+    """A colour photograph in a DICOM file as a PIL image, RGB."""
+    photograph = read_dicom(path)
+    from pydicom.pixels import pixel_array
+
+    kind = photograph.get("PhotometricInterpretation", "no picture")
+    if photograph.get("SamplesPerPixel") != 3 or int(photograph.get("NumberOfFrames") or 1) != 1:
+        raise Refused(f"is DICOM of another kind ({kind}), expected one photograph in colour")
+    if photograph.BitsAllocated != 8:
+        raise Refused(f"has {photograph.BitsAllocated} bits a channel, expected 8")
+    refuse_too_large(photograph.Columns, photograph.Rows)
+    image = Image.fromarray(pixel_array(photograph))  # RGB, however it was stored
+    image.info["width"] = image.width
+    return image
+
+
+# --- the picture ---------------------------------------------------------------------------------
 
 
 def stretch_field(image, field, image_size):
@@ -206,13 +208,6 @@ def stretch_field(image, field, image_size):
     return stretch_rows(rows, left, right)
 
 
-def stretch(image, image_size):
-    """As stretch_field where it is no disc: each row from its first to its last bright pixel."""
-    image = image.resize((image.width, image_size), Image.Resampling.BOX)
-    left, right = row_edges(field_of_view(image))
-    return stretch_rows(np.asarray(image), left, right)
-
-
 def stretch_rows(rows, left, right):
     """The part from left[i] to right[i] of row i, stretched to a square, each pixel an average.
 
@@ -231,17 +226,6 @@ def stretch_rows(rows, left, right):
     at_points = sums[row, before] * (1 - behind) + sums[row, before + 1] * behind
     averages = np.diff(at_points, axis=1) / (width[..., None] / size)
     return np.clip(averages + 0.5, 0, 255).astype(np.uint8)
-
-
-def row_edges(field):
-    """(left, right) of each row of bool (height, width); right is one beyond the last pixel."""
-    width = field.shape[1]
-    left = field.argmax(axis=1)
-    right = width - field[:, ::-1].argmax(axis=1)
-    around = EDGE_ROWS // 2
-    padded = np.pad([left, right], ((0, 0), (around, around)), "edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, EDGE_ROWS, axis=1)
-    return np.median(windows, axis=2)
 
 
 def subtract_local_average(pixels):

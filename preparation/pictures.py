@@ -1,27 +1,36 @@
 """Make the pictures of a data set, several at a time, and keep those that are there.
 
-Started again after a crash, it goes on with the pictures that are missing.
+They lie in preprocessed/HASH/, of all that decides what a picture looks like but the photograph
+itself, and a picture's name ends in digits of the photograph's own hash. So nothing is ever written
+over: other choices or another photograph make another file. Started again after a crash, it goes on
+with the pictures that are missing.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
-import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from rich.progress import track
 
-from common.files import temporary
-from preparation import fundus, photos
-from preparation.written import publish_listed
+from common.files import clean, publish_text, replacing
+from preparation import photos, synthetic
 
+PREPROCESSED = Path("preprocessed")
+MADE_FROM = "pictures.json"  # says in each folder what its pictures were made with
+OURS = re.compile(r".+_[0-9a-f]{12}\.png")
+DOUBT = "doubt"  # the text in a PNG that says why its photograph may be none of a fundus
 # For fewer pictures than this, starting processes takes longer than it saves.
 FEWEST_FOR_PROCESSES = 51
 
@@ -30,77 +39,54 @@ class Job(NamedTuple):
     """A picture to make."""
 
     photo: object  # datasets.Photo
-    number: int  # of the photo in the data set; a drawing's random numbers follow from it
-    target: object  # path
-    choices: dict  # what prepare.py was told
-    made_from: str  # see `stamp`
+    number: int  # of the photo in the data set; a synthetic one's random numbers follow from it
+    target: Path
+    made_with: dict  # see `folder_of`
 
 
-class Made(NamedTuple):
-    """What became of a Job."""
-
-    name: str
-    problem: str = ""  # why the photograph could not be used
-    doubt: str = ""  # why its field of view is implausible
-    warnings: tuple = ()  # sentences of Pillow
-    entry: dict | None = None  # of WrittenFiles
+def folder_of(made_with):
+    """The folder of pictures that are made with these choices, a dict of JSON values."""
+    text = json.dumps(made_with, sort_keys=True)
+    return PREPROCESSED / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def make_pictures(found, choices, listed):
-    """Make NAME.png of every Photo in `found` that has none yet, in the folder of `listed`.
+def make_pictures(found, made_with):
+    """Make NAME.png of every Photo in `found` that has none yet, in the folder of `made_with`.
 
-    choices: a dict of all that decides the result, as prepare.py keeps it in prepared.json.
-    listed: WrittenFiles. Returns ({name: what is wrong with the photograph}, {name: doubt}).
+    made_with: preprocessing, image_size, channels ... Returns ({name: what is wrong with the
+    photograph}, {name: why it may be no fundus}).
     """
-    jobs = []
-    doubts = {}
-    targets = set()
+    folder = folder_of(made_with)
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    publish_text(folder / MADE_FROM, json.dumps(made_with, indent=1) + "\n")
+    jobs, doubts, problems = [], {}, {}
     for number, photo in enumerate(found):
-        target = listed.folder / f"{photo.name}.png"
-        targets.add(target.name)
-        made_from = stamp(photo, number, choices)
-        entry = listed.entry(target)
-        if entry and entry.get("made_from") == made_from:
-            doubts[photo.name] = entry.get("doubt", "")
+        target = folder / f"{photo.name}.png"
+        doubt = doubt_in(target)
+        if doubt is None:
+            jobs.append(Job(photo, number, target, made_with))
         else:
-            jobs.append(Job(photo, number, target, choices, made_from))
-    for job in jobs:
-        listed.clear(job.target)
-    for name in [name for name in listed.entries if name not in targets]:
-        if listed.entry(listed.folder / name):
-            listed.clear(listed.folder / name)  # a picture of ours, of other choices
-    num_kept = len(found) - len(jobs)
-    print(f"{listed.folder}: {num_kept} pictures are there, {len(jobs)} to make", flush=True)
-    problems = {}
-    for made in run_jobs(jobs):
-        for sentence in made.warnings:
+            doubts[photo.name] = doubt
+    print(f"{folder}: {len(doubts)} pictures are there, {len(jobs)} to make", flush=True)
+    for job, (problem, doubt, sentences) in zip(jobs, run_jobs(jobs), strict=True):
+        for sentence in sentences:
             print(f"warning: {sentence}", file=sys.stderr)
-        if made.problem:
-            problems[made.name] = made.problem
-        else:
-            doubts[made.name] = made.doubt
-            listed.add(made.entry)
+        (problems if problem else doubts)[job.photo.name] = problem or doubt
     return problems, {name: doubt for name, doubt in doubts.items() if doubt}
 
 
-def stamp(photo, number, choices):
-    """What a picture is made from, as a short text: if anything of it changes, the text changes.
-
-    Of a photograph: path, size and time of the last change in nanoseconds. The text is a hash: a
-    path may hold a patient's name.
-    """
-    deciding = [choices["preprocessing"], choices["code"], choices["channels"]]
-    deciding.append(choices["image_size"])
-    if photo.path is None:
-        deciding += [choices["seed"], number, photo.grade, photo.hospital]
-    else:
-        state = os.stat(photo.path)
-        deciding += [os.path.abspath(photo.path), state.st_size, state.st_mtime_ns]
-    return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]
+def doubt_in(path):
+    """The doubt that a picture holds, "" for none; None where there is no such picture."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get(DOUBT, "")
+    except OSError:
+        return None
 
 
 def run_jobs(jobs):
-    """Run make_picture on every job, with a line of progress. Yields what became of each."""
+    """Run make_picture on every job, with a bar on a terminal. Yields what it returns."""
     if len(jobs) < FEWEST_FOR_PROCESSES:
         pool = ThreadPoolExecutor(1)
     else:
@@ -109,21 +95,9 @@ def run_jobs(jobs):
             mp_context=multiprocessing.get_context("spawn"),
             initializer=end_with_parent,
         )
-    started = time.monotonic()
     with pool:
-        for done, made in enumerate(pool.map(make_picture, jobs, chunksize=8), start=1):
-            show_progress(done, len(jobs), time.monotonic() - started)
-            yield made
-
-
-def show_progress(done, total, seconds):
-    """One line that rewrites itself on a terminal; in a log file, a line for every tenth."""
-    terminal = sys.stdout.isatty()
-    num_steps = 100 if terminal else 10
-    if done * num_steps // total == (done - 1) * num_steps // total:
-        return
-    end = "\r" if terminal and done < total else "\n"
-    print(f"  {done} of {total} pictures, {done / seconds:.0f} a second", end=end, flush=True)
+        made = pool.map(make_picture, jobs, chunksize=8)
+        yield from track(made, "pictures", len(jobs), disable=not sys.stdout.isatty())
 
 
 def end_with_parent():
@@ -139,42 +113,38 @@ def end_with_parent():
 
 
 def make_picture(job):
-    """Make one picture. Returns a Made."""
-    name = job.photo.name
+    """Make one picture.
+
+    Returns (what is wrong with the photograph or "", why it may be no fundus or "", sentences of
+    Pillow).
+    """
+    photo, made_with = job.photo, job.made_with
     doubt = ""
     with warnings.catch_warnings(record=True) as caught:
         # Pillow warns of odd files; whoever reads it must know of which.
         warnings.simplefilter("always")
         try:
-            if job.photo.path is None:
-                image = draw(job)
-            elif job.choices["preprocessing"] == "imported":
-                image = import_picture(job.photo.path, job.choices["channels"])
+            if photo.path is None:
+                rng = np.random.default_rng([made_with["seed"], 0, job.number])
+                hospital = synthetic.hospital_of(photo.hospital)
+                image, _ = synthetic.draw(
+                    photo.grade, rng, made_with["image_size"], hospital=hospital
+                )
+            elif made_with["channels"]:
+                image = import_picture(photo.path, made_with["channels"])
             else:
                 image, doubt = photos.prepare_photograph(
-                    job.photo.path, job.choices["image_size"], job.choices["preprocessing"]
+                    photo.path, made_with["image_size"], made_with["preprocessing"]
                 )
         except ValueError as error:
-            return Made(name, problem=str(error))
-    sentences = tuple(dict.fromkeys(f"{job.photo.path}: {each.message}" for each in caught))
-    written = temporary(job.target)
-    try:
-        Image.fromarray(image).save(written)
-        facts = {"made_from": job.made_from}
-        if doubt:
-            facts["doubt"] = doubt
-        entry = publish_listed(written, job.target, facts)
-    finally:
-        written.unlink(missing_ok=True)
-    return Made(name, doubt=doubt, warnings=sentences, entry=entry)
-
-
-def draw(job):
-    """A drawn photograph: uint8 (image_size, image_size, 3)."""
-    rng = np.random.default_rng([job.choices["seed"], 0, job.number])
-    hospital = fundus.hospital_of(job.photo.hospital)
-    image, _ = fundus.draw(job.photo.grade, rng, job.choices["image_size"], hospital=hospital)
-    return image
+            return str(error), "", ()
+    sentences = tuple(dict.fromkeys(f"{photo.path}: {each.message}" for each in caught))
+    text = PngInfo()
+    if doubt:
+        text.add_text(DOUBT, doubt)
+    with replacing(job.target) as written:
+        Image.fromarray(image).save(written, pnginfo=text)
+    return "", doubt, sentences
 
 
 def import_picture(path, channels):
@@ -184,3 +154,26 @@ def import_picture(path, channels):
     """
     image = np.asarray(photos.open_image(path))
     return np.ascontiguousarray(image[..., ::-1]) if channels == "exchanged" else image
+
+
+# --- folders of other choices --------------------------------------------------------------------
+
+
+def tell_other_folders(used, remove):
+    """List the folders of pictures but `used`, with their size; remove: what is ours in them."""
+    for listed in sorted(PREPROCESSED.glob(f"*/{MADE_FROM}")):
+        folder = listed.parent
+        if folder == used:
+            continue
+        ours = [path for path in folder.iterdir() if OURS.fullmatch(path.name)]
+        megabytes = sum(path.stat().st_size for path in ours) / 1e6
+        size = f"{len(ours):,} pictures, {megabytes:,.0f} MB"
+        if not remove:
+            print(f"{folder}: {size} that no index here points to (--remove-old removes them)")
+            continue
+        for path in (*ours, listed):
+            path.unlink()
+        left = any(folder.iterdir())
+        if not left:
+            folder.rmdir()
+        print(f"{folder}: {size} removed{'; files that are not ours stay' if left else ''}")

@@ -41,36 +41,83 @@ def photos_of(patients):
     return [photo for patient in patients for photo in patient.photos]
 
 
+def join_identical(photos, digests):
+    """(photos, lists of those that are copies of each other, by the `digests` of their files).
+
+    A photograph is of one patient, whatever it is called: so the patients of its copies are made
+    one, and lie on one side.
+    """
+    copies = {}
+    for photo, digest in zip(photos, digests, strict=True):
+        copies.setdefault(digest, []).append(photo)
+    copies = [same for same in copies.values() if len(same) > 1]
+    joined = {}  # patient -> the patient whose images they are, too
+
+    def patient_of(photo):
+        patient = photo.patient
+        while patient in joined:
+            patient = joined[patient]
+        return patient
+
+    for first, *others in copies:
+        for other in others:
+            if patient_of(other) != patient_of(first):
+                joined[patient_of(other)] = patient_of(first)
+    return [photo._replace(patient=patient_of(photo)) for photo in photos], copies
+
+
+def settle_parts(photos, val_part):
+    """(photos, sentences): each has the part "train", "val" or "", and a patient has one part.
+
+    The published test part is for a final test and left out, unless the set has no other part to
+    validate on. A patient of the training part is trained on with all images. val_part: what the
+    user said of the part to validate on; 1 takes all.
+    """
+    parts = {photo.part for photo in photos}
+    if parts <= {""} or val_part == 1:
+        return photos, []
+    sentences = []
+    if val_part is None and "val" not in parts:
+        photos = [photo._replace(part=photo.part.replace("test", "val")) for photo in photos]
+    train = {photo.patient for photo in photos if photo.part == "train"}
+    moved = {photo for photo in photos if photo.part != "train" and photo.patient in train}
+    if moved:
+        num_patients = len({photo.patient for photo in moved})
+        sentences.append(
+            f"patients in two parts, training and another: {num_patients}; their images in the "
+            f"other, {len(moved)}, are trained on, too"
+        )
+    photos = [photo._replace(part="train") if photo in moved else photo for photo in photos]
+    kept = [photo for photo in photos if photo.part != "test"]
+    if len(kept) < len(photos):
+        sentences.append(
+            f"{len(photos) - len(kept)} images of the published test part are left alone, to test "
+            "with at the end"
+        )
+    if val_part is not None:
+        sentences.append("--val-part decides: the parts that the data set itself tells do not")
+    return kept, sentences
+
+
 def choose_validation(photos, balanced, rng, val_part=None):
-    """(train, val): the published parts where there are any, else a part of each grade.
+    """(train, val): the parts that the data set tells, else a part of each grade.
 
     No patient is in both. balanced: the thesis's draw, which mixes the published parts. val_part:
     the part to hold out, 0..1, whatever is published; of 0 and 1 one of the two is empty. Raises
     ValueError where one of the two is without images otherwise.
     """
-    has_parts = any(photo.part for photo in photos)
-    if has_parts and not balanced and val_part is None:
-        train, val = published_parts(photos)
+    if any(photo.part for photo in photos) and not balanced and val_part is None:
+        held_out = {photo.patient for photo in photos if photo.part == "val"}
     else:
         parts = BALANCED if balanced else (VALIDATION if val_part is None else val_part,) * 5
         held_out = hold_out(photos, parts, rng)
-        train = [photo for photo in photos if photo.patient not in held_out]
-        val = [photo for photo in photos if photo.patient in held_out]
+    train = [photo for photo in photos if photo.patient not in held_out]
+    val = [photo for photo in photos if photo.patient in held_out]
     if (not train and val_part != 1) or (not val and val_part != 0):
         raise ValueError(
             f"found {len(train)} images to train on and {len(val)} to validate: expected some of "
             "each"
         )
-    return train, val
-
-
-def published_parts(photos):
-    """(train, val) as published; a patient who is in both is taken out of training."""
-    val = [photo for photo in photos if photo.part == "val"]
-    val_patients = {photo.patient for photo in val}
-    train = [
-        photo for photo in photos if photo.part == "train" and photo.patient not in val_patients
-    ]
     return train, val
 
 
@@ -93,8 +140,8 @@ def hold_out(photos, parts, rng):
 def split(photos, how, num_clients, rng, alpha=0.5, share=0):
     """Split training photos among clients; a list for each client.
 
-    how: "hospitals", "iid", "noniid" or "dirichlet". hospitals: by Photo.hospital (see
-    deal_hospitals).
+    how: "hospitals", "column", "iid", "noniid" or "dirichlet". hospitals, column: by Photo.hospital
+    (see deal_hospitals).
     noniid: the thesis's, for three clients. dirichlet: of each grade, parts from Dirichlet(alpha)
     (Hsu et al. 2019). share: so many images (Zhao et al. 2018), in the grades' proportions, are
     taken out before the split and given to every client; whole patients, so it can be some more or
@@ -142,8 +189,8 @@ def deal_enough(patients, how, num_clients, rng, alpha):
 
 def deal(patients, how, num_clients, rng, alpha):
     """Deal patients, ordered by grade, among clients: a list of Patient for each."""
-    if how == "hospitals":
-        return deal_hospitals(patients, num_clients)
+    if how in ("hospitals", "column"):
+        return deal_hospitals(patients, num_clients, by_name=how == "column")
     if how == "iid":
         return deal_evenly(patients, num_clients)
     groups = ((0,), (1, 2, 3, 4)) if how == "noniid" else ((0,), (1,), (2,), (3,), (4,))
@@ -181,15 +228,18 @@ def deal_evenly(patients, num_clients):
     return clients
 
 
-def deal_hospitals(patients, num_clients):
+def deal_hospitals(patients, num_clients, by_name):
     """Deal whole hospitals among clients: a list of Patient for each.
 
-    Clients take the hospitals in turn. Where there are more clients than hospitals, those of the
-    same hospital share its patients; where there are fewer, a client has several hospitals.
+    Clients take the hospitals in turn, by_name or in the order of their first photographs' names.
+    Where there are more clients than hospitals, those of the same hospital share its patients;
+    where there are fewer, a client has several hospitals. A patient of two hospitals goes to one.
     """
-    # By name, because `patients` come ordered by grade: then chance would order the hospitals.
+    # Not as they come: `patients` are ordered by grade, so that chance would order the hospitals.
     photos = sorted(photos_of(patients), key=lambda photo: photo.name)
     names = list(dict.fromkeys(photo.hospital for photo in photos))
+    if by_name:
+        names.sort()
     clients = [[] for _ in range(num_clients)]
     for number, name in enumerate(names):
         own = [patient for patient in patients if patient.photos[0].hospital == name]

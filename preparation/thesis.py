@@ -8,7 +8,7 @@ new_trainset.pkl, the others. A pickle is code: only files that the user trusts.
 from pathlib import Path, PureWindowsPath
 
 from data import INDEX_COLUMNS
-from preparation.datasets import DataSet, Photo, name_pictures
+from preparation.datasets import DataSet, Photo
 from preparation.tables import few
 
 # Names of one and the same index in several folders of the thesis.
@@ -39,7 +39,7 @@ def load(files, source):
             if path is None:
                 missing.append(f"{directory} of {file}")
                 continue
-            photo = photos.setdefault(path, Photo(path, int(grade), str(picture)))
+            photo = photos.setdefault(path, Photo(path, int(grade), str(path), name=path.stem))
             if photo.grade != int(grade):
                 raise ValueError(f"{file}: {path} has two grades, {photo.grade} and {grade}")
             indexes[name].append(path)
@@ -48,11 +48,9 @@ def load(files, source):
             f"{len(missing):,} pictures are missing: {few(missing)}: --source must be the folder "
             "of the pictures"
         )
-    named = dict(zip(photos, name_pictures(list(photos.values()), source), strict=True))
-    sentence = "the thesis's index tells no patients: each image counts as its own patient"
-    found = DataSet(list(named.values()), None, sentence)
-    names_of = {name: [named[path].name for path in paths] for name, paths in indexes.items()}
-    return found, complete_indexes(names_of, found)
+    sentence = "the thesis's index tells no patients: each image is its own patient"
+    found = DataSet(list(photos.values()), None, sentence)
+    return found, complete_indexes(indexes, found)
 
 
 def name_files(files):

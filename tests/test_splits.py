@@ -46,12 +46,37 @@ def test_a_patient_is_never_on_both_sides(grades, per_patient, seed):
     assert abs(len(val) - 0.2 * len(photos)) <= per_patient
 
 
-def test_published_parts_are_kept_and_a_patient_of_both_is_taken_from_training():
-    train = make_photos([4, 0, 4, 0, 0], part="train")
-    val = [Photo(None, 1, "patient 0", "val", "v0"), Photo(None, 1, "patient 99", "val", "v1")]
-    test = [Photo(None, 1, "patient 98", "test", "t0")]
-    kept, validation = splits.choose_validation(train + val + test, False, rng())
-    assert kept == train[1:] and validation == val
+def photo(name, patient, part=""):
+    return Photo(None, 1, patient, part, name)
+
+
+def test_a_patient_of_two_parts_is_trained_on_and_the_test_part_is_left_alone():
+    photos = [photo("a", "0", "train"), photo("b", "1", "train"), photo("c", "1", "val")]
+    photos += [photo("d", "2", "val"), photo("e", "3", "test"), photo("f", "0", "test")]
+    settled, sentences = splits.settle_parts(photos, None)
+    train, val = splits.choose_validation(settled, False, rng())
+    assert [each.name for each in train] == ["a", "b", "c", "f"]
+    assert [each.name for each in val] == ["d"]
+    assert "in two parts, training and another: 2; their images in the other, 2" in sentences[0]
+    assert "1 images of the published test part are left alone" in sentences[1]
+
+
+@pytest.mark.parametrize("val_part, parts", [
+    (None, ["train", "val"]),  # of two parts, the one that is not trained on validates
+    (0.2, ["train"]),  # whatever is held out, nothing of the test part is trained on
+    (1, ["train", "test"]),
+])  # fmt: skip
+def test_without_a_validation_part_the_test_part_validates(val_part, parts):
+    photos = [photo("a", "0", "train"), photo("b", "1", "test")]
+    settled, _ = splits.settle_parts(photos, val_part)
+    assert [each.part for each in settled] == parts
+
+
+def test_the_patients_of_copies_are_made_one():
+    photos = [photo(name, patient) for name, patient in zip("abcdef", "001123", strict=True)]
+    joined, copies = splits.join_identical(photos, ["u", "x", "x", "y", "y", "z"])
+    assert [[each.name for each in same] for same in copies] == [["b", "c"], ["d", "e"]]
+    assert len({each.patient for each in joined[:5]}) == 1 and joined[5].patient == "3"
 
 
 def test_balanced_is_the_thesis_draw_from_all_parts_of_ddr():

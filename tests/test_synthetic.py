@@ -1,14 +1,14 @@
-"""fundus: a seed gives the same drawing, only lesions tell the grade, a network can learn it."""
+"""synthetic: a seed gives the same drawing, only lesions tell the grade, a network can learn it."""
 
 import numpy as np
 import pytest
 
 import model
-from preparation import fundus
+from preparation import synthetic
 from reporting import metrics
 
 
-def drawn_set(count, seed, image_size=128, lesions=True, hospitals=(fundus.EQUAL_HOSPITAL,)):
+def drawn_set(count, seed, image_size=128, lesions=True, hospitals=(synthetic.EQUAL_HOSPITAL,)):
     """`count` images, of each hospital in turn: uint8 (n, size, size, 3), and grades int (n,)."""
     rng = np.random.default_rng(seed)
     images = []
@@ -16,28 +16,28 @@ def drawn_set(count, seed, image_size=128, lesions=True, hospitals=(fundus.EQUAL
     for number in range(count):
         hospital = hospitals[number % len(hospitals)]
         grade = int(rng.choice(5, p=hospital.grade_shares))
-        images.append(fundus.draw(grade, rng, image_size, lesions, hospital)[0])
+        images.append(synthetic.draw(grade, rng, image_size, lesions, hospital)[0])
         grades.append(grade)
     return np.stack(images), np.array(grades)
 
 
 def healthy_image(seed, image_size=128):
-    return fundus.draw(0, np.random.default_rng(seed), image_size)[0]
+    return synthetic.draw(0, np.random.default_rng(seed), image_size)[0]
 
 
 def test_image_and_mask_have_the_requested_size():
     for image_size in (32, 128):
-        image, mask = fundus.draw(4, np.random.default_rng(0), image_size)
+        image, mask = synthetic.draw(4, np.random.default_rng(0), image_size)
         assert image.shape == (image_size, image_size, 3) and image.dtype == np.uint8
         assert mask.shape == (image_size, image_size) and mask.dtype == bool
 
 
 def test_the_same_seed_gives_the_same_bits():
     for grade in range(5):
-        image, mask = fundus.draw(grade, np.random.default_rng(7), 64)
-        same_image, same_mask = fundus.draw(grade, np.random.default_rng(7), 64)
+        image, mask = synthetic.draw(grade, np.random.default_rng(7), 64)
+        same_image, same_mask = synthetic.draw(grade, np.random.default_rng(7), 64)
         assert (image == same_image).all() and (mask == same_mask).all()
-    assert (image != fundus.draw(4, np.random.default_rng(8), 64)[0]).any()
+    assert (image != synthetic.draw(4, np.random.default_rng(8), 64)[0]).any()
 
 
 def test_the_grade_does_not_move_the_random_stream():
@@ -45,7 +45,7 @@ def test_the_grade_does_not_move_the_random_stream():
     next_numbers = set()
     for grade in range(5):
         rng = np.random.default_rng(3)
-        fundus.draw(grade, rng, 32)
+        synthetic.draw(grade, rng, 32)
         next_numbers.add(int(rng.integers(2**60)))
     assert len(next_numbers) == 1
 
@@ -53,15 +53,15 @@ def test_the_grade_does_not_move_the_random_stream():
 @pytest.mark.parametrize("grade", [-1, 5, 1.5, "2"])
 def test_a_grade_that_does_not_exist_is_refused(grade):
     with pytest.raises(ValueError, match="there is no grade"):
-        fundus.draw(grade, np.random.default_rng(0), 32)
+        synthetic.draw(grade, np.random.default_rng(0), 32)
 
 
 @pytest.mark.parametrize("grade", [1, 2, 3, 4])
 def test_without_lesions_it_is_the_healthy_picture_and_differs_only_where_lesions_are(grade):
     for seed in range(5):
         healthy = healthy_image(seed)
-        without, empty = fundus.draw(grade, np.random.default_rng(seed), lesions=False)
-        sick, mask = fundus.draw(grade, np.random.default_rng(seed))
+        without, empty = synthetic.draw(grade, np.random.default_rng(seed), lesions=False)
+        sick, mask = synthetic.draw(grade, np.random.default_rng(seed))
         assert (without == healthy).all() and not empty.any() and mask.any()
         changed = np.abs(sick.astype(int) - healthy).max(axis=2)
         near = np.zeros_like(mask)  # the lens blurs a lesion over the neighbouring pixels
@@ -76,7 +76,7 @@ def test_lesion_area_grows_with_the_grade():
     rng = np.random.default_rng(0)
     areas = []
     for grade in range(5):
-        areas.append(np.mean([fundus.draw(grade, rng, 64)[1].mean() for _ in range(25)]))
+        areas.append(np.mean([synthetic.draw(grade, rng, 64)[1].mean() for _ in range(25)]))
     assert areas[0] == 0
     for less, more in zip(areas[:-1], areas[1:], strict=True):
         assert more > 1.1 * less, areas
@@ -104,13 +104,13 @@ def test_left_and_right_eyes_are_drawn():
     assert 15 < disc_on_the_right < 45
 
 
-@pytest.mark.parametrize("hospital", fundus.HOSPITALS, ids=lambda hospital: hospital.name)
+@pytest.mark.parametrize("hospital", synthetic.HOSPITALS, ids=lambda hospital: hospital.name)
 def test_a_hospital_is_described_without_a_slip(hospital):
     assert sum(hospital.grade_shares) == pytest.approx(1)
     assert hospital.grade_shares[0] == 0.5
-    assert fundus.hospital_of(hospital.name) is hospital
+    assert synthetic.hospital_of(hospital.name) is hospital
     # A misspelt kind would be drawn by nobody, and no one would notice.
-    assert set(hospital.lesions) <= set(fundus.LESIONS)
+    assert set(hospital.lesions) <= set(synthetic.LESIONS)
     for grade, share in enumerate(hospital.grade_shares):
         kinds = [kind for kind, counts in hospital.lesions.items() if grade in counts]
         assert bool(kinds) == (grade > 0 and share > 0)
@@ -119,7 +119,7 @@ def test_a_hospital_is_described_without_a_slip(hospital):
 def test_every_grade_comes_to_some_hospital_and_no_hospital_sees_all_of_them():
     seen = [
         {grade for grade, share in enumerate(hospital.grade_shares) if share}
-        for hospital in fundus.HOSPITALS
+        for hospital in synthetic.HOSPITALS
     ]
     assert set.union(*seen) == {0, 1, 2, 3, 4}
     assert all(len(grades) < 5 for grades in seen)
@@ -127,13 +127,15 @@ def test_every_grade_comes_to_some_hospital_and_no_hospital_sees_all_of_them():
 
 def lesion_lightness(hospital, grade, seed):
     """How much the lesions change the green of their pixels: below 0 blood, above 0 deposits."""
-    sick, mask = fundus.draw(grade, np.random.default_rng(seed), hospital=hospital)
-    without, _ = fundus.draw(grade, np.random.default_rng(seed), lesions=False, hospital=hospital)
+    sick, mask = synthetic.draw(grade, np.random.default_rng(seed), hospital=hospital)
+    without, _ = synthetic.draw(
+        grade, np.random.default_rng(seed), lesions=False, hospital=hospital
+    )
     return (sick.astype(int) - without)[mask][:, 1]
 
 
 def test_hospitals_see_other_lesions():
-    screening, macula, referral = fundus.HOSPITALS
+    screening, macula, referral = synthetic.HOSPITALS
     for seed in range(8):
         for hospital, grade in ((screening, 1), (screening, 2), (referral, 3), (referral, 4)):
             change = lesion_lightness(hospital, grade, seed)
@@ -146,7 +148,7 @@ def test_hospitals_see_other_lesions():
     areas = {}
     for hospital, grade in ((screening, 1), (referral, 4)):
         rng = np.random.default_rng(0)
-        masks = [fundus.draw(grade, rng, 64, hospital=hospital)[1] for _ in range(20)]
+        masks = [synthetic.draw(grade, rng, 64, hospital=hospital)[1] for _ in range(20)]
         areas[hospital.name] = np.mean(masks)
     assert areas["referral clinic"] > 3 * areas["screening centre"]
 
@@ -155,11 +157,11 @@ def test_the_cameras_of_the_hospitals_differ():
     """The same eyes, photographed in each hospital."""
     reds_per_blue = []
     disc_distances = []
-    for hospital in fundus.HOSPITALS:
+    for hospital in synthetic.HOSPITALS:
         images = []
         for seed in range(20):
             rng = np.random.default_rng(seed)
-            images.append(fundus.draw(0, rng, hospital=hospital)[0].astype(float))
+            images.append(synthetic.draw(0, rng, hospital=hospital)[0].astype(float))
         images = np.stack(images)
         middle = images[:, 40:88, 40:88]
         reds_per_blue.append(middle[..., 0].mean() / middle[..., 2].mean())
@@ -175,18 +177,18 @@ def test_the_cameras_of_the_hospitals_differ():
 
 def test_a_hospital_does_not_move_the_random_stream():
     next_numbers = set()
-    for hospital in (fundus.EQUAL_HOSPITAL, *fundus.HOSPITALS):
+    for hospital in (synthetic.EQUAL_HOSPITAL, *synthetic.HOSPITALS):
         rng = np.random.default_rng(3)
-        fundus.draw(3, rng, 32, hospital=hospital)
+        synthetic.draw(3, rng, 32, hospital=hospital)
         next_numbers.add(int(rng.integers(2**60)))
     assert len(next_numbers) == 1
 
 
 def test_the_same_seed_gives_the_same_bits_in_every_hospital_and_each_its_own():
     images = set()
-    for hospital in (fundus.EQUAL_HOSPITAL, *fundus.HOSPITALS):
-        image, _ = fundus.draw(0, np.random.default_rng(7), 64, hospital=hospital)
-        same, _ = fundus.draw(0, np.random.default_rng(7), 64, hospital=hospital)
+    for hospital in (synthetic.EQUAL_HOSPITAL, *synthetic.HOSPITALS):
+        image, _ = synthetic.draw(0, np.random.default_rng(7), 64, hospital=hospital)
+        same, _ = synthetic.draw(0, np.random.default_rng(7), 64, hospital=hospital)
         assert (image == same).all()
         images.add(image.tobytes())
     assert len(images) == 4
@@ -204,7 +206,7 @@ def fit_logistic_regression(features, target, penalty):
 
 
 @pytest.mark.parametrize("count, size", [(300, 32), pytest.param(900, 128, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("hospitals", [[fundus.EQUAL_HOSPITAL], fundus.HOSPITALS])
+@pytest.mark.parametrize("hospitals", [[synthetic.EQUAL_HOSPITAL], synthetic.HOSPITALS])
 def test_colour_thumbnails_do_not_tell_the_grade(count, size, hospitals):
     """8 x 8 pixels are too few to see a lesion: who can tell the grade there has seen something
     else that should not be there."""

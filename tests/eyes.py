@@ -1,0 +1,112 @@
+"""Photographs of eyes, and of what is none, for the tests: all made here, none of a patient."""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from preparation import synthetic
+
+
+def eye(size=240, width=360, height=320, grade=2, seed=4):
+    """A synthetic eye on black, with room around it: a PIL image."""
+    pixels, _ = synthetic.draw(grade, np.random.default_rng(seed), size)
+    image = Image.new("RGB", (width, height))
+    image.paste(Image.fromarray(pixels), ((width - size) // 2, (height - size) // 2))
+    return image
+
+
+def noisy(image, seed=0):
+    """As a camera gives it: no plane of one colour is quite one colour."""
+    noise = np.random.default_rng(seed).normal(0, 4, (image.height, image.width, 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+def drawing(colour, *shapes, size=(640, 480)):
+    """A picture of shapes (what, box, colour) on a plane, as a camera gives it."""
+    image = Image.new("RGB", size, colour)
+    pen = ImageDraw.Draw(image)
+    for what, box, fill in shapes:
+        getattr(pen, what)(box, fill=fill)
+    return noisy(image)
+
+
+def landscape():
+    sky = np.linspace((90, 140, 220), (200, 220, 240), 480)[:, None].repeat(640, 1)
+    image = Image.fromarray(sky.astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((480, 40, 560, 120), fill=(255, 240, 180))
+    pen.polygon([(0, 480), (0, 300), (200, 180), (400, 320), (640, 240), (640, 480)], (40, 110, 50))
+    return noisy(image)
+
+
+def face():
+    return drawing(
+        (120, 120, 125),
+        ("ellipse", (120, 380, 520, 700), (40, 50, 90)),
+        ("ellipse", (210, 60, 430, 380), (215, 170, 140)),
+        ("ellipse", (260, 180, 300, 205), (40, 30, 20)),
+        ("ellipse", (340, 180, 380, 205), (40, 30, 20)),
+        ("ellipse", (280, 300, 360, 325), (170, 60, 60)),
+    )
+
+
+def smiley():
+    image = Image.new("RGB", (480, 480), "white")
+    pen = ImageDraw.Draw(image)
+    for box, fill in (
+        ((40, 40, 440, 440), (250, 210, 40)),
+        ((150, 150, 190, 210), "black"),
+        ((290, 150, 330, 210), "black"),
+        ((150, 280, 330, 360), (120, 30, 30)),
+    ):
+        pen.ellipse(box, fill=fill)
+    return image
+
+
+def oct_scan():
+    """Layers of the retina seen from the side, in grey: optical coherence tomography."""
+    y, x = np.mgrid[:400, :760]
+    layer = 200 + 40 * np.sin(x / 120) - 60 * np.exp(-(((x - 380) / 60) ** 2))
+    bright = 180 * np.exp(-(((y - layer) / 25) ** 2)) + 90 * np.exp(-(((y - layer - 70) / 15) ** 2))
+    speckle = np.random.default_rng(0).gamma(2, 12, bright.shape)
+    return Image.fromarray((bright + speckle).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def two_eyes():
+    image = Image.new("RGB", (720, 320))
+    image.paste(eye(), (0, 0))
+    image.paste(eye(seed=5), (360, 0))
+    return image
+
+
+def letter():
+    image = Image.new("RGB", (600, 800), "white")
+    pen = ImageDraw.Draw(image)
+    for line in range(30):
+        pen.text(
+            (60, 60 + 22 * line), "Dear colleague, the fundus of this patient is", fill="black"
+        )
+    return noisy(image)
+
+
+def grey_disc(level):
+    return drawing("black", ("ellipse", (100, 40, 500, 440), (level, level, level)))
+
+
+NO_FUNDUS = {
+    "landscape": landscape,
+    "face": face,
+    "smiley": smiley,
+    "white sheet": lambda: drawing((250, 250, 248)),
+    "black": lambda: drawing("black"),
+    "oct": oct_scan,
+    "blurred": lambda: eye().filter(ImageFilter.GaussianBlur(8)),
+    "tiny": lambda: eye().resize((20, 13)),
+    "small": lambda: eye(180),
+    "far away": lambda: eye(220, 1600, 1200),
+    "two eyes": two_eyes,
+    "letter": letter,
+    "noise": lambda: noisy(Image.new("RGB", (400, 300), "grey")),
+    "overexposed": lambda: grey_disc(252),
+    "underexposed": lambda: grey_disc(11),
+    "close-up": lambda: eye(600, 300, 300),
+}

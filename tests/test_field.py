@@ -1,0 +1,106 @@
+"""field: the eye is found whatever is around it, and what is no fundus is told."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eyes import NO_FUNDUS, eye
+from PIL import Image, ImageDraw
+
+from preparation.field import find_field, whole_field, why_no_fundus
+from preparation.photos import open_image
+
+IDRID = Path(__file__).parents[2] / "shared/fundus/idrid"
+
+
+def mask_of(image):
+    return Image.fromarray(find_field(image).mask((image.height, image.width)))
+
+
+def on_colour(colour):
+    return Image.composite(eye(), Image.new("RGB", eye().size, colour), mask_of(eye()))
+
+
+def with_text(image, colour="white", xy=(4, 4)):
+    ImageDraw.Draw(image).text(xy, "DOE, JANE  1950-01-01", fill=colour, font_size=16)
+    return image
+
+
+def with_notch():
+    """A triangle that sticks out of the right rim, as a camera marks the right way up."""
+    image, field = eye(), find_field(eye())
+    x, y = field.x + field.radius * 0.85, field.y - field.radius * 0.53
+    ImageDraw.Draw(image).polygon([(x, y - 8), (x, y + 8), (x + 18, y)], fill=(150, 90, 50))
+    return image
+
+
+def with_glow():
+    return Image.fromarray(np.maximum(np.asarray(eye()), 12).astype(np.uint8))
+
+
+def cut(*box):
+    return eye().crop(box)
+
+
+AROUND = {
+    "white": (lambda: on_colour("white"), (0, 0)),
+    "grey": (lambda: on_colour((128, 128, 128)), (0, 0)),
+    "blue": (lambda: on_colour((30, 60, 160)), (0, 0)),
+    "dark grey": (lambda: on_colour((40, 40, 40)), (0, 0)),
+    "glowing black": (with_glow, (0, 0)),
+    "text": (lambda: with_text(eye()), (0, 0)),
+    "text on white": (lambda: with_text(on_colour("white"), "black"), (0, 0)),
+    "caption": (lambda: with_text(eye(), xy=(150, 300)), (0, 0)),
+    "notch": (with_notch, (0, 0)),
+    "cut above and below": (lambda: cut(0, 70, 360, 250), (0, 70)),
+    "cut at the left": (lambda: cut(100, 0, 360, 320), (100, 0)),
+    "cut all around": (lambda: cut(90, 70, 270, 250), (90, 70)),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_the_eye_is_found_whatever_is_around_it(name):
+    make, (left, top) = AROUND[name]
+    plain, field = find_field(eye()), find_field(make())
+    assert abs(field.radius - plain.radius) < 2
+    assert abs(field.x + left - plain.x) < 2 and abs(field.y + top - plain.y) < 2
+
+
+@pytest.mark.parametrize("name", NO_FUNDUS)
+def test_what_is_no_fundus_is_told(name):
+    image = NO_FUNDUS[name]()
+    assert why_no_fundus(image, find_field(image), image.width)
+
+
+def test_an_eye_is_a_fundus_and_its_photograph_s_own_size_counts():
+    half = eye().resize((180, 160))
+    assert why_no_fundus(eye(), find_field(eye()), 360) == ""
+    assert why_no_fundus(half, find_field(half), 360) == ""
+    assert "pixels across, expected 200" in why_no_fundus(half, find_field(half), 180)
+
+
+def test_without_a_disc_the_field_is_all_that_is_bright():
+    image = Image.new("RGB", (100, 60), (7, 7, 7))
+    ImageDraw.Draw(image).rectangle((10, 5, 59, 44), fill=(8, 8, 8))
+    field = whole_field(image)
+    left, right = field.edges(np.array([6.0, 44.0]))
+    assert (field.top, field.bottom) == (5, 45)
+    assert left.tolist() == [10, 10] and right.tolist() == [60, 60]
+    with pytest.raises(ValueError, match="nothing in it is brighter than grey level 7"):
+        whole_field(Image.new("RGB", (40, 30)))
+
+
+def test_real_photographs_are_fundi_of_one_camera():
+    """All of IDRiD is by one camera. IDRiD_305 has a notch, 179 and 184 are dark on one side."""
+    if not IDRID.is_dir():
+        pytest.skip(f"the real photographs are not here: {IDRID}")
+    refused = []
+    paths = sorted(IDRID.rglob("*.jpg"))
+    for path in paths:
+        image = open_image(path)
+        field = find_field(image)
+        if why_no_fundus(image, field, image.width):
+            refused.append(path.name)
+        else:
+            assert 253 < field.radius < 257, path
+    assert len(refused) <= 0.01 * len(paths), refused
