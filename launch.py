@@ -576,10 +576,9 @@ def write_comparison(folder, series):
     assessed = {}
     for name, of_series in series.items():
         rows += [{"series": name, **row} for row in read_rows(of_series / "history.csv")]
-        # the server's model has a card, central.py's only what a card says of its scores
         path = of_series / "server_weight.json"
         if not path.exists():
-            path = of_series / "assessed.json"
+            path = of_series / "central_weight.json"
         assessed[name] = json.loads(path.read_text(encoding="utf-8"))["tasks"]
     columns = ["series", "round", "loss", "accuracy", "auc", "sensitivity", "specificity"]
     files.publish_text(folder / "compare.json", json.dumps(assessed, indent=1) + "\n")
@@ -637,11 +636,9 @@ def run(processes, flags):
             server_log=SERVER_LOG,  # not in server/: --fresh moves away what is there
         )
     print_history()
-    report_flags = []
     if "--no-alone" not in flags:
         train_alone(processes, clients, flags)
-        report_flags = ["--compare", ALONE / "compare.csv"]
-    processes.run_script("report.py", *report_flags)
+    processes.run_script("report.py")
 
 
 def state_of_run(flags):
@@ -704,6 +701,7 @@ def train_each_alone(processes, clients, flags, folder):
             f"{name} alone",
             "central.py",
             *["--index", f"index/{worker}.pkl", "--out", ALONE / name],
+            *["--like", "server/server_weight.h5"],
             *["--threads", threads_each(len(clients))],
             *central_flags(flags),
             cwd=folder,
@@ -783,7 +781,14 @@ def compare(processes, flags):
     shutil.copy(work / "compare.csv", PROJECT)
     shutil.copy(work / "compare.json", PROJECT)
     for split in splits:
-        step(processes, work / split, "report.py", "--compare", "../compare.csv")
+        # the page finds by itself who was trained alone beside its own federation
+        others = {
+            name: folder
+            for name, folder in series.items()
+            if folder != work / split / "server" and folder.parent.name != ALONE.name
+        }
+        words = [f"--beside={name}={folder}" for name, folder in others.items()]
+        step(processes, work / split, "report.py", *words)
 
 
 def federate_split(processes, folder, flags):
