@@ -3,15 +3,17 @@
     python3 report.py                          # the server's: server/report.html
     python3 report.py --client-dir client002   # a hospital's, of its own held-out patients
 
-It shows what central.py made of the same run beside it: each hospital alone, the result tuned at
-home. The page needs nothing else: no network, no script, no other file.
-Needs the packages of requirements-report.txt. No model is trained and no number made up in here.
+Beside the federated model it shows what central.py trained --like this run: each hospital alone,
+at home also the result that was fine-tuned there. The page names the command where one is missing,
+and needs nothing else: no network, no script, no other file.
+Needs the packages of requirements-report.txt. No model is trained in here.
 """
 
 import argparse
 import csv
 import importlib.util
 import math
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,10 +154,9 @@ def load_server(args):
         index = data.worker_index(client, args.index_dir)
         known = compare(run, answers, "alone", title, folder)
         if not known and index and index.exists():
-            run.commands.append(alone_command(weights, index, folder))
+            run.commands.append(alone_command(weights, index, folder, Path(client)))
     if not run.commands and not run.others:  # the hospitals' images are elsewhere
         run.commands.append("python3 report.py --client-dir client001    # at the hospital")
-    compare(run, answers, "beside", "all images in one place", Path("central"))
     for name, folder in args.beside:
         if not compare(run, answers, "beside", name, folder, of_this_run=False):
             raise ValueError(f"--beside {folder} holds no model: {'; '.join(run.left_out)}")
@@ -180,18 +181,24 @@ def load_client(args):
         index = args.index_dir / "worker1.pkl"
     alone = Path("alone") / client
     if not compare(run, answers, "alone", "this hospital alone", alone):
-        run.commands.append(alone_command(weights, index, alone))
+        run.commands.append(alone_command(weights, index, alone, args.client_dir))
     tuned = Path("fine-tuned") / client
     if not compare(run, answers, "fine-tuned", "federated, then fine-tuned here", tuned):
-        run.commands.append(
-            f"python3 central.py --fine-tune {weights} --index {index} --out {tuned}"
-        )
+        run.commands.append(central_command("--fine-tune", weights, index, tuned))
     run.candidates = run.others
     return run
 
 
-def alone_command(weights, index, folder):
-    return f"python3 central.py --like {weights} --index {index} --out {folder}"
+def alone_command(weights, index, folder, client_dir):
+    """The command that trains a hospital alone, with as many passes a round as its client made."""
+    trained = read_table(client_dir / "history.csv", "epoch")
+    epochs = max((int(row["epoch"] or 1) for row in trained), default=1)
+    return central_command("--like", weights, index, folder) + f" --epochs {epochs}"
+
+
+def central_command(source_flag, weights, index, folder):
+    words = [source_flag, weights, "--index", index, "--out", folder]
+    return shlex.join(["python3", "central.py", *map(str, words)])
 
 
 def compare(run, answers, kind, name, folder, of_this_run=True):

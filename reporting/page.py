@@ -1,7 +1,7 @@
 """Reporting: the page of report.py. This file says what is on it, page.html how it looks.
 
-Each function takes report.Run and gives numbers, sentences or a drawing (SVG) to the template,
-which escapes all text. No file is written in here, and no model asked: its answers are in the Run.
+Each method of Page gives numbers, sentences or a drawing (SVG) to the template, which escapes all
+text. No file is written in here, and no model asked: what it answered is in the Run of report.py.
 """
 
 import base64
@@ -9,6 +9,7 @@ import io
 import shlex
 import textwrap
 from contextlib import contextmanager
+from itertools import chain, cycle
 from pathlib import Path
 
 import jinja2
@@ -30,14 +31,15 @@ MAX_PICTURES = 6  # in each gallery
 PICTURE_PX = 128  # a side
 LABEL_WIDTH = 22  # characters in a line of a name beside a drawing
 SCREENED = (100, 900)  # of 1,000 people, with and without referable DR
-# Okabe and Ito's colours (2008), which people with any colour vision tell apart. Dashes and markers
-# say the same without colour. The first is the federation's.
+# After Okabe and Ito (2008), whose colours people with any colour vision tell apart; darker, for
+# names are written in them. Dashes and markers say the same without colour. The first is the
+# federation's.
 STYLES = (
     {"color": "#0072b2", "linestyle": "-", "marker": "o", "linewidth": 2.4},
     {"color": "#d55e00", "linestyle": "--", "marker": "s"},
-    {"color": "#007d5c", "linestyle": "-.", "marker": "^"},
+    {"color": "#1a1a1a", "linestyle": "-.", "marker": "^"},
     {"color": "#b04a86", "linestyle": ":", "marker": "D"},
-    {"color": "#5c5c5c", "linestyle": (0, (6, 1, 1, 1, 1, 1)), "marker": "v"},
+    {"color": "#007d5c", "linestyle": (0, (6, 1, 1, 1, 1, 1)), "marker": "v"},
     {"color": "#8a6d00", "linestyle": (0, (1, 1)), "marker": "P"},
 )
 FIGURE_STYLE = {
@@ -184,7 +186,9 @@ class Page:
         """
         ends = []
         with drawing("AUC by round, of each model", 4.9, 3.1) as (axes, finish):
-            for style, model in zip(STYLES, self.models, strict=False):
+            # of many hospitals some share a style, and the names at the ends tell them apart
+            styles = chain(STYLES[:1], cycle(STYLES[1:]))
+            for style, model in zip(styles, self.models, strict=False):
                 rows = [(row["round"], row[TASK]["auc"]) for row in model.card.get("by_round", [])]
                 points = [(where, area) for where, area in rows if area is not None]
                 if points:
@@ -282,6 +286,7 @@ class Page:
                 self.patients[half],
                 self.threshold,
             )
+            # the hospital itself where no client is it alone
             name = next((name for name in clients if name.endswith(f"({hospital})")), hospital)
             rows.append({"name": name, "images": int(half.sum()), **measured})
         return rows
