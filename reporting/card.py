@@ -229,7 +229,7 @@ def parse(content):
             raise ValueError(f"its {name!r} is {card[name]}, expected 16 to 4096 pixels")
     for task in TASKS:
         check_task(task, card["tasks"].get(task))
-    check_rounds(card.get("by_round", []))  # a card from the wire has none
+    check_rounds(card.get("by_round", []))  # older cards have none
     return card
 
 
@@ -268,12 +268,12 @@ def is_part(number):
 
 def to_wire(card):
     """The card as ASCII JSON of at most MAX_WIRE_BYTES, for the metadata fedml-card."""
-    # of a hundred rounds, by_round alone would be too long
-    card = {name: value for name, value in card.items() if name != "by_round"}
     text = json.dumps(card, separators=(",", ":"))  # ASCII: all else is escaped
-    if len(text) > MAX_WIRE_BYTES:
-        # of many clients: num_clients and num_examples still say how many there were
-        text = json.dumps({**card, "clients": {}}, separators=(",", ":"))
+    # Of many rounds, then of many clients; num_clients and num_examples still say how many.
+    for name, nothing in (("by_round", []), ("clients", {})):
+        if len(text) > MAX_WIRE_BYTES:
+            card = {**card, name: nothing}
+            text = json.dumps(card, separators=(",", ":"))
     return text
 
 

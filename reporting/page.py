@@ -26,7 +26,6 @@ from reporting import metrics
 from reporting.metrics import TASKS
 
 TASK = "referable DR"  # what the verdict and the use of the model are about
-SHOWN_TASKS = {TASK: TASKS[TASK], **TASKS}  # that one first
 MAX_PICTURES = 6  # in each gallery
 PICTURE_PX = 128  # a side
 LABEL_WIDTH = 22  # characters in a line of a name beside a drawing
@@ -90,12 +89,18 @@ def how_it_did(difference):
 class Page:
     """What the template asks for, of one report.Run.
 
-    models   those that are compared: the federated one first
-    used     the one to use; reasons  sentences: how the candidates did beside it
+    models     those that are compared: the federated one first
+    used       the one to use, of which all figures are that are of one model
+    reasons    sentences: how the candidates did beside the federated one
+    tasks      {task: its least grade}, as far as the labels tell
+    choosing, reporting   bool (n,): the images of the patients who choose and who are scored
     """
 
     def __init__(self, run):
         self.run = run
+        # that of the verdict first; of labels that only say "referable" there is no other
+        self.referable_only = bool(run.prepared.get("referable"))
+        self.tasks = {TASK: TASKS[TASK], **({} if self.referable_only else TASKS)}
         self.grades = np.array([record["label"] for record in run.val])
         self.patients = np.array(data.patients(run.val))
         self.choosing = metrics.choosing_half(self.grades, data.patients(run.val))
@@ -117,7 +122,7 @@ class Page:
         )
         environment.filters.update(number=number, interval=interval, signed=signed)
         return environment.get_template("page.html").render(
-            page=self, run=self.run, card=self.card, task=TASK, tasks=SHOWN_TASKS
+            page=self, run=self.run, card=self.card, task=TASK, tasks=self.tasks
         )
 
     def score(self, model, half, task=TASK):
@@ -126,6 +131,11 @@ class Page:
 
     def positive(self, half, task=TASK):
         return self.grades[half] >= TASKS[task]
+
+    def grade_name(self, grade):
+        if self.referable_only:
+            return "referable" if grade >= TASKS[TASK] else "not referable"
+        return f"{grade}, {GRADE_NAMES[grade]}"
 
     # --- (a) what federation brought ---
 
@@ -253,7 +263,7 @@ class Page:
                 of_grade = grades == grade
                 called = score[of_grade] > self.threshold
                 part = float(np.mean(called))
-                name = f"{grade}, {GRADE_NAMES[grade]}\n{called.sum()} of {len(called)} images"
+                name = f"{self.grade_name(grade)}\n{called.sum()} of {len(called)} images"
                 should_be = grade >= TASKS[TASK]
                 axes.bar(
                     name,
@@ -319,7 +329,7 @@ class Page:
         open_image(record["dir"]).resize((PICTURE_PX, PICTURE_PX)).save(png, "PNG")
         return {
             "data": base64.b64encode(png.getvalue()).decode(),
-            "grade": f"{record['label']}, {GRADE_NAMES[record['label']]}",
+            "grade": self.grade_name(record["label"]),
             "score": float(score),
             "name": record["picture"],
         }
@@ -340,7 +350,7 @@ class Page:
     def roc(self):
         with drawing("ROC", 4.4, 3.6) as (axes, finish):
             axes.plot([0, 1], [0, 1], ":", color="#9aa3af", linewidth=1)
-            for style, task in zip(STYLES, SHOWN_TASKS, strict=False):
+            for style, task in zip(STYLES, self.tasks, strict=False):
                 score = self.score(self.used, self.reporting, task)
                 positive = self.positive(self.reporting, task)
                 if not positive.any() or positive.all():  # there is no ROC curve of one class
@@ -359,35 +369,37 @@ class Page:
             return finish()
 
     def calibration(self):
-        """A drawing: the part that has any DR, in groups of neighbouring scores."""
-        score = self.score(self.used, self.reporting, "any DR")
-        groups = metrics.calibration(score, self.positive(self.reporting, "any DR"))
+        """(a drawing, the conclusion, its figures), of the task that the network learns."""
+        task = list(self.tasks)[-1]
+        score = self.score(self.used, self.reporting, task)
+        positive = self.positive(self.reporting, task)
+        groups = metrics.calibration(score, positive)
         with drawing("Calibration", 4.4, 3.6) as (axes, finish):
             axes.plot([0, 1], [0, 1], ":", color="#9aa3af", linewidth=1)
             for mean_score, part, n in groups:
                 with_interval(axes, mean_score, part, n, fmt="o", color=STYLES[0]["color"])
-            axes.set(xlabel="mean score of a group of images", ylabel="part that has any DR")
+            axes.set(xlabel="mean score of a group of images", ylabel=f"part that has {task}")
             axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-            return finish()
-
-    def calibration_in_words(self):
-        """(the conclusion, its figures): texts."""
-        score = self.score(self.used, self.reporting, "any DR")
-        positive = self.positive(self.reporting, "any DR")
-        groups = metrics.calibration(score, positive)
+            drawn = finish()
         if not groups:
-            return "not measured", ""
+            return drawn, "not measured", ""
         bias = metrics.mean_difference(positive, score, self.patients[self.reporting])
         figures = (
             f"The mean score is {score.mean():.2f}, and {positive.mean():.2f} of the images have "
-            f"any DR: a difference of {difference_text(bias)}. The expected calibration error is "
+            f"{task}: a difference of {difference_text(bias)}. The expected calibration error is "
             f"{metrics.calibration_error(groups):.2f}."
         )
-        if bias.low > 0:
-            return "scores are too low to be read as probabilities", figures
-        if bias.high < 0:
-            return "scores are too high to be read as probabilities", figures
-        return "scores are on average neither too low nor too high", figures
+        conclusion = "scores are on average neither too low nor too high"
+        if bias.low > 0 or bias.high < 0:
+            direction = "low" if bias.low > 0 else "high"
+            conclusion = f"scores are too {direction} to be read as probabilities"
+        return drawn, conclusion, figures
+
+    def trained_on(self):
+        """[(hospital, number of its images), ...]"""
+        clients = self.run.federated.card["clients"]
+        names = {client: cards.name_of(client, self.run.prepared) for client in clients}
+        return [(names[client], clients[client]) for client in sorted(clients)]
 
     def seconds(self):
         """{what: median seconds of a round, or None}; training is the slowest client's."""

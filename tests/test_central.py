@@ -102,22 +102,17 @@ def test_not_every_round_needs_to_be_scored(here, trained):
     assert [row["round"] for row in history(here / "central")] == ["2", "4", "5"]
 
 
-def test_like_a_run_is_with_the_settings_of_its_card(here, trained):
-    assert run("--rounds", "3", "--seed", "5") == 0
-    assert central.main(["--like", "central/central_weight.h5", "--out", "alone"]) == 0
-    assert files.sha256_of("alone/central_weight.h5") == files.sha256_of(
-        "central/central_weight.h5"
-    )
-    assert trained[3:] == [(30, 1, 1), (30, 2, 1), (30, 3, 1)]
-
-
-def test_fine_tuning_goes_on_from_the_result_and_its_learning_rate(here, trained):
+@pytest.mark.parametrize(
+    "flag, calls",
+    [("--like", [(30, 1, 1), (30, 2, 1)]), ("--fine-tune", [(30, 3, 2)])],
+)
+def test_settings_come_from_a_card(here, trained, flag, calls):
+    """As in that run; or on from its weights, and at the learning rate of its next round."""
     assert run("--seed", "5") == 0
-    assert central.main(["--fine-tune", "central/central_weight.h5", "--out", "tuned"]) == 0
-    assert files.sha256_of("tuned/central_weight.h5") == files.sha256_of(
-        "central/central_weight.h5"
-    )
-    assert trained[2:] == [(30, 3, 2)]
+    assert central.main([flag, "central/central_weight.h5", "--out", "other"]) == 0
+    made = [files.sha256_of(f"{name}/central_weight.h5") for name in ("central", "other")]
+    assert made[0] == made[1]
+    assert trained[2:] == calls
 
 
 @pytest.mark.parametrize(

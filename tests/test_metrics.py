@@ -1,12 +1,9 @@
 """metrics.py: the metrics of finding DR, and intervals that hold what they promise."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from reporting import metrics
 
@@ -79,14 +76,6 @@ def test_without_a_class_there_is_no_number():
     assert measured["accuracy"].value == measured["specificity"].value == pytest.approx(2 / 3)
     for name in ("auc", "sensitivity", "sensitivity_at_90", "specificity_at_90"):
         assert np.isnan(measured[name]).all(), name
-
-
-def test_numpy_is_all_that_it_needs():
-    code = "import sys; from reporting import metrics; print(*sys.modules)"
-    command = [sys.executable, "-c", code]
-    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for package in ("tensorflow", "keras", "scipy", "matplotlib", "jinja2", "PIL"):
-        assert package not in loaded.split()
 
 
 def test_the_calibration_error_is_the_mean_distance_of_groups_from_the_line():

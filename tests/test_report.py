@@ -105,13 +105,7 @@ def test_it_ends_with_the_verdict_the_page_and_the_next_command(here, capsys):
     _, page, command = capsys.readouterr().out.splitlines()  # the verdict comes first
     assert page.endswith((here / "server" / "report.html").as_uri())
     assert "python3 predict.py --weights server/server_weight.h5" in command
-    assert (here / "server" / "report.html").read_text().startswith("<!DOCTYPE html>")
-
-
-def test_hospitals_alone_of_this_run_are_found(here):
-    run = loaded()
-    assert names_of(run) == [("alone", "client001 (screening centre) alone")]
-    assert run.commands == [] and run.left_out == []
+    assert "client001 (screening centre) alone" in (here / "server" / "report.html").read_text()
 
 
 def test_a_card_keeps_what_was_measured_of_each_round(here):
@@ -119,7 +113,9 @@ def test_a_card_keeps_what_was_measured_of_each_round(here):
     assert [row["round"] for row in card["by_round"]] == [1, 2]
     for task, entry in card["tasks"].items():
         assert card["by_round"][-1][task]["auc"] == entry["measured"]["auc"][0]
-    assert cards.parse(cards.to_wire(card)).get("by_round") is None  # it would be too long
+    card["by_round"] *= 50  # what is too long for the wire is left out there
+    assert len(cards.to_wire(card)) <= cards.MAX_WIRE_BYTES
+    assert cards.parse(cards.to_wire(card))["by_round"] == []
 
 
 def test_one_of_another_run_is_left_out_and_the_command_is_named(here):
@@ -192,11 +188,12 @@ def test_a_model_that_answers_nan_is_no_model(here, capsys, monkeypatch):
     assert "answers NaN for 60 of 60 images" in refused(capsys)
 
 
-@pytest.mark.parametrize("by_round", ["x", [1], [{"round": 1}]])
-def test_a_card_with_other_rounds_than_ours_is_refused(here, capsys, by_round):
-    card = json.loads((here / "server" / "server_weight.json").read_text())
-    (here / "server" / "server_weight.json").write_text(json.dumps({**card, "by_round": by_round}))
-    assert "by_round" in refused(capsys)
+def test_a_card_with_other_rounds_than_ours_is_refused(here, capsys):
+    path = here / "server" / "server_weight.json"
+    card = json.loads(path.read_text())
+    for by_round in ("x", [1], [{"round": 1}]):
+        path.write_text(json.dumps({**card, "by_round": by_round}))
+        assert "by_round" in refused(capsys)
 
 
 def test_what_is_missing_is_one_sentence(here, monkeypatch, capsys):
