@@ -1,19 +1,20 @@
-"""The result of a run as one page, server/report.html.
+"""The result of a run as one page: what federation brought, and the one model to use.
 
-The page needs nothing else: no network, no script, no other file.
+    python3 report.py                          # the server's: server/report.html
+    python3 report.py --client-dir client002   # a hospital's, of its own held-out patients
 
-    python3 report.py
-    python3 report.py --compare compare.csv      # with the curves of ./compare.sh
-
-Clients' images and training times are shown where they are on this machine.
-Needs the packages of requirements-report.txt.
+Beside the federated model it shows what central.py trained --like this run: each hospital alone,
+at home also the result that was fine-tuned there. The page names the command where one is missing,
+and needs nothing else: no network, no script, no other file.
+Needs the packages of requirements-report.txt. No model is trained in here.
 """
 
 import argparse
 import csv
 import importlib.util
-import json
 import math
+import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.log import fail, say
@@ -28,215 +29,247 @@ import data
 import model
 from common import files
 from reporting import card as cards
-from reporting.metrics import METRICS, TASKS, choosing_half, measure
+from reporting import metrics
 
-# At most so many images of a client are scored, taken evenly: vgg16 needs 0.3 s for one.
-MAX_CLIENT_IMAGES = 500
-NEEDED_STATE = ("run", "clients", "arch", "image_size", "seed", "rounds", "history")
+PACKAGES = ("jinja2", "matplotlib")
+TEXT_COLUMNS = ("client", "missing")  # of history.csv and clients.csv; the others are numbers
 
 
 def main(argv=None):
+    args = parse(argv)
+    try:
+        for package in PACKAGES:
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(
+                    f"the report needs {package}: pip install -r requirements-report.txt"
+                )
+        from reporting.page import Page
+
+        page = Page(load_client(args) if args.client_dir else load_server(args))
+        out = args.out or (args.client_dir or args.server_dir) / "report.html"
+        files.publish_text(out, page.html())
+    except (ValueError, OSError) as error:
+        return fail("report", error)
+    say("report", page.verdict())
+    say("report", f"the page: {out.resolve().as_uri()}")
+    if not page.card["warning"]:
+        say("report", f"to use the model: {page.command()}")
+    return 0
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--server-dir", type=Path, default=Path("server"), metavar="DIR", help="(server)")
-    add("--index-dir", type=Path, default=Path("index"), metavar="DIR", help="(index)")
-    add("--compare", type=Path, metavar="FILE", help="what ./compare.sh wrote of this data set")
-    add("--out", type=Path, metavar="FILE", help="(SERVER_DIR/report.html)")
-    args = parser.parse_args(argv)
-    out = args.out or args.server_dir / "report.html"
-    try:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("the report needs matplotlib: pip install -r requirements-report.txt")
-        from reporting.page import page
-
-        run = load(args)
-        files.publish_text(out, page(run))
-    except (ValueError, OSError) as error:
-        return fail("report", error)
-    say("report", f"{out}: {summary_line(run)}")
-    return 0
-
-
-def summary_line(run):
-    """'round 10/10, 300 held-out images of 300 patients: AUC 0.991 (0.984 to 0.997); ...'"""
-    card = run["card"]
-    any_dr = card["tasks"]["any DR"]["measured"]
-    referable = card["tasks"]["referable DR"]["measured"]
-    line = (
-        f"round {len(run['history'])}/{run['rounds']}, {card['num_images']} held-out images of "
-        f"{card['num_patients']} patients, half of them scored: "
-        f"AUC {interval_text(any_dr['auc'])}; referable DR: AUC {interval_text(referable['auc'])}"
+    add(
+        "--client-dir",
+        type=Path,
+        metavar="DIR",
+        help="a client's folder: make the page of its own held-out patients",
     )
-    if card["warning"]:
-        return f"{line}; this model must not be used: {card['warning']}"
-    return (
-        f"{line}, sensitivity {interval_text(referable['sensitivity'])}, "
-        f"specificity {interval_text(referable['specificity'])}"
+    add(
+        "--index-dir",
+        type=Path,
+        default=Path("index"),
+        metavar="DIR",
+        help="where val_set.pkl lies (index)",
     )
+    add(
+        "--beside",
+        type=named_folder,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="show the model in DIR as well; may be given several times",
+    )
+    add("--out", type=Path, metavar="FILE", help="(report.html in the server's or client's folder)")
+    return parser.parse_args(argv)
 
 
-def interval_text(measured):
-    value, low, high = measured
-    return "unknown" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+def named_folder(text):
+    """An argparse type: 'central=compare-0/central' -> ("central", Path)."""
+    name, equals, folder = text.partition("=")
+    if not name or not equals or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=DIR")
+    return name, Path(folder)
 
 
-def load(args):
-    """The server's state as a dict, with what the page needs beside it.
+# --- what the page is made of ---------------------------------------------------------------------
 
-    card, best_card   the model cards of the last and of the best round; best_card may be None
-    val               records of the validation images; grades (n,) and choosing, bool (n,), of them
-    p_healthy         what the merged model says of each, (n,)
-    sites             {client: its training history, records and metrics}, as far as known here
-    training          what the clients of this machine trained with: {"epochs": {1}, ...}
-    training_seconds  {round: seconds of the slowest client}
-    client_scores     {client: the last row of server/clients.csv}
-    compared          {series: rows} of --compare, and compared_tasks, {series: tasks} of the file
-                      compare.json beside it: what a model card says of a model's scores
-    """
-    run = files.load_state(args.server_dir / "state.json", NEEDED_STATE)
-    if run is None or not run["history"]:
-        raise ValueError(
-            f"{args.server_dir / 'state.json'} knows no finished round: "
-            "start a run with ./run_local.sh"
-        )
+
+@dataclass
+class Model:
+    """A weight file, its card, and what it says of each held-out image."""
+
+    kind: str  # "federated", "alone", "fine-tuned", or "beside": only shown
+    name: str  # as the page calls it
+    path: Path
+    card: dict  # its scores are those of the patients of this page
+    p_healthy: np.ndarray  # (n,), in 0..1
+
+
+@dataclass
+class Run:
+    """All that the page shows. The tables are lists of dicts, [] where there is no such file."""
+
+    federated: Model
+    val: list  # n records of the held-out images
+    prepared: dict  # index/prepared.json
+    home: str = ""  # the hospital whose page it is; "" for the server's
+    candidates: list = field(default_factory=list)  # Models that may be better than `federated`
+    others: list = field(default_factory=list)  # Models that it is compared with
+    left_out: list = field(default_factory=list)  # sentences: why a model is not compared
+    commands: list = field(default_factory=list)  # that make the models which are missing
+    history: list = field(default_factory=list)  # server/history.csv
+    client_rows: list = field(default_factory=list)  # server/clients.csv
+
+
+def load_server(args):
+    """The server's Run. Raises ValueError where its files do not belong together."""
     weights = args.server_dir / "server_weight.h5"
     card = cards.read(weights)
-    if (card["run"], card["round"]) != (run["run"], len(run["history"])):
+    answers = Answers(args.index_dir)
+    if answers.val_sha256 != card["validation_sha256"]:
         raise ValueError(
-            f"{cards.path_of(weights)} is of run {card['run']}, round {card['round']}, and the "
-            f"state of run {run['run']}, round {len(run['history'])}: start the server again"
-        )
-    val_path = args.index_dir / "val_set.pkl"
-    val = data.read_index(val_path)
-    if files.sha256_of(val_path) != card["validation_sha256"]:
-        raise ValueError(
-            f"{val_path} is not the validation set that this run was scored on (data set "
+            f"{answers.val_path} is not the validation set that this run was scored on (data set "
             f"{card['dataset']}): prepare that one again, or give its folder as --index-dir"
         )
-    model.configure(card["seed"])
-    network = model.build(card["arch"], card["image_size"])
-    model.load(network, weights)
-    grades = np.array([record["label"] for record in val])
-    threshold = cards.used_threshold(card, "any DR")
-    sites = {
-        name: load_site(name, args.index_dir, run, network, threshold) for name in run["clients"]
-    }
-    return {
-        **run,
-        "card": card,
-        "best_card": load_best(args.server_dir, run),
-        "val": val,
-        "grades": grades,
-        "choosing": choosing_half(grades, data.patients(val)),
-        "p_healthy": model.predict(network, data.load_images(val, card["image_size"])),
-        "max_client_images": MAX_CLIENT_IMAGES,
-        "sites": sites,
-        "training": training_of(sites),
-        "training_seconds": training_seconds(sites),
-        "client_scores": read_client_scores(args.server_dir / "clients.csv"),
-        "compared": read_compared(args.compare) if args.compare else {},
-        "compared_tasks": read_compared_tasks(args.compare) if args.compare else {},
-    }
+    prepared = cards.read_prepared(args.index_dir)
+    run = Run(
+        federated=answers.of("federated", "federated", weights, card),
+        val=answers.val,
+        prepared=prepared,
+        history=read_table(args.server_dir / "history.csv", "round"),
+        client_rows=read_table(args.server_dir / "clients.csv", "round", "client"),
+    )
+    best = args.server_dir / "best_weight.h5"
+    best_card = cards.read(best) if best.exists() else card
+    if best_card["run"] == card["run"] and best_card["round"] != card["round"]:
+        run.candidates.append(answers.of("federated", "federated", best, best_card))
+    for client in sorted(card["clients"]):
+        title = f"{cards.name_of(client, prepared)} alone"
+        folder = Path("alone") / client
+        index = data.worker_index(client, args.index_dir)
+        known = compare(run, answers, "alone", title, folder)
+        if not known and index and index.exists():
+            run.commands.append(alone_command(weights, index, folder, Path(client)))
+    if not run.commands and not run.others:  # the hospitals' images are elsewhere
+        run.commands.append("python3 report.py --client-dir client001    # at the hospital")
+    for name, folder in args.beside:
+        if not compare(run, answers, "beside", name, folder, of_this_run=False):
+            raise ValueError(f"--beside {folder} holds no model: {'; '.join(run.left_out)}")
+    return run
 
 
-def load_best(server_dir, run):
-    """The card of the best round of this run, or None where there is none."""
-    path = server_dir / "best_weight.h5"
-    if not path.exists():
-        return None
-    card = cards.read(path)
-    return card if card["run"] == run["run"] else None
+def load_client(args):
+    """A hospital's Run: the result that it fetched, measured on its own held-out patients."""
+    client = args.client_dir.name
+    weights = args.client_dir / "server_weight.h5"
+    card = cards.read(weights)
+    answers = Answers(args.index_dir)
+    federated = answers.of("federated", "federated", weights, card)
+    thresholds = {task: cards.threshold_of(card, task) for task in metrics.TASKS}
+    assessed = metrics.assess(federated.p_healthy, answers.val, thresholds)
+    federated.card = {**card, **assessed, "warning": card["warning"] or assessed["warning"]}
+    federated.card["by_round"] = [cards.round_of(federated.card)]
+    prepared = cards.read_prepared(args.index_dir)
+    run = Run(federated, answers.val, prepared, home=cards.name_of(client, prepared))
+    index = data.worker_index(client, args.index_dir)
+    if index is None or not index.exists():  # a hospital prepares its images as those of one client
+        index = args.index_dir / "worker1.pkl"
+    alone = Path("alone") / client
+    if not compare(run, answers, "alone", "this hospital alone", alone):
+        run.commands.append(alone_command(weights, index, alone, args.client_dir))
+    tuned = Path("fine-tuned") / client
+    if not compare(run, answers, "fine-tuned", "federated, then fine-tuned here", tuned):
+        run.commands.append(central_command("--fine-tune", weights, index, tuned))
+    run.candidates = run.others
+    return run
 
 
-def load_site(name, index_dir, run, network, threshold):
-    """A client's history of this run, settings, records and metrics for any DR: a dict.
+def alone_command(weights, index, folder, client_dir):
+    """The command that trains a hospital alone, with as many passes a round as its client made."""
+    trained = read_table(client_dir / "history.csv", "epoch")
+    epochs = max((int(row["epoch"] or 1) for row in trained), default=1)
+    return central_command("--like", weights, index, folder) + f" --epochs {epochs}"
 
-    Each is empty where it cannot be known here: the client trained on another machine.
+
+def central_command(source_flag, weights, index, folder):
+    words = [source_flag, weights, "--index", index, "--out", folder]
+    return shlex.join(["python3", "central.py", *map(str, words)])
+
+
+def compare(run, answers, kind, name, folder, of_this_run=True):
+    """Adds the model in a folder to those that the run is compared with; False where it cannot.
+
+    of_this_run: whether it has to be one that central.py trained --like this run, or tuned from
+    it. One that lies there but does not fit is left out, and the page says so.
     """
-    site = {"history": [], "settings": {}, "records": [], "measured": {}}
-    state = files.load_state(Path(name) / "state.json")
-    if not state or state["run"] != run["run"]:
-        return site
-    site["history"] = state["history"]
-    site["settings"] = state.get("settings") or {}
-    path = data.worker_index(name, index_dir) or index_dir / f"{name}.pkl"
-    records = data.read_index(path) if path.exists() else []
-    site["records"] = records
-    if records and all(Path(record["dir"]).exists() for record in records):
-        step = math.ceil(len(records) / MAX_CLIENT_IMAGES)
-        scored = records[::step]
-        p_healthy = model.predict(network, data.load_images(scored, run["image_size"]))
-        has_dr = data.healthy(scored) < 0.5
-        site["measured"] = measure(1 - p_healthy, has_dr, data.patients(scored), threshold)
-    return site
-
-
-def training_of(sites):
-    """{"epochs": [1], "batch size": [16]}: what clients of this machine trained with, sorted."""
-    found = {"epochs": set(), "batch size": set()}
-    for site in sites.values():
-        found["epochs"].update(row["epoch"] for row in site["history"][-1:])
-        if "batch_size" in site["settings"]:
-            found["batch size"].add(site["settings"]["batch_size"])
-    return {name: sorted(values) for name, values in found.items() if values}
-
-
-def training_seconds(sites):
-    """{round: seconds that the slowest client trained}, of the clients of this machine."""
-    slowest = {}
-    for site in sites.values():
-        of_client = {}
-        for row in site["history"]:
-            of_client[row["round"]] = of_client.get(row["round"], 0) + row["seconds"]
-        for round_number, seconds in of_client.items():
-            slowest[round_number] = max(seconds, slowest.get(round_number, 0))
-    return slowest
-
-
-def read_client_scores(path):
-    """{client: its last row (dict of texts)} of server/clients.csv; {} where there is none.
-
-    The row of the result has no training: that is taken from the last row which has.
-    """
-    if not path.exists():
-        return {}
-    latest = {}
-    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
-        earlier = latest.get(row["client"], row)
-        for name in ("num_examples", "training_loss", "training_seconds"):
-            row[name] = row[name] or earlier[name]
-        latest[row["client"]] = row
-    return latest
-
-
-def read_compared(path):
-    """{series: [row (dict of numbers), ...]}, as compare.sh wrote them."""
-    columns = ("round", *METRICS)
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    if not rows or not {"series", *columns} <= set(rows[0]):
-        raise ValueError(
-            f"{path} is not what ./compare.sh writes: expected rows of series, {', '.join(columns)}"
-        )
-    compared = {}
-    for row in rows:
-        numbers = {name: float(row[name]) for name in columns}
-        compared.setdefault(row["series"], []).append(numbers)
-    return compared
-
-
-def read_compared_tasks(path):
-    """{series: its "tasks", as on a model card}, from the .json beside what compare.sh wrote."""
-    path = path.with_suffix(".json")
+    paths = (folder / "central_weight.h5", folder / "server_weight.h5")
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return False
     try:
-        compared_tasks = json.loads(path.read_text(encoding="utf-8"))
-        for tasks in compared_tasks.values():
-            for task in TASKS:
-                cards.check_task(task, tasks.get(task))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not what ./compare.sh writes: {error}") from None
-    return compared_tasks
+        card = cards.read(path)
+        if of_this_run and card["run"] != run.federated.card["run"]:
+            raise ValueError(f"{path} is of another run")
+        if card["validation_sha256"] != answers.val_sha256:
+            raise ValueError(f"{path} was scored on other patients than those of this page")
+        run.others.append(answers.of(kind, name, path, card))
+    except ValueError as error:
+        run.left_out.append(f"{name} is left out: {error}")
+        return False
+    return True
+
+
+class Answers:
+    """What models say of the held-out images of one index."""
+
+    def __init__(self, index_dir):
+        self.val_path = index_dir / "val_set.pkl"
+        self.val = data.read_index(self.val_path)
+        self.val_sha256 = files.sha256_of(self.val_path)
+        self.loaded = {}  # (network's name, image size): (network, images); most models share one
+        model.configure(seed=0)
+
+    def of(self, kind, name, path, card):
+        """The Model of a weight file. Raises ValueError where it answers NaN."""
+        shape = (card["arch"], card["image_size"])
+        if shape not in self.loaded:
+            images = data.load_images(self.val, card["image_size"])
+            self.loaded[shape] = (model.build(*shape), images)
+        network, images = self.loaded[shape]
+        model.load(network, path)
+        p_healthy = model.predict(network, images)
+        if num_nan := int(np.isnan(p_healthy).sum()):
+            raise ValueError(f"{path} answers NaN for {num_nan} of {len(images)} images")
+        return Model(kind, name, path, card, p_healthy)
+
+
+def read_table(path, *columns):
+    """The rows of a CSV file as dicts: numbers, None for what is no finite number; [] without it.
+
+    The columns client and missing are text. Raises ValueError where one of `columns` is not there.
+    """
+    if not path.exists():
+        return []
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    if rows and not set(columns) <= set(rows[0]):
+        raise ValueError(f"{path} is no table of a run: expected columns {', '.join(columns)}")
+    return [
+        {name: text or "" if name in TEXT_COLUMNS else number(text) for name, text in row.items()}
+        for row in rows
+    ]
+
+
+def number(text):
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""The model card: what a weight file was made with, as JSON beside it.
+"""Reporting: the model card, what a weight file was made with, as JSON beside it.
 
     server/server_weight.h5      server/server_weight.json
+
+No score is computed in here (metrics.py does) and no weight file opened but for its SHA-256; what
+a card says comes from outside and is checked before anybody relies on it.
 
 A weight file alone does not say which network it belongs to, how a photograph must be prepared for
 it, or which score is a finding. The card does, and names the SHA-256 of its weight file: a pair
@@ -14,6 +17,7 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+import data
 from common.files import publish_text, sha256_of
 from reporting.metrics import MEASURED, TASKS
 
@@ -46,6 +50,7 @@ NEEDED = {
     "tasks": dict,
     "warning": str,
 }
+ROUND_METRICS = ("auc", "sensitivity", "specificity")  # what a card keeps of each round
 # What is told of the images, where prepared.json says it.
 # Pictures of these kinds do not mix. Imported ones, or such of which nothing is known, may be any.
 KINDS_OF_PICTURES = ("drawn", "graham", "colour")
@@ -61,6 +66,16 @@ def read_prepared(index_dir):
     return prepared if isinstance(prepared, dict) else {}
 
 
+def name_of(client, prepared):
+    """'client001 (screening centre)': what a client is called wherever a person reads of it.
+
+    prepared: of `read_prepared`; without a hospital's name in there, the client's own.
+    """
+    index = data.worker_index(client)
+    hospital = (prepared.get("worker_hospitals") or {}).get(index and index.stem)
+    return f"{client} ({hospital})" if hospital else client
+
+
 def make(state, row, prepared, validation_sha256, assessed):
     """The card (dict) of server_weight.h5 after an evaluated round.
 
@@ -69,7 +84,11 @@ def make(state, row, prepared, validation_sha256, assessed):
     validation_sha256: of the file val_set.pkl, so that nobody measures on another one unnoticed.
     assessed: from reporting.metrics.assess.
     """
-    data = {**UNKNOWN_DATA, **prepared}
+    told = {**UNKNOWN_DATA, **prepared}
+    # Of the index of a hospital or of a server alone, nothing was split.
+    workers = [name for name in told.get("indexes") or {} if name.startswith("worker")]
+    if "indexes" in told and len(workers) < 2:
+        told["split"] = "none"
     counted = {
         name: upload["num_examples"]
         for name, upload in state.counted.items()
@@ -79,10 +98,10 @@ def make(state, row, prepared, validation_sha256, assessed):
         "card_version": CARD_VERSION,
         "arch": state.arch,
         "image_size": state.image_size,
-        "preprocessing": str(data["preprocessing"])[:40],
-        "prepared_image_size": data.get("image_size", state.image_size),
-        "dataset": str(data["dataset"])[:80],
-        "split": str(data["split"])[:40],
+        "preprocessing": str(told["preprocessing"])[:40],
+        "prepared_image_size": told.get("image_size", state.image_size),
+        "dataset": str(told["dataset"])[:80],
+        "split": str(told["split"])[:40],
         "run": state.run,
         "round": row["round"],
         "rounds": state.rounds,
@@ -130,7 +149,35 @@ def path_of(weights_path):
 
 
 def publish(weights_path, card):
+    """Publishes the card beside its weights, with what the card before it said of earlier rounds.
+
+    by_round: [{"round": 1, "any DR": {"auc": 0.9, ...}, "referable DR": {...}}, ...], of the
+    reporting patients at the threshold of that round. A round that is evaluated again, after a
+    crash, replaces its entry.
+    """
+    if "by_round" not in card:  # the copy beside the best round's weights says the same
+        card["by_round"] = [*earlier_rounds(weights_path, card), round_of(card)]
     publish_text(path_of(weights_path), json.dumps(card, indent=1) + "\n")
+
+
+def round_of(card):
+    """The entry of `by_round` for the round that a card is of."""
+    measured = {"round": card["round"]}
+    for task, entry in card["tasks"].items():
+        values = {name: entry["measured"][name][0] for name in ROUND_METRICS}
+        measured[task] = {"threshold": entry["threshold"], **values}
+    return measured
+
+
+def earlier_rounds(weights_path, card):
+    """`by_round` of the card that lies there, up to this card's round; [] where it is no help."""
+    try:
+        before = parse(path_of(weights_path).read_bytes())
+    except (OSError, ValueError):  # none yet, or damaged: these rounds are then not measured
+        return []
+    if before["run"] != card["run"]:
+        return []
+    return [row for row in before.get("by_round", []) if row["round"] < card["round"]]
 
 
 def read(weights_path):
@@ -182,6 +229,7 @@ def parse(content):
             raise ValueError(f"its {name!r} is {card[name]}, expected 16 to 4096 pixels")
     for task in TASKS:
         check_task(task, card["tasks"].get(task))
+    check_rounds(card.get("by_round", []))  # older cards have none
     return card
 
 
@@ -202,6 +250,18 @@ def check_task(task, entry):
             raise ValueError(f"its {metric} for {task} has a number outside 0 to 1")
 
 
+def check_rounds(by_round):
+    """Raises ValueError unless it is what `publish` writes."""
+    names = ("threshold", *ROUND_METRICS)
+    try:
+        numbers = [row[task][name] for row in by_round for task in TASKS for name in names]
+        whole = all(type(row["round"]) is int for row in by_round)
+    except (TypeError, KeyError, IndexError):
+        whole = False
+    if not whole or not all(number is None or is_part(number) for number in numbers):
+        raise ValueError("its 'by_round' is not a list of rounds with the scores of each task")
+
+
 def is_part(number):
     return type(number) in (int, float) and 0 <= number <= 1
 
@@ -209,15 +269,40 @@ def is_part(number):
 def to_wire(card):
     """The card as ASCII JSON of at most MAX_WIRE_BYTES, for the metadata fedml-card."""
     text = json.dumps(card, separators=(",", ":"))  # ASCII: all else is escaped
-    if len(text) > MAX_WIRE_BYTES:
-        # of many clients: num_clients and num_examples still say how many there were
-        text = json.dumps({**card, "clients": {}}, separators=(",", ":"))
+    # Of many rounds, then of many clients; num_clients and num_examples still say how many.
+    for name, nothing in (("by_round", []), ("clients", {})):
+        if len(text) > MAX_WIRE_BYTES:
+            card = {**card, name: nothing}
+            text = json.dumps(card, separators=(",", ":"))
     return text
+
+
+def score(card, task, p_healthy):
+    """The DR score, 0..1, of what the network answers, P(healthy): each (n,).
+
+    It is what the card's thresholds are of: all who compare an answer with one get its score here.
+    """
+    return 1 - p_healthy
 
 
 def threshold_of(card, task="referable DR"):
     """The threshold that was chosen for a task, or None."""
     return card["tasks"].get(task, {}).get("threshold")
+
+
+def summary(card, task="referable DR"):
+    """A round's line: 'AUC 0.991  sensitivity 0.946  specificity 0.930 for referable DR, ...'.
+
+    Of the reporting patients, at the threshold that the others have chosen: what is on the page.
+    """
+    measured = card["tasks"][task]["measured"]
+    shown = ["auc"] if threshold_of(card, task) is None else ROUND_METRICS
+    numbers = [
+        f"{name.replace('auc', 'AUC')} {'not measured' if value is None else f'{value:.3f}'}"
+        for name, value in ((name, measured[name][0]) for name in shown)
+    ]
+    patients = card["num_reporting_patients"]
+    return f"{'  '.join(numbers)}  for {task}, of {patients} patients"
 
 
 def used_threshold(card, task):

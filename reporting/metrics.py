@@ -1,4 +1,7 @@
-"""Metrics of a screening model, with their 95 % intervals, and its thresholds. NumPy only.
+"""Reporting: the metrics of a screening model, their 95 % intervals, its thresholds.
+
+Numbers only: no file is read or written in here, no sentence is made for the page, and nothing
+but NumPy and `data` is imported, so that a server has its scores without a package for drawing.
 
 The network answers P(healthy); the DR score of an image is 1 - P(healthy), and a score above the
 threshold says DR. Sensitivity, specificity and AUC are those of finding DR. A metric for which a
@@ -15,14 +18,12 @@ import numpy as np
 
 import data
 
-METRICS = ("accuracy", "auc", "sensitivity", "specificity")
 # What `measure` gives of a task, on a model card too.
 MEASURED = (
     "auc",
     "sensitivity",
     "specificity",
     "accuracy",
-    "always_same",
     "sensitivity_at_90",
     "specificity_at_90",
 )
@@ -30,6 +31,10 @@ MEASURED = (
 # Referable DR (moderate or worse) is what screening sends to an ophthalmologist.
 TASKS = {"any DR": 1, "referable DR": 2}
 LEAST_SENSITIVITY = 0.85  # of a threshold that is chosen
+# With fewer patients who have it, or who have it not, a difference of two models is not judged: the
+# interval of a sensitivity that was measured on twenty patients is 0.3 to 0.4 wide.
+FEWEST_PATIENTS = 20
+CALIBRATION_GROUPS = 5
 Z = 1.96  # the normal distribution's quantile of a 95 % interval
 NO_INTERVAL = (float("nan"), float("nan"))
 RESAMPLES = 1000
@@ -98,27 +103,43 @@ def share_at_or_above(score, thresholds):
     return 1 - below / len(score)
 
 
-def confusion(says_dr, has_dr):
-    """How many images the model found, missed, called DR by mistake, and cleared."""
-    return {
-        "found": int(np.sum(says_dr & has_dr)),
-        "missed": int(np.sum(~says_dr & has_dr)),
-        "false alarms": int(np.sum(says_dr & ~has_dr)),
-        "cleared": int(np.sum(~says_dr & ~has_dr)),
-    }
-
-
-def calibration(score, positive, num_bins):
-    """[(mean score, part that is positive, number of images)] of groups of nearly equal size.
+def calibration(score, positive):
+    """[(mean score, part that is positive, number of images)] of CALIBRATION_GROUPS equal groups.
 
     The groups are of neighbouring scores: a calibrated score of 0.7 is right for 7 of 10.
     """
-    groups = np.array_split(np.argsort(score, kind="stable"), num_bins)
+    groups = np.array_split(np.argsort(score, kind="stable"), CALIBRATION_GROUPS)
     return [
         (float(np.mean(score[group])), float(np.mean(positive[group])), len(group))
         for group in groups
         if len(group)
     ]
+
+
+def calibration_error(groups):
+    """The expected calibration error of what `calibration` gives (Naeini et al. 2015), 0..1."""
+    total = sum(n for _, _, n in groups)
+    return sum(n * abs(part - score) for score, part, n in groups) / total
+
+
+def of_people(sensitivity, specificity, num_positive, num_negative):
+    """What screening finds among so many people with and without it: a dict.
+
+    found, missed and false alarms are numbers of people; PPV, the part of those who are called
+    that has it, and NPV, the part of those who are cleared that has it not, are in 0..1 (nan where
+    nobody is called, or cleared).
+    """
+    found = sensitivity * num_positive
+    cleared = specificity * num_negative
+    missed = num_positive - found
+    false_alarms = num_negative - cleared
+    return {
+        "found": found,
+        "missed": missed,
+        "false alarms": false_alarms,
+        "PPV": found / (found + false_alarms) if found + false_alarms else float("nan"),
+        "NPV": cleared / (cleared + missed) if cleared + missed else float("nan"),
+    }
 
 
 # --- thresholds -----------------------------------------------------------------------------------
@@ -164,10 +185,11 @@ def choose_threshold(score, positive):
 # --- a whole model --------------------------------------------------------------------------------
 
 
-def assess(p_healthy, records):
+def assess(p_healthy, records, thresholds=None):
     """What the model card says of a model, from its answers for the validation records.
 
     p_healthy: (n,), what the network says. records: n records of an index.
+    thresholds: {task: threshold or None}, where other patients than these have chosen them.
     Returns a dict that JSON can hold: numbers of images and patients, a warning ("" where there is
     none), choosing_auc (AUC for any DR among the patients who choose: what the best round is
     chosen by), and for each of TASKS its threshold and `measured`: {metric: [value, low, high]}.
@@ -180,7 +202,10 @@ def assess(p_healthy, records):
     tasks = {}
     for task, least_grade in TASKS.items():
         positive = grades >= least_grade
-        threshold = choose_threshold(score[choosing], positive[choosing])
+        if thresholds is None:
+            threshold = choose_threshold(score[choosing], positive[choosing])
+        else:
+            threshold = thresholds[task]
         measured = measure(
             score[~choosing],
             positive[~choosing],
@@ -252,13 +277,13 @@ class Measured(NamedTuple):
     high: float
 
 
-def measure(score, positive, patients, threshold=0.5, seed=0):
+def measure(score, positive, patients, threshold=0.5):
     """{name: Measured} of one task at one threshold, with a bootstrap over patients.
 
     score: (n,) in 0..1. positive: bool (n,). patients: n texts.
     auc; sensitivity, specificity and accuracy at the threshold; sensitivity_at_90 (the greatest
     sensitivity of the thresholds with a specificity of at least 90 %) and specificity_at_90, the
-    reverse; always_same, the accuracy of always answering the more frequent class.
+    reverse.
     The interval is the 2.5 to 97.5 % range of RESAMPLES sets of as many patients, drawn with
     replacement. Where all of them agree at 0 or 1, that range has no width, but our knowledge is
     not perfect: it is then Wilson's, or Newcombe's for the AUC, with the number of patients.
@@ -266,18 +291,14 @@ def measure(score, positive, patients, threshold=0.5, seed=0):
     if not len(score):
         nothing = Measured(float("nan"), *NO_INTERVAL)
         return dict.fromkeys(MEASURED, nothing)
-    names, patient_numbers = np.unique(np.array(patients, str), return_inverse=True)
     values = weighted_metrics(score, positive, threshold, np.ones((1, len(score))))
     draws = {name: [] for name in values}
-    rng = np.random.default_rng(seed)
-    equal = np.full(len(names), 1 / len(names))
-    for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
-        times_drawn = rng.multinomial(len(names), equal, RESAMPLES_AT_ONCE)
-        weights = times_drawn[:, patient_numbers]  # a patient's images come and go together
+    for weights in samples(patients):
         for name, drawn in weighted_metrics(score, positive, threshold, weights).items():
             draws[name].append(drawn)
-    num_positive = len(set(patient_numbers[positive]))
-    num_negative = len(set(patient_numbers[~positive]))
+    patients = np.array(patients, str)
+    num_positive = len(set(patients[positive]))
+    num_negative = len(set(patients[~positive]))
     measured = {}
     for name, value in values.items():
         value = float(value[0])
@@ -288,37 +309,135 @@ def measure(score, positive, patients, threshold=0.5, seed=0):
     return measured
 
 
+def samples(patients):
+    """Yields RESAMPLES sets of patients, drawn with replacement, RESAMPLES_AT_ONCE at a time.
+
+    As weights (b, n): how often each image counts. A patient's images come and go together.
+    """
+    names, patient_numbers = np.unique(np.array(patients, str), return_inverse=True)
+    rng = np.random.default_rng(0)  # the same patients, the same interval
+    equal = np.full(len(names), 1 / len(names))
+    for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
+        times_drawn = rng.multinomial(len(names), equal, RESAMPLES_AT_ONCE)
+        yield times_drawn[:, patient_numbers]
+
+
 def weighted_metrics(score, positive, threshold, weights):
     """{name: (b,)} where image i counts weights[k, i] times in sample k. weights: (b, n)."""
-    of_positive = weights * positive
-    of_negative = weights * ~positive
-    num_positive = of_positive.sum(1)
-    num_negative = of_negative.sum(1)
-    above = score > threshold
-    with np.errstate(invalid="ignore", divide="ignore"):  # a sample without a class gives nan
-        found = of_positive[:, above].sum(1)
-        false_alarms = of_negative[:, above].sum(1)
-        total = num_positive + num_negative
-        # the ROC curve of each sample: (b, k), from the strictest threshold on
-        order = np.argsort(-score, kind="stable")
-        last_of_equals = np.append(np.diff(score[order]) != 0, True)
-        found_rate = np.cumsum(of_positive[:, order], 1)[:, last_of_equals] / num_positive[:, None]
-        false_rate = np.cumsum(of_negative[:, order], 1)[:, last_of_equals] / num_negative[:, None]
-        found_rate = np.insert(found_rate, 0, 0, 1)
-        false_rate = np.insert(false_rate, 0, 0, 1)
-        heights = (found_rate[:, 1:] + found_rate[:, :-1]) / 2
-        both = num_positive * num_negative / (num_positive * num_negative)  # 1, or nan
-        specific = false_rate <= 0.1 + 1e-9
-        sensitive = found_rate >= 0.9 - 1e-9
-        return {
-            "auc": (np.diff(false_rate, axis=1) * heights).sum(1),
-            "sensitivity": found / num_positive,
-            "specificity": 1 - false_alarms / num_negative,
-            "accuracy": (found + num_negative - false_alarms) / total,
-            "sensitivity_at_90": np.where(specific, found_rate, 0).max(1) * both,
-            "specificity_at_90": np.where(sensitive, 1 - false_rate, 0).max(1) * both,
-            "always_same": np.maximum(num_positive, num_negative) / total,
-        }
+    curve = weighted_roc(score, positive, weights)
+    false_rate, found_rate = curve
+    right = (weights * ((score > threshold) == positive)).sum(1)
+    sensitivity, specificity = weighted_rates(score > threshold, positive, weights)
+    heights = (found_rate[:, 1:] + found_rate[:, :-1]) / 2
+    return {
+        "auc": (np.diff(false_rate, axis=1) * heights).sum(1),
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "accuracy": right / weights.sum(1),
+        "sensitivity_at_90": sensitivity_where(curve, 0.9),
+        # the same curve, looked at from the other class
+        "specificity_at_90": sensitivity_where((1 - found_rate, 1 - false_rate), 0.9),
+    }
+
+
+def weighted_rates(says_dr, positive, weights):
+    """(sensitivity, specificity), each (b,), in each sample; nan where a class is missing."""
+    with np.errstate(invalid="ignore"):
+        sensitivity = (weights * (says_dr & positive)).sum(1) / (weights * positive).sum(1)
+        specificity = (weights * (~says_dr & ~positive)).sum(1) / (weights * ~positive).sum(1)
+    return sensitivity, specificity
+
+
+def weighted_roc(score, positive, weights):
+    """The ROC curve of each sample: (false positive rate, sensitivity), each (b, k).
+
+    From the strictest threshold, at which nobody is positive, down to the lowest score; nan where
+    a class is missing.
+    """
+    order = np.argsort(-score, kind="stable")
+    last_of_equals = np.append(np.diff(score[order]) != 0, True)
+    rates = []
+    for of_class in (weights * ~positive, weights * positive):
+        counted = np.cumsum(of_class[:, order], 1)[:, last_of_equals]
+        with np.errstate(invalid="ignore"):
+            rates.append(np.insert(counted / counted[:, -1:], 0, 0, 1))
+        rates[-1][of_class.sum(1) == 0] = np.nan
+    return tuple(rates)
+
+
+def sensitivity_where(curve, specificity):
+    """(b,): the greatest sensitivity at a threshold with at least this specificity.
+
+    curve: of `weighted_roc`. specificity: a number, or (b,), one for each sample.
+    """
+    false_rate, found_rate = curve
+    least = np.broadcast_to(specificity, len(false_rate))[:, None]
+    # 1e-9, because 1 - 0.9 is not 0.1
+    allowed = false_rate <= 1 - least + 1e-9
+    best = np.where(allowed, found_rate, 0).max(1)
+    return np.where(np.isnan(false_rate + found_rate).any(1), np.nan, best)
+
+
+# --- two models -----------------------------------------------------------------------------------
+
+
+def auc_difference(score, other, positive, patients):
+    """Measured: the AUC of `score` less that of `other`, of the same images (n,)."""
+
+    def area(scores, weights):
+        return weighted_metrics(scores, positive, 0.5, weights)["auc"]
+
+    def difference(weights):
+        return area(score, weights) - area(other, weights)
+
+    return paired(difference, patients, len(set(patients)))
+
+
+def mean_difference(values, other, patients):
+    """Measured: the mean of values (n,) less that of others of the same images."""
+    differences = np.asarray(values, float) - other
+    return paired(
+        lambda weights: weights @ differences / weights.sum(1), patients, len(set(patients))
+    )
+
+
+def sensitivity_difference(score, threshold, other, positive, patients):
+    """Measured: the sensitivity of `score` at its threshold less that of `other`.
+
+    Over the same images (n,), and at the same specificity: `other` gets the threshold that finds
+    most at the specificity which `score` has in the same sample (as in Robin et al. 2011, pROC).
+    So a model that only calls more people does not look better.
+    positive: bool (n,). patients: n texts.
+    """
+
+    def difference(weights):
+        sensitivity, specificity = weighted_rates(score > threshold, positive, weights)
+        curve = weighted_roc(other, positive, weights)
+        return sensitivity - sensitivity_where(curve, specificity)
+
+    return paired(difference, patients, len(set(np.array(patients, str)[positive])))
+
+
+def paired(difference, patients, num_patients):
+    """Measured, of a function difference(weights (b, n)) -> (b,), by a paired bootstrap.
+
+    Both models are looked at in the same sets of patients (Efron and Tibshirani 1993, chapter 13).
+    Where all sets agree, the interval would have no width: it then reaches as far to either side
+    as the part of patients on whom they may differ after all, Wilson's bound for none of
+    `num_patients`.
+    """
+    if not len(patients):
+        return Measured(float("nan"), *NO_INTERVAL)
+    value = float(difference(np.ones((1, len(patients))))[0])
+    draws = [difference(weights) for weights in samples(patients)]
+    low, high = percentiles(np.concatenate(draws))
+    if low == high:
+        _, unseen = wilson(0, num_patients)
+        low, high = max(-1.0, value - unseen), min(1.0, value + unseen)
+    return Measured(value, low, high)
+
+
+# --- in a closed form -----------------------------------------------------------------------------
 
 
 def percentiles(draws):

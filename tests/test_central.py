@@ -11,6 +11,7 @@ import todoClient
 import todoServer
 from common import files
 from federation import rounds
+from reporting import card as cards
 
 
 @pytest.fixture
@@ -22,6 +23,18 @@ def here(site, monkeypatch):
     return site
 
 
+@pytest.fixture
+def trained(monkeypatch):
+    """What is asked of model.train: (images, round, epochs) of each call, in place of training."""
+    calls = []
+
+    def train(network, batches, round_number, epochs, **more):
+        calls.append((len(batches.images), round_number, epochs))
+
+    monkeypatch.setattr(model, "train", train)
+    return calls
+
+
 def run(*flags):
     return central.main(["--image-size", "16", "--rounds", "2", *flags])
 
@@ -31,51 +44,26 @@ def history(folder):
         return list(csv.DictReader(file))
 
 
-def test_it_starts_from_the_servers_weights(here, monkeypatch):
-    monkeypatch.setattr(model, "train", lambda *arguments, **more: [])
-    assert run("--seed", "7") == 0
+def test_it_starts_from_the_servers_weights(here, trained):
     (here / "server").mkdir()
     todoServer.begin(todoServer.parse(["--image-size", "16", "--seed", "7"]))
-    assert files.sha256_of("central/central_weight.h5") == files.sha256_of(
-        "server/server_weight.h5"
-    )
-    assert run("--seed", "8") == 0
-    assert files.sha256_of("central/central_weight.h5") != files.sha256_of(
-        "server/server_weight.h5"
-    )
-    assert run("--seed", "8", "--weights", "server/server_weight.h5") == 0
-    assert files.sha256_of("central/central_weight.h5") == files.sha256_of(
-        "server/server_weight.h5"
-    )
+    of_server = files.sha256_of("server/server_weight.h5")
+    for flags, same in (
+        (["--seed", "7"], True),
+        (["--seed", "8"], False),
+        (["--seed", "8", "--weights", "server/server_weight.h5"], True),
+    ):
+        assert run(*flags) == 0
+        assert (files.sha256_of("central/central_weight.h5") == of_server) == same
 
 
 def test_it_trains_as_a_client_trains(here):
     """FedAvg with one client and central training are the same computation, to the bit."""
-    assert (
-        run(
-            "--epochs",
-            "2",
-            "--batch-size",
-            "4",
-            "--out",
-            "client001",
-            "--index",
-            "index/worker1.pkl",
-        )
-        == 0
-    )
-    flags = [
-        "--name",
-        "client001",
-        "--client-dir",
-        "federated",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "4",
-    ]
+    flags = ["--epochs", "2", "--batch-size", "4"]
+    assert run(*flags, "--out", "client001", "--index", "index/worker1.pkl") == 0
     (here / "federated").mkdir()
-    client = todoClient.Site(todoClient.parse(flags))
+    name = ["--name", "client001", "--client-dir", "federated"]
+    client = todoClient.Site(todoClient.parse([*name, *flags]))
     model.configure(0)
     model.save(model.build("drcnn", 16, 0), client.weights)
     for number in (1, 2):
@@ -84,45 +72,62 @@ def test_it_trains_as_a_client_trains(here):
     assert files.sha256_of("client001/central_weight.h5") == files.sha256_of(client.weights)
 
 
-def test_the_history_is_the_servers_kind_and_says_what_the_weights_do(here):
+def test_history_and_card_say_what_the_weights_do(here):
     assert run() == 0
     rows = history(here / "central")
     assert list(rows[0]) == rounds.HISTORY_COLUMNS
-    assert [
-        (row["round"], row["clients"], row["missing"], row["num_examples"]) for row in rows
-    ] == [("1", "1", "", "30"), ("2", "1", "", "30")]
+    assert [(row["round"], row["missing"], row["num_examples"]) for row in rows] == [
+        ("1", "", "30"),
+        ("2", "", "30"),
+    ]
     val = data.read_index("index/val_set.pkl")
     network = model.build("drcnn", 16)
     model.load(network, "central/central_weight.h5")
-    for name, value in model.evaluate(
-        network, data.load_images(val, 16), data.healthy(val)
-    ).items():
+    measured = model.evaluate(network, data.load_images(val, 16), data.healthy(val))
+    for name, value in measured.items():
         assert float(rows[-1][name]) == pytest.approx(value, abs=1e-6), name
+    card = cards.read("central/central_weight.h5")
+    assert card["clients"] == {"central": 30}
+    assert [row["round"] for row in card["by_round"]] == [1, 2]
 
 
-def test_one_workers_index_is_a_client_alone(here, monkeypatch):
-    monkeypatch.setattr(
-        model,
-        "train",
-        lambda network, batches, *more, **names: trained_on.append(len(batches.images)),
-    )
-    trained_on = []
+def test_one_workers_index_is_a_client_alone(here, trained):
     assert run("--index", "index/worker2.pkl", "--out", "alone") == 0
-    assert {row["num_examples"] for row in history(here / "alone")} == {"10"} and trained_on == [
-        10,
-        10,
-    ]
+    assert trained == [(10, 1, 1), (10, 2, 1)]
 
 
-def test_freezing_is_for_vgg16(here, capsys):
-    assert run("--freeze-base") == 1
-    assert (
-        "--freeze-base and ImageNet weights are for --arch vgg16 and lite0"
-        in capsys.readouterr().err
-    )
+def test_not_every_round_needs_to_be_scored(here, trained):
+    assert run("--rounds", "5", "--score-every", "2") == 0
+    assert len(trained) == 5
+    assert [row["round"] for row in history(here / "central")] == ["2", "4", "5"]
 
 
-def test_a_missing_index_is_one_sentence(here, capsys):
-    assert run("--index", "index/worker9.pkl") == 1
+@pytest.mark.parametrize(
+    "flag, calls",
+    [("--like", [(30, 1, 1), (30, 2, 1)]), ("--fine-tune", [(30, 3, 2)])],
+)
+def test_settings_come_from_a_card(here, trained, flag, calls):
+    """As in that run; or on from its weights, and at the learning rate of its next round."""
+    assert run("--seed", "5") == 0
+    assert central.main([flag, "central/central_weight.h5", "--out", "other"]) == 0
+    made = [files.sha256_of(f"{name}/central_weight.h5") for name in ("central", "other")]
+    assert made[0] == made[1]
+    assert trained[2:] == calls
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--freeze-base"], "--freeze-base and ImageNet weights are for --arch vgg16 and lite0"),
+        (["--index", "index/worker9.pkl"], "index/worker9.pkl is missing"),
+        (["--like", "tuned/central_weight.h5"], "name it with --weights"),
+        (["--fine-tune", "none.h5"], "none.h5 is missing"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(here, trained, capsys, flags, sentence):
+    if "tuned" in flags[-1]:
+        assert run() == 0
+        assert run("--weights", "central/central_weight.h5", "--out", "tuned") == 0
+    assert run(*flags) == 1
     error = capsys.readouterr().err
-    assert " central: error: index/worker9.pkl is missing" in error and error.count("\n") == 1
+    assert " central: error: " in error and sentence in error and error.count("\n") == 1

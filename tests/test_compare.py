@@ -101,7 +101,7 @@ def test_the_drawn_hospitals_central_federated_and_each_alone(compare, tmp_path)
     where = tmp_path / "compare-3" / "hospitals"
     alone = [images_of(where / "alone" / f"client00{number}") for number in (1, 2, 3)]
     assert images_of(where / "central") == images_of(where / "server") == sum(alone) == 60
-    assert 'id="comparison"' in (where / "server" / "report.html").read_text()
+    assert 'id="brought"' in (where / "server" / "report.html").read_text()
     assert not (tmp_path / "server").exists() and not (tmp_path / "index").exists()
     assert processes_in(tmp_path) == {}
 
@@ -133,7 +133,7 @@ def test_photographs_four_series_and_two_reports(compare, tmp_path):
     *shared, alone = [images_of(where / folder) for folder in folders]
     assert len(set(shared)) == 1 and shared[0] / 3 < alone < shared[0]
     for split in ("iid", "noniid"):
-        assert 'id="comparison"' in (where / split / "server" / "report.html").read_text()
+        assert 'id="brought"' in (where / split / "server" / "report.html").read_text()
     assert processes_in(tmp_path) == {}
 
 

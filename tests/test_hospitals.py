@@ -164,4 +164,4 @@ def test_three_hospitals_one_of_which_loses_its_line(hosts, start, tmp_path):
     report = start("report.py", cwd=site)
     assert report.wait(ENDS_S) == 0, report.output
     page = (site / "server" / "report.html").read_text(encoding="utf-8")
-    assert "own held-out images, as the client says" in page
+    assert "as each hospital says of its own held-out patients" in page

@@ -58,8 +58,9 @@ def test_networks_and_data_sets_are_those_of_the_scripts():
 
 @pytest.mark.parametrize("command", ["run", "compare"])
 def test_both_commands_know_what_changes_the_training(script_flags, command):
-    """All flags of central.py, but for those that say where its files lie."""
+    """All flags of central.py, but for its files and what launch.py gives it by itself."""
     about_files = {"--index", "--index-dir", "--out", "--threads"}
+    about_files |= {"--like", "--fine-tune", "--score-every"}
     assert script_flags["central"] - about_files <= help_of("launch.py", command)
 
 

@@ -119,7 +119,7 @@ def test_each_client_alone_is_compared_with_the_federation(first_run, tmp_path):
     for name, images in (("client001", "40"), ("client002", "20")):
         with open(project / "alone" / name / "history.csv", newline="") as file:
             assert [row["num_examples"] for row in csv.DictReader(file)] == [images, images]
-    assert 'id="comparison"' in (project / "server" / "report.html").read_text()
+    assert 'id="brought"' in (project / "server" / "report.html").read_text()
     assert re.search(r"^ *client002 alone \(macula clinic\) +\d\.\d{3} ", shown.stdout, re.M)
 
     interrupted = tmp_path / "project"

@@ -1,0 +1,268 @@
+"""page.py: the verdict, the model to use, and a page on which nothing is made up."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from report import Model, Run
+from reporting import card as cards
+from reporting import metrics
+from reporting.page import Page
+
+GRADES = np.repeat([0, 1, 2, 3, 4], [90, 20, 50, 20, 20])
+PREPARED = {
+    "dataset": "synthetic",
+    "preprocessing": "drawn",
+    "split": "hospitals",
+    "worker_hospitals": {"worker1": "screening <centre>"},
+    "val_hospitals": ["screening <centre>", "the other"] * 100,
+}
+
+
+def records_of(grades):
+    return [
+        {"picture": f"<b>&{n}.png", "label": int(grade), "dir": f"{n}.png", "patient": f"p{n}"}
+        for n, grade in enumerate(grades)
+    ]
+
+
+def choosing_half(grades=GRADES):
+    return metrics.choosing_half(grades, [record["patient"] for record in records_of(grades)])
+
+
+def answers(strength, grades=GRADES, seed=0):
+    """P(healthy) of a model that tells grades apart the better, the greater its strength is."""
+    noise = np.random.default_rng(seed).standard_normal(len(grades))
+    return 1 / (1 + np.exp(strength * (grades - 1.4) + noise))
+
+
+def card_of(prepared, round_number, assessed):
+    state = SimpleNamespace(arch="drcnn", image_size=32, run="run0", rounds=2, seed=0)
+    state.weights, state.weights_sha256 = "none", "0" * 64
+    state.counted = {"client001": {"round": round_number, "num_examples": 10}}
+    row = {"round": round_number, "clients": 3, "num_examples": 60}
+    row |= {"loss": 0.5, "accuracy": 0.5, "auc": 0.5}
+    return cards.make(state, row, prepared, "1" * 64, assessed)
+
+
+def model_of(kind, name, p_healthy, grades=GRADES, round_number=2):
+    """A Model with its card, as a server or central.py makes it."""
+    card = card_of(PREPARED, round_number, metrics.assess(p_healthy, records_of(grades)))
+    card["by_round"] = [cards.round_of({**card, "round": 1}), cards.round_of(card)]
+    return Model(kind, name, f"{name}.h5", card, p_healthy)
+
+
+def run_of(federated=3, alone=0.7, grades=GRADES, **more):
+    """A Run of a federated model and one hospital alone, of these strengths."""
+    name = "client001 (screening <centre>) alone"
+    return Run(
+        federated=model_of("federated", "federated", answers(federated, grades), grades),
+        val=records_of(grades),
+        others=[model_of("alone", name, answers(alone, grades, seed=1), grades)],
+        **{"prepared": PREPARED, **more},
+    )
+
+
+# --- the verdict and the model to use -------------------------------------------------------------
+
+
+def test_the_verdict_counts_at_the_same_specificity():
+    run = run_of()
+    reporting = ~choosing_half()
+    has_it = GRADES[reporting] >= 2
+    score = 1 - run.federated.p_healthy[reporting]
+    says = score > run.federated.card["tasks"]["referable DR"]["threshold"]
+    alone = 1 - run.others[0].p_healthy[reporting]
+    most = max(
+        (alone[has_it] > cut).sum()
+        for cut in [*alone, -1]
+        if (alone[~has_it] > cut).sum() <= says[~has_it].sum()
+    )
+    more = says[has_it].sum() - most
+    sentence = Page(run).verdict()
+    assert sentence.startswith(f"Federation found {more} more of {has_it.sum()} images")
+    assert f"(+{more / has_it.sum():.2f}, 0." in sentence
+
+
+@pytest.mark.parametrize(
+    "federated, alone, grades, begins",
+    [
+        (1.5, 1.5, GRADES, "No difference is shown"),
+        (0.9, 4, GRADES, r"Federation found \d+ fewer of .* \(−0\."),
+        (3, 0.7, np.repeat([0, 2], 30), "There are too few patients"),
+        (3, None, GRADES, "What federation brought is not measured"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_was_shown(federated, alone, grades, begins):
+    run = run_of(federated, alone or 1, grades)
+    run.others = run.others if alone else []
+    assert re.match(begins, Page(run).verdict())
+
+
+def test_the_best_hospital_alone_is_chosen_by_those_who_are_not_scored():
+    """One that is good on the reporting patients only is not the one to beat."""
+    run = run_of()
+    lucky = np.where(choosing_half(), answers(0.1, seed=2), answers(6, seed=2))
+    run.others.append(model_of("alone", "client002 alone", lucky))
+    assert "client001" in Page(run).verdict()
+
+
+@pytest.mark.parametrize("strength, used", [(1.2, 2), (9, 1)])
+def test_the_best_round_is_used_only_where_it_is_shown_to_be_better(strength, used):
+    best = model_of("federated", "federated", answers(strength, seed=3), round_number=1)
+    assert Page(run_of(1.2, candidates=[best])).card["round"] == used
+
+
+def test_of_1000_people_all_are_accounted_for():
+    page = Page(run_of())
+    screened = page.screened()
+    sensitivity = page.card["tasks"]["referable DR"]["measured"]["sensitivity"]
+    assert screened["found"] == pytest.approx([100 * part for part in sensitivity])
+    assert screened["found"][0] + screened["missed"][0] == pytest.approx(100)
+    called = screened["found"][0] + screened["false alarms"][0]
+    assert screened["PPV"] == pytest.approx(screened["found"][0] / called)
+    for what in ("found", "missed", "false alarms"):
+        value, low, high = screened[what]
+        assert low <= value <= high
+
+
+def test_a_hospital_is_measured_on_its_own_patients():
+    page = Page(run_of())
+    rows = {row["name"]: row for row in page.hospitals()}
+    own = page.reporting & (np.arange(200) % 2 == 0)
+    found = 1 - page.used.p_healthy[own & (GRADES >= 2)] > page.threshold
+    row = rows["client001 (screening <centre>)"]
+    assert row["images"] == own.sum()
+    assert row["sensitivity"].value == pytest.approx(found.mean())
+
+
+def test_scores_that_are_too_low_are_said_to_be_too_low():
+    run = run_of()
+    run.federated.p_healthy = 1 - (1 - run.federated.p_healthy) / 4
+    assert "too low to be read as probabilities" in Page(run).calibration()[1]
+
+
+def test_a_split_is_named_only_where_one_was_made():
+    one = {**PREPARED, "indexes": {"worker1": {}, "val_set": {}}}
+    two = {**PREPARED, "indexes": {"worker1": {}, "worker2": {}}}
+    splits = [card_of(prepared, 1, {})["split"] for prepared in (one, two)]
+    assert splits == ["none", "hospitals"]
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for record in records_of(GRADES):
+        Image.new("RGB", (32, 32), (40 * record["label"], 90, 60)).save(folder / record["dir"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def full(pictures):
+    """The page of a Run in which everything is measured."""
+    run = run_of(1.5, history=[{"round": 1, "seconds": 8.0, "clients": 3, "missing": "client<9>"}])
+    run.client_rows = [
+        {"round": 1, "client": "client001", "examples": 24, "auc": 0.91234, "training_seconds": 3},
+        {"round": 1, "client": "<i>client002</i>", "examples": 30, "auc": None},
+    ]
+    return Page(run)
+
+
+@pytest.fixture(scope="module")
+def source(full):
+    return full.html()
+
+
+def text_of(source):
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", source)).split())
+
+
+def test_the_page_needs_nothing_else(source):
+    links = re.findall(r"""(?:src|href|action|data)\s*=\s*["']?([^"'\s>]+)""", source)
+    assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    assert not re.search(r"<script|<link|<iframe|@import|url\((?!#)", source)
+    assert "default-src 'none'" in source
+
+
+def test_text_from_outside_is_escaped(source):
+    for text in ("<b>&", "<centre>", "client<9>", "<i>client002"):
+        assert text not in source and html.escape(text) in source
+
+
+def test_figures_are_those_of_the_card(full, source):
+    text = text_of(source)
+    for entry in full.card["tasks"].values():
+        for metric in ("auc", "sensitivity", "specificity"):
+            value, low, high = entry["measured"][metric]
+            assert f"{value:.3f} {low:.2f} to {high:.2f}" in text
+        assert f"{entry['threshold']:.3f}" in text
+    assert "client001 (screening <centre>) 24 images 0.912 not measured" in text
+
+
+def test_what_is_unknown_is_not_measured(pictures):
+    run = run_of(prepared={**PREPARED, "val_hospitals": None, "referable": True})
+    for model in (run.federated, *run.others):
+        model.card.pop("by_round")  # a card of before
+    text = text_of(Page(run).html())
+    for what in ("The AUC by round is", "By hospital", "a round", "mild DR is found is"):
+        assert f"{what} not measured" in text or f"{what} Not measured" in text
+    assert "any DR" not in text  # labels that only say "referable" do not tell
+
+
+def test_a_model_that_must_not_be_used_is_offered_no_threshold(pictures):
+    run = run_of()
+    run.federated.card["warning"] = "it finds <nobody>"
+    text = text_of(Page(run).html())
+    assert "This model must not be used: it finds <nobody>." in text
+    assert "called where the score" not in text and "predict.py" not in text
+
+
+def test_the_gallery_shows_the_worst_first(full):
+    missed, alarms = full.galleries().values()
+    scores = [picture["score"] for picture in missed]
+    assert scores and scores == sorted(scores) and max(scores) <= full.threshold
+    scores = [picture["score"] for picture in alarms]
+    assert scores and scores == sorted(scores, reverse=True) and min(scores) > full.threshold
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+MEASURE = """<iframe id="frame" width="{width}" height="900" style="border:0"
+srcdoc="{page}"></iframe>
+<pre id="said"></pre><script>
+document.getElementById("frame").onload = event => {{
+  const inner = event.target.contentDocument, root = inner.documentElement
+  const end = id => inner.getElementById(id).getBoundingClientRect().bottom
+  document.getElementById("said").textContent = JSON.stringify({{
+    needed: root.scrollWidth, brought: end("brought"), use: end("use"),
+    broken: [...inner.images].filter(image => !image.naturalWidth).length}})
+}}</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width, section", [(400, "brought"), (1280, "use")])
+def test_the_first_screen(source, tmp_path, width, section):
+    """What federation brought is on it, and where there is room the one model to use."""
+    frame = tmp_path / "frame.html"
+    frame.write_text(MEASURE.format(width=width, page=html.escape(source)))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
+    flags += ["--window-size=1500,1000", "--virtual-time-budget=10000", "--dump-dom"]
+    command = [CHROMIUM, *flags, frame.as_uri()]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', ended.stdout)[1]))
+    assert said["needed"] <= width and said[section] <= 900 and said["broken"] == 0
+    assert "Refused to" not in ended.stderr and "Content Security Policy" not in ended.stderr
