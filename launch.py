@@ -140,20 +140,17 @@ def parse(who, words):
     import todoClient
     import todoServer
 
-    scripts = {
-        "prepare": prepare.parser(),
-        "server": todoServer.parser(),
-        "client": todoClient.parser(),
-        "central": central.parser(),
-    }
+    modules = {"prepare": prepare, "server": todoServer, "client": todoClient, "central": central}
+    scripts = {name: module.parser() for name, module in modules.items()}
     parser = Parser(
         prog=f"./{who}.sh",
         usage=f"./{who}.sh [flags]",
         description=RUN_HELP if who == "run_local" else COMPARE_HELP,
         epilog=ENDING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=list(scripts.values()),
-        conflict_handler="resolve",  # a flag of several scripts means the same in each
+        # of their own: argparse takes a flag of several scripts away from all but the last
+        parents=[module.parser() for module in modules.values()],
+        conflict_handler="resolve",
         allow_abbrev=False,
     )
     for action in parser._actions:
