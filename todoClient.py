@@ -4,8 +4,9 @@
     python3 todoClient.py --name client002 --server SERVER_IP:50051 --epochs 2
 
 Killed at any instant and started again with the same command, it takes part again. Exit codes:
-0 the run is over, 1 refused or an error, 2 wrong usage, 4 gave up on a server that is away,
-5 the last round was delivered but never answered, 130 Ctrl-C, 143 SIGTERM.
+0 the run is over, 1 refused or an error, 2 wrong usage, 4 try again later: the server was away for
+--give-up-after, or this machine's disk is full; 5 the last round was delivered but never answered,
+130 Ctrl-C, 143 SIGTERM.
 """
 
 import argparse
@@ -136,8 +137,10 @@ def main(argv=None):
             return 0
     except GaveUp as error:
         return fail(arguments.name, error, error.exit_code)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return fail(arguments.name, error)
+    except OSError as error:  # of this machine, as a full disk
+        return fail(arguments.name, error, 4)
 
 
 def federate(site):
