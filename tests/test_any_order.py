@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    CLIENTS,
     DEADLINE_S,
     MEMORY,
     Call,
@@ -40,8 +41,6 @@ from common import files
 from federation import rounds
 from federation.rounds import NEW, REPEAT, Refused, TooFewClients
 from federation.state import RunState
-
-CLIENTS = ["client001", "client002", "client003"]
 
 
 @cache
