@@ -373,11 +373,11 @@ def test_a_round_that_cannot_be_closed_ends_everyones_wait(make_run, monkeypatch
     assert len(rows_of(run.folder / "history.csv")) == 1
 
 
-@pytest.mark.parametrize("step", ["merge", "evaluate", "_freeze"])
+@pytest.mark.parametrize("step", ["_freeze", "merge", "evaluate", "_publish_scores"])
 def test_a_server_out_of_open_files_goes_on_when_they_come_back(make_run, monkeypatch, step):
     monkeypatch.setattr(rounds, "RETRY_S", 0.01)
     run, failures = make_run(clients=[A, B]), [24, 23, 24]  # EMFILE, ENFILE
-    owner = run.rounds if step == "_freeze" else run
+    owner = run.rounds if step.startswith("_") else run
     inner = getattr(owner, step)
 
     def out_of_files(*arguments):
@@ -387,7 +387,9 @@ def test_a_server_out_of_open_files_goes_on_when_they_come_back(make_run, monkey
 
     setattr(owner, step, out_of_files)
     all_deliver(run, client001=1, client002=2)
-    assert not failures and run.holds((A, 1, 1), (B, 1, 2))
+    until(lambda: not failures, f"{step} works again")
+    assert run.holds((A, 1, 1), (B, 1, 2))
+    assert [row["round"] for row in state_on_disk(run).history] == [1]
 
 
 def test_a_signal_ends_a_server_that_is_out_of_open_files(make_run):
