@@ -161,7 +161,9 @@ def test_nobody_fetches_old_weights_under_a_new_number(make_run):
 @pytest.mark.parametrize("seed", [1, 9])
 def test_a_late_delivery_whose_caller_has_gone_changes_nothing(make_run, seed):
     run = make_run(clients=[A, B])
+    replaced = run.delivered(A, 8)
     waiting = run.delivered(A, 1, num_examples=5)
+    refused(replaced, "ABORTED")
     refused(run.deliver(A, seed, num_examples=5, alive=lambda: False), "CANCELLED")
     entered, opened = gate(run, "merge")
     last = run.deliver(B, 2)
