@@ -437,9 +437,9 @@ def test_the_best_round_is_published_before_the_history_and_kept(make_run):
 def test_what_the_clients_measured_is_in_clients_csv_once_its_round_is_evaluated(make_run):
     run = make_run(clients=[A, B], rounds=1)
     path = run.folder / "clients.csv"
+    run.rounds.hear(A, "run0", 1, {"phase": "training"}, {"auc": 0.5, "examples": 4})
     run.rounds.hear(A, "run0", 2, {"phase": "training"}, {"auc": 0.1})  # of no open round
     run.rounds.hear(B, "other", 1, {"phase": "training"}, {"auc": 0.1})  # of another run
-    run.rounds.hear(A, "run0", 1, {"phase": "training"}, {"auc": 0.5, "examples": 4})
     run.delivered(A, 1, num_examples=3)
     assert not path.exists()
     run.deliver(B, 2).result()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import MEMORY, Run, metrics, new_run, write_weights
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import todoServer
@@ -121,7 +121,13 @@ ANY_VALUE = st.one_of(
 )
 
 
-@settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@settings(
+    max_examples=600,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(data=st.data(), value=ANY_VALUE)
 def test_with_any_value_in_any_place_it_is_refused_or_it_works(copies, data, value):
     original = data.draw(st.sampled_from(copies))
