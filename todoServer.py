@@ -266,6 +266,11 @@ def resume(arguments, evaluator):
     state = RunState.load(folder / "state.json", remedy="move it away, or begin with --fresh")
     if state is None:
         return None
+    if state.arch not in model.ARCHS:
+        raise ValueError(
+            f"the run in {folder} has --arch {state.arch[:40]}, and this program knows "
+            f"{', '.join(model.ARCHS)}: go on with the program that began it, or begin with --fresh"
+        )
     for name in FIXED_FLAGS:
         given = getattr(arguments, name)
         kept = getattr(state, name)

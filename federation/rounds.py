@@ -266,7 +266,8 @@ class Rounds:
         try:
             while not self.state.is_last_merged:
                 self._wait_for_clients()
-                for step in (self._freeze, self._merge_and_commit, self._evaluate):
+                steps = (self._freeze, self._merge_and_commit, self._evaluate, self._publish_scores)
+                for step in steps:
                     self._retry_when_out_of_files(step)
         except TooFewClients as error:
             self.stop("UNAVAILABLE", str(error))
@@ -405,17 +406,17 @@ class Rounds:
             self._save(history=history, best=best)
             self.say(self._round_line(row))
             self.changed.notify_all()
-            self._publish_scores()
         self.after_round(row)
 
     def _publish_scores(self):
         """Add to clients.csv what the counted uploads say that their clients measured."""
-        self._add_scores(
-            # A client scores the weights that it fetched, the result of the round before.
-            {**upload, **upload["scores"], "client": name, "round": upload["round"] - 1}
-            for name, upload in sorted(self.state.counted.items())
-            if upload.get("scores") and upload["round"] <= self.state.evaluated
-        )
+        with self.changed:
+            self._add_scores(
+                # A client scores the weights that it fetched, the result of the round before.
+                {**upload, **upload["scores"], "client": name, "round": upload["round"] - 1}
+                for name, upload in sorted(self.state.counted.items())
+                if upload.get("scores") and upload["round"] <= self.state.evaluated
+            )
 
     def _add_scores(self, rows):
         """Add these rows to clients.csv, but for those of a round and client that are there."""

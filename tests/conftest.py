@@ -6,6 +6,7 @@ python3 -m pytest --slow -m slow     # the long ones only
 """
 
 import errno
+import itertools
 import os
 
 # HDF5 locks the files that it opens, and a process that is started meanwhile holds the lock from
@@ -33,14 +34,19 @@ from federation.state import RunState
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 60  # for what takes a second on an idle machine
+CLIENTS = ["client001", "client002", "client003"]
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder that no disk slows down
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # ignored, as in a background job, it would stay so in children
-model.default_threads = lambda: (
-    1
-)  # TensorFlow's pool is sized once a process, and all tests share this one
+# Ignored, as in a background job, it would stay so in children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def one_thread():
+    return 1
+
+
+# TensorFlow's pool is sized once a process, and all tests share this one.
+model.default_threads = one_thread
 
 
 def pytest_addoption(parser):
@@ -81,17 +87,12 @@ def averaged(uploads):
     The sum in float64, in the order of the clients' names, cast once.
     """
     uploads = sorted(uploads, key=lambda upload: upload[0])
-    total = sum(n for _, n, _ in uploads)
-    return [
-        (
-            sum(
-                n * tensor.astype(np.float64)
-                for n, tensor in zip([n for _, n, _ in uploads], column, strict=True)
-            )
-            / total
-        ).astype(np.float32)
-        for column in zip(*(tensors for _, _, tensors in uploads), strict=True)
-    ]
+    total = sum(num_examples for _, num_examples, _ in uploads)
+    means = []
+    for number in range(len(uploads[0][2])):
+        products = [n * tensors[number].astype(np.float64) for _, n, tensors in uploads]
+        means.append((sum(products) / total).astype(np.float32))
+    return means
 
 
 def same_bits(one, other):
@@ -151,10 +152,10 @@ class Run:
     `said` has what it logs.
     """
 
-    def __init__(
-        self, folder, clients=("client001", "client002", "client003"), rounds=2, **options
-    ):
-        self.folder, self.options, self.said = folder, options, []
+    def __init__(self, folder, clients=CLIENTS, rounds=2, **options):
+        self.folder = folder
+        self.options = options
+        self.said = []
         self.weights = folder / "server_weight.h5"
         for client in clients:
             (folder / client).mkdir(parents=True, exist_ok=True)
@@ -174,22 +175,18 @@ class Run:
         self.rounds = Rounds(
             self.folder,
             state,
-            lambda *a: self.merge(*a),
+            lambda paths, num_examples: self.merge(paths, num_examples),
             lambda: self.evaluate(),
             say=self.said.append,
             **self.options,
         )
         self.rounds.open()
-        assert (
-            RunState.load(self.folder / "state.json").frozen is None
-        )  # from here the coordinator may freeze again
+        # From here on the coordinator may freeze again.
+        assert RunState.load(self.folder / "state.json").frozen is None
         self.rounds.change_clients(clients or state.clients)
         self.rounds.opened = None
         self.coordinator = Call(self.rounds.run)
-        until(
-            lambda: self.rounds.opened is not None or self.coordinator.ended, "the time limit runs"
-        )
-        return self
+        until(lambda: self.rounds.opened is not None or self.coordinator.ended, "the round opens")
 
     def stop(self):
         """As after a kill: what is not on disk is forgotten."""
@@ -199,7 +196,7 @@ class Run:
 
     def restart(self, **options):
         self.stop()
-        return self.start(**options)
+        self.start(**options)
 
     def deliver(
         self, client, seed, num_examples=1, run="run0", round_number=..., alive=lambda: True
@@ -213,20 +210,20 @@ class Run:
 
     def delivered(self, client, seed, **options):
         """The same, once it waits: its upload is counted."""
-        before, call = self.rounds.waiting.get(client), self.deliver(client, seed, **options)
-        until(
-            lambda: self.rounds.waiting.get(client) is not before or call.ended,
-            f"{client} is counted",
-        )
+        before = self.rounds.waiting.get(client)
+        call = self.deliver(client, seed, **options)
+
+        def waits():
+            return call.ended or self.rounds.waiting.get(client) is not before
+
+        until(waits, f"{client} is counted")
         assert not call.ended, call.error
         return call
 
     def holds(self, *uploads):
         """Whether server_weight.h5 is FedAvg over these uploads (client, num_examples, seed)."""
-        return same_bits(
-            read_weights(self.weights),
-            averaged([(c, n, random_tensors(seed)) for c, n, seed in uploads]),
-        )
+        expected = averaged([(name, n, random_tensors(seed)) for name, n, seed in uploads])
+        return same_bits(read_weights(self.weights), expected)
 
 
 @pytest.fixture
@@ -259,32 +256,21 @@ def make_data(folder, clients=3, images=8, image_size=32, validation=8):
 
     (folder / "preprocessed").mkdir(parents=True)
     (folder / "index").mkdir()
-    number = 0
+    numbers = itertools.count()
 
-    def records(count):
-        nonlocal number
-        made = []
-        for _ in range(count):
-            grade = 2 * (number % 2)
-            pixels = np.random.default_rng(number).integers(
-                0, 120 + 40 * grade, (image_size, image_size, 3), np.uint8
-            )
-            picture = f"{number:04}.png"
-            Image.fromarray(pixels).save(folder / "preprocessed" / picture)
-            made.append(
-                {
-                    "picture": picture,
-                    "label": grade,
-                    "dir": f"preprocessed/{picture}",
-                    "new_label": str(grade == 0),
-                }
-            )
-            number += 1
-        return made
+    def record():
+        number = next(numbers)
+        grade = 2 * (number % 2)
+        path = f"preprocessed/{number:04}.png"
+        shape = (image_size, image_size, 3)
+        pixels = np.random.default_rng(number).integers(0, 120 + 40 * grade, shape, np.uint8)
+        Image.fromarray(pixels).save(folder / path)
+        name = Path(path).name
+        return {"picture": name, "label": grade, "dir": path, "new_label": str(grade == 0)}
 
-    for client in range(clients):
-        data.write_index(folder / "index" / f"worker{client + 1}.pkl", records(images + 2 * client))
-    data.write_index(folder / "index" / "val_set.pkl", records(validation))
+    counts = {f"worker{client + 1}.pkl": images + 2 * client for client in range(clients)}
+    for name, count in [*counts.items(), ("val_set.pkl", validation)]:
+        data.write_index(folder / "index" / name, [record() for _ in range(count)])
     return folder
 
 

@@ -5,14 +5,18 @@ merges, time limits, restarts, clients that leave and join, and crashes at any p
 rounds.
 """
 
+import csv
+import errno
 import os
 import shutil
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import (
+    CLIENTS,
     DEADLINE_S,
     MEMORY,
     Call,
@@ -40,8 +44,6 @@ from common import files
 from federation import rounds
 from federation.rounds import NEW, REPEAT, Refused, TooFewClients
 from federation.state import RunState
-
-CLIENTS = ["client001", "client002", "client003"]
 
 
 @cache
@@ -165,11 +167,15 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(dir=MEMORY))
         self.now = 0.0  # rounds.py's clock
-        self.real = (os.fsync, files.publish, rounds.publish, rounds.time)
+        self.real = (os.fsync, files.publish, rounds.publish, rounds.time, rounds.RETRY_S)
         os.fsync = lambda _: None  # a crash of the machine is not what is tried here
         files.publish = rounds.publish = self.publish
         rounds.time = self
+        rounds.RETRY_S = 0.001
         self.fuse, self.burnt = None, False
+        self.out_of_files = (
+            None  # (how many publishes of the coordinator fail, "before" or "after")
+        )
 
     def monotonic(self):
         return self.now
@@ -177,6 +183,12 @@ class AnyOrder(RuleBasedStateMachine):
     def publish(self, written, path):
         if self.burnt:
             raise Killed
+        if self.out_of_files and threading.current_thread() is self.run.coordinator.thread:
+            number, when = self.out_of_files
+            self.out_of_files = (number - 1, when) if number > 1 else None
+            if when == "after":
+                self.real[1](written, path)
+            raise OSError(errno.EMFILE, "Too many open files")
         if self.fuse:
             self.fuse = (self.fuse[0] - 1, self.fuse[1])
             self.burnt = self.fuse[0] == 0
@@ -230,6 +242,8 @@ class AnyOrder(RuleBasedStateMachine):
             number, (num_examples, seed) = self.oracle.last_counted(client)
         number = None if peer == "unseen" else number
         run = None if peer != "new" else "other" if what == "other run" else "run0"
+        if peer == "new":
+            self.run.rounds.hear(client, run, number, {"phase": "waiting"}, {"auc": 0.5})
         for_round, expected = self.oracle.deliver(client, (num_examples, seed), run, number)
         delivery = Delivery(client, for_round)
         call = delivery.call = self.run.deliver(
@@ -304,6 +318,11 @@ class AnyOrder(RuleBasedStateMachine):
         if complete:
             self.all_deliver_at_once(CLIENTS, seeds)
 
+    @rule(number=st.integers(1, 4), when=st.sampled_from(["before", "after"]))
+    def run_out_of_files(self, number, when):
+        """The coordinator's next publishes fail: it tries again, and nobody notices."""
+        self.out_of_files = (number, when)
+
     @precondition(lambda self: not all(self.gates.values()))
     @rule(name=st.sampled_from(["merge", "evaluate"]))
     def let_go(self, name):
@@ -336,7 +355,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert call.ended
         self.deliveries, self.fetches = [], []
         self.gates = {"merge": True, "evaluate": True}
-        self.fuse, self.burnt = None, False
+        self.fuse, self.burnt, self.out_of_files = None, False, None
         self.opened()
         if self.oracle.rounds < 5:
             self.oracle.rounds += more
@@ -377,8 +396,9 @@ class AnyOrder(RuleBasedStateMachine):
         # accepted, or as if it had never come: what is on disk says which; there is no third
         state = RunState.load(self.folder / "state.json")
         there = files.sha256_of(self.run.rounds.upload_path(client)) == digest(seed)
-        upload = {"num_examples": num_examples, "sha256": digest(seed)}
-        named = upload in state.uploads.get(client, [])
+        named = (num_examples, digest(seed)) in [
+            (upload["num_examples"], upload["sha256"]) for upload in state.uploads.get(client, [])
+        ]
         accepted = state.round > self.oracle.round or (there and named)
         if accepted and not self.oracle.is_last_merged:
             self.oracle.deliver(client, (num_examples, seed), "run0", self.oracle.round)
@@ -459,8 +479,18 @@ class AnyOrder(RuleBasedStateMachine):
         ]
         assert rows == oracle.rows[: oracle.evaluated]
         assert (self.folder / "history.csv").read_text().count("\n") == 1 + oracle.evaluated
+        self.check_scores()
         for client, (_, seed) in oracle.uploads.items():
             assert files.sha256_of(run.rounds.upload_path(client)) == digest(seed)
+
+    def check_scores(self):
+        """clients.csv has a client once a round, and nothing of a round that is not evaluated."""
+        path = self.folder / "clients.csv"
+        if path.exists():
+            with open(path, newline="") as file:
+                found = [(int(row["round"]), row["client"]) for row in csv.DictReader(file)]
+            assert len(set(found)) == len(found), found
+            assert all(number <= self.run.rounds.state.evaluated for number, _ in found), found
 
     def teardown(self):
         """The run goes on to its end, and everyone gets an answer."""
@@ -470,7 +500,7 @@ class AnyOrder(RuleBasedStateMachine):
         finally:
             self.dead.append(True)
             self.run.stop()
-            os.fsync, files.publish, rounds.publish, rounds.time = self.real
+            os.fsync, files.publish, rounds.publish, rounds.time, rounds.RETRY_S = self.real
             shutil.rmtree(self.folder)
 
     def finish(self):

@@ -6,12 +6,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import MEMORY, Run, metrics, new_run, write_weights
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import todoServer
 from common import files
 from federation import rounds, status
 from federation.rounds import Rounds
@@ -119,7 +121,13 @@ ANY_VALUE = st.one_of(
 )
 
 
-@settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@settings(
+    max_examples=600,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(data=st.data(), value=ANY_VALUE)
 def test_with_any_value_in_any_place_it_is_refused_or_it_works(copies, data, value):
     original = data.draw(st.sampled_from(copies))
@@ -168,6 +176,27 @@ def test_what_would_be_a_wrong_result_or_a_silent_wait_is_refused_by_name(tmp_pa
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=rf"state\.json .*{named}.*begin anew$"):
         RunState.load(path, remedy="begin anew")
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "named"),
+    [
+        ([], {"arch": "resnet"}, "--arch resnet"),
+        ([], {"validation_sha256": "x"}, "other images"),
+        ([], {"preprocessing": "x"}, "other images"),
+        (["--seed", "5"], {}, "--seed is 5"),
+    ],
+)
+def test_a_run_that_cannot_go_on_here_is_told_at_start(tmp_path, flags, changes, named):
+    state = new_run(["client001"], 2, write_weights(tmp_path / "one.h5"))
+    evaluator = SimpleNamespace(validation_sha256="", preprocessing="")
+    arguments = todoServer.parse(["--server-dir", str(tmp_path), *flags])
+    state.changed(**changes).save(tmp_path / "state.json")
+    with pytest.raises(ValueError, match=f"{named}.*--fresh"):
+        todoServer.resume(arguments, evaluator)
+    state.save(tmp_path / "state.json")
+    arguments = todoServer.parse(["--server-dir", str(tmp_path)])
+    assert todoServer.resume(arguments, evaluator) == state
 
 
 @pytest.mark.parametrize("missing", RunState.__dataclass_fields__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 from conftest import metrics
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from federation.rounds import NEW, REPEAT, Refused, verdict
@@ -201,7 +201,13 @@ def stories(draw):
     return Story(closed, len(closed) - being_evaluated, uploads, is_frozen, clients, rounds=3)
 
 
-@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@settings(
+    max_examples=500,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(
     story=stories(),
     all_required=st.booleans(),
