@@ -38,11 +38,14 @@ HANDSHAKE_S = 5
 # that they fetched on it.
 IDLE_S = 60
 IDLE_WITH_SEED_PEERS_S = 3600
-CONNECTIONS = 64  # and for each client:
+# On each address that the server listens on. Who holds all of them, and opens each anew as soon as
+# it is closed, keeps everyone out: so there are far more than clients. A silent one costs 13 kB,
+# one within a TLS handshake 46 kB, one that speaks HTTP/2 30 kB, and each call on it some 15 kB.
+CONNECTIONS = 1024  # and for each client:
 CONNECTIONS_PER_CLIENT = 16
 MESSAGE_BYTES = 2 << 20  # of one message
 METADATA_BYTES = 8 << 10  # of one call
-CALLS_PER_CONNECTION = 16
+CALLS_PER_CONNECTION = 4  # a client opens one or two
 REMEMBERED_CONNECTIONS = 1000
 M_ARENA_MAX = -8  # of glibc's malloc.h: how many heaps
 SEED_ARCH = "vgg16"  # the thesis demo's network; its peers know no other

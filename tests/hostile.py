@@ -4,6 +4,7 @@ A list of names in a file may repeat one name, and its entries may all refer to 
 file's heap: some kB are then hours of work for HDF5, or gigabytes.
 """
 
+import socket
 import subprocess
 import sys
 
@@ -78,3 +79,45 @@ convert.main()
         )
 
     monkeypatch.setattr(convert, "_start", start)
+
+
+# --- connections that no gRPC library would make -------------------------------------------------
+
+
+class RawConnection:
+    """HTTP/2 by hand: thousands of streams cost this side nothing. What comes back is not read."""
+
+    def __init__(self, address, timeout_s=5):
+        host, _, port = address.rpartition(":")
+        self.socket = socket.create_connection((host.strip("[]"), int(port)), timeout_s)
+        self.next_stream = 1
+        # settings: ours, which are empty, and that we have read theirs
+        frames = frame(4, 0, 0, b"") + frame(4, 1, 0, b"")
+        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frames)
+
+    def open_streams(self, method, client, count, reset=False):
+        """Begin so many calls whose request never comes; reset: and cancel each at once."""
+        headers = {":method": "POST", ":scheme": "http", ":path": f"/todoPackage.FedML/{method}"}
+        headers |= {":authority": "localhost", "content-type": "application/grpc", "te": "trailers"}
+        if client:
+            headers["fedml-client"] = client
+        block = b"".join(
+            b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+            for name, value in headers.items()
+        )
+        frames = []
+        for _ in range(count):
+            frames.append(frame(1, 4, self.next_stream, block))
+            if reset:
+                frames.append(frame(3, 0, self.next_stream, (8).to_bytes(4, "big")))
+            self.next_stream += 2
+        self.socket.sendall(b"".join(frames))
+
+    def close(self):
+        self.socket.close()
+
+
+def frame(kind, flags, stream, content):
+    """A frame of HTTP/2: 1 is HEADERS, 3 RST_STREAM, 4 SETTINGS."""
+    head = len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
+    return head + content
