@@ -594,7 +594,8 @@ def train_network(site, task, title):
         now = time.monotonic()
         done = (epoch - 1) * steps + step
         left_s = (now - began) / done * (epochs * steps - done)
-        site.reporter.at("training", epoch=epoch, epochs=epochs, seconds_left=round(left_s))
+        told_s = min(round(left_s), 10_000_000)  # as long as the server believes
+        site.reporter.at("training", epoch=epoch, epochs=epochs, seconds_left=told_s)
         text = f"epoch {epoch}/{epochs}, step {step}/{steps}, loss {loss:.4f}"
         show(f"{title}: {text}", done, epochs * steps)
         if now - last_line >= 2 * REPORT_EVERY_S:  # within a long epoch
@@ -715,7 +716,8 @@ def tell_scores(stub, site):
     if scores:
         status = status_message(site.state, {"phase": "waiting"}, scores)
         try:
-            stub.tell(status, metadata=(("fedml-client", site.name),), timeout=TELL_TIMEOUT_S)
+            with site.reporter.telling:
+                stub.tell(status, metadata=(("fedml-client", site.name),), timeout=TELL_TIMEOUT_S)
         except grpc.RpcError as error:
             site.say(f"the server was not told this site's scores ({error.code().name})")
 
@@ -792,7 +794,8 @@ def keep_trying(attempt, site):
             reason = str(error)
 
         now = time.monotonic()
-        was_served = now - started > SERVED_S and not site.reporter.is_unanswered
+        waited_s = now - max(started, site.reporter.waits_since)
+        was_served = waited_s > SERVED_S and not site.reporter.is_unanswered
         if away_since is None or was_served:
             # The server was there until now: the time to give up begins anew.
             away_since = now
@@ -892,10 +895,10 @@ class ProgressReporter:
         self.task = None  # what this client works for: run and round; None: nothing is told
         self.where = {}
         self.round_closed = False
-        self.answered_at = time.monotonic()
-        self.wait = None  # (what, since when, the call) while this client waits
+        self.answered_at = self.waits_since = time.monotonic()
+        self.wait = None  # (what, the call) while this client waits
         self.changed = threading.Event()
-        self.telling = threading.Lock()  # a report on its way would end the last word, "done"
+        self.telling = threading.Lock()  # the server ends a client's older report for a newer one
         threading.Thread(target=self._run, daemon=True).start()
 
     def begin(self, task, phase):
@@ -923,8 +926,8 @@ class ProgressReporter:
     @contextmanager
     def waiting(self, what, call):
         """While the body waits for this call, say so; end it where the server is away."""
-        self.answered_at = time.monotonic()
-        self.wait = (what, self.answered_at, call)
+        self.answered_at = self.waits_since = time.monotonic()
+        self.wait = (what, call)
         try:
             yield
         finally:
@@ -938,12 +941,12 @@ class ProgressReporter:
             with self.telling:
                 self._tell()
             now = time.monotonic()
-            if self.wait is None:
+            wait = self.wait  # once: it may end here
+            if wait is None:
                 last_line = now
             elif now - last_line >= REPORT_EVERY_S:
                 last_line = now
-                what, since, _ = self.wait
-                self.site.say(f"{what} for {now - since:.0f} s")
+                self.site.say(f"{wait[0]} for {now - self.waits_since:.0f} s")
             time.sleep(SHORTEST_PAUSE_S)
 
     def _tell(self):
@@ -960,7 +963,7 @@ class ProgressReporter:
             if code == grpc.StatusCode.UNIMPLEMENTED:  # a server of another commit
                 self.task = None
             elif wait is not None and self.is_unanswered:
-                wait[2].cancel()
+                wait[1].cancel()
 
 
 if __name__ == "__main__":

@@ -151,6 +151,17 @@ def test_a_server_that_does_not_know_the_call_is_served_all_the_same(
     assert code == 0 and "the server was not told this site's scores (UNIMPLEMENTED)" in said
 
 
+def test_reports_of_a_client_do_not_end_each_other(served, client_main, monkeypatch):
+    """The server ends the older of two; the scores and the last word go out once only."""
+    run, address = served
+    monkeypatch.setattr(todoClient, "TELL_EVERY_S", 0.001)
+    monkeypatch.setattr(todoClient, "SHORTEST_PAUSE_S", 0.001)
+    code, said = client_main("--server", address, "--val-index", "index/val_set.pkl")
+    assert code == 0 and "was not told" not in said
+    assert not any("began a new report" in line for line in run.said)
+    assert [row["round"] for row in rows_of(run.folder / "clients.csv")] == ["0", "1"]
+
+
 def test_the_scores_of_a_client_are_published_the_results_too(start, begun):
     """Of each round at 0.5, of the result at the threshold that its model card names."""
     site = begun(clients=["client001"], rounds=2)
