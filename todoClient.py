@@ -958,7 +958,7 @@ class ProgressReporter:
             self.answered_at = time.monotonic()
             if task is self.task and open_round > task["round"]:
                 self.round_closed = True
-        except (grpc.RpcError, OSError) as error:
+        except (grpc.RpcError, OSError, RuntimeError) as error:  # the last: no thread to be had
             code = error.code() if isinstance(error, grpc.RpcError) else None
             if code == grpc.StatusCode.UNIMPLEMENTED:  # a server of another commit
                 self.task = None
