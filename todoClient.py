@@ -601,7 +601,8 @@ def train_network(site, task, title):
         now = time.monotonic()
         done = (epoch - 1) * steps + step
         left_s = (now - began) / done * (epochs * steps - done)
-        site.reporter.at("training", epoch=epoch, epochs=epochs, seconds_left=round(left_s))
+        told_s = min(round(left_s), 10_000_000)  # as long as the server believes
+        site.reporter.at("training", epoch=epoch, epochs=epochs, seconds_left=told_s)
         text = f"epoch {epoch}/{epochs}, step {step}/{steps}, loss {loss:.4f}"
         show(f"{title}: {text}", done, epochs * steps)
         if now - last_line >= 2 * REPORT_EVERY_S:  # within a long epoch
@@ -650,7 +651,7 @@ def finish(site, task):
         model.load(site.network, site.result, site.layout.tensors)
         measured = site.scores(threshold_of_result(site))
         site.say(f"the result on this site's own held-out images: {in_words(measured)}")
-    site.reporter.end()
+    site.reporter.task = None  # `done` is the last word
     if task["run"]:  # the thesis demo's server knows no such call
         tell(site, task, {"phase": "done"}, measured)
     card_path = cards.path_of(site.result)
@@ -777,7 +778,8 @@ def keep_trying(attempt, site):
             reason = str(error)
 
         now = time.monotonic()
-        was_served = now - started > SERVED_S and not site.reporter.is_unanswered
+        waited_s = now - max(started, site.reporter.waits_since)
+        was_served = waited_s > SERVED_S and not site.reporter.is_unanswered
         if away_since is None or was_served:
             # The server was there until now: the time to give up begins anew.
             away_since = now
@@ -851,12 +853,12 @@ def tell(site, task, where, scores=None):
     """
     status = todo_pb2.clientStatus(run=task["run"], round=task["round"], scores=scores, **where)
     try:
-        with connect(site) as channel:
+        with site.reporter.telling, connect(site) as channel:
             stub = todo_pb2_grpc.FedMLStub(channel)
             metadata = (("fedml-client", site.name),)
             answer = stub.tell(status, metadata=metadata, timeout=TELL_TIMEOUT_S)
         return answer.round if answer.run == task["run"] else task["round"]
-    except tls.FilesNotReady:
+    except (tls.FilesNotReady, RuntimeError):  # the second: no thread to be had
         return None
     except grpc.RpcError as error:
         # A server that refuses, or is of another commit and knows no `tell`, answers all the same.
@@ -877,10 +879,10 @@ class ProgressReporter:
         self.task = None  # what this client works for: run and round; None: nothing is told
         self.where = {}
         self.round_closed = False
-        self.answered_at = time.monotonic()
-        self.wait = None  # (what, since when, the call) while this client waits
+        self.answered_at = self.waits_since = time.monotonic()
+        self.wait = None  # (what, the call) while this client waits
         self.changed = threading.Event()
-        self.telling = threading.Lock()  # a report on its way would end the last word, "done"
+        self.telling = threading.Lock()  # the server ends a client's older report for a newer one
         threading.Thread(target=self._run, daemon=True).start()
 
     def begin(self, task, phase):
@@ -896,11 +898,6 @@ class ProgressReporter:
         if before != (phase, numbers.get("epoch")):
             self.changed.set()
 
-    def end(self):
-        """Nothing more is told from here, once this returns."""
-        with self.telling:
-            self.task = None
-
     @property
     def is_unanswered(self):
         return self.task is not None and time.monotonic() - self.answered_at > UNANSWERED_S
@@ -908,8 +905,8 @@ class ProgressReporter:
     @contextmanager
     def waiting(self, what, call):
         """While the body waits for this call, say so; end it where the server is away."""
-        self.answered_at = time.monotonic()
-        self.wait = (what, self.answered_at, call)
+        self.answered_at = self.waits_since = time.monotonic()
+        self.wait = (what, call)
         try:
             yield
         finally:
@@ -920,15 +917,14 @@ class ProgressReporter:
         while True:
             self.changed.wait(TELL_EVERY_S)
             self.changed.clear()
-            with self.telling:
-                self._tell()
+            self._tell()
             now = time.monotonic()
-            if self.wait is None:
+            wait = self.wait  # once: it may end here
+            if wait is None:
                 last_line = now
             elif now - last_line >= REPORT_EVERY_S:
                 last_line = now
-                what, since, _ = self.wait
-                self.site.say(f"{what} for {now - since:.0f} s")
+                self.site.say(f"{wait[0]} for {now - self.waits_since:.0f} s")
             time.sleep(SHORTEST_PAUSE_S)
 
     def _tell(self):
@@ -938,9 +934,10 @@ class ProgressReporter:
         open_round = tell(self.site, task, self.where)
         if open_round is not None:
             self.answered_at = time.monotonic()
-            self.round_closed = task is self.task and open_round > task["round"]
+            if task is self.task and open_round > task["round"]:
+                self.round_closed = True
         elif wait is not None and self.is_unanswered:
-            wait[2].cancel()
+            wait[1].cancel()
 
 
 if __name__ == "__main__":

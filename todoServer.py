@@ -469,8 +469,12 @@ class Evaluator:
         return {"round": row["round"], "auc": area, "sha256": state.weights_sha256}
 
     def card_text(self):
-        """The card of server_weight.h5 as fedml-card sends it."""
-        return cards.to_wire(cards.read(self.weights_path))
+        """The card of server_weight.h5 as fedml-card sends it; "" where its file is gone."""
+        try:
+            return cards.to_wire(cards.read(self.weights_path))
+        except ValueError as error:
+            say(f"warning: the result goes out without its model card: {error}")
+            return ""
 
 
 def is_better(area, best):

@@ -270,6 +270,11 @@ class Service:
             reason = str(error) or "out of memory"
             sentence = f"the server could not read or store a file: {reason}; try again"
             self.refuse(context, "INTERNAL", sentence)
+        except grpc.RpcError:
+            raise
+        except Exception as error:  # a mistake of ours, which gRPC would tell nobody
+            sentence = f"a fault of the server: {type(error).__name__}: {error}; try again"
+            self.refuse(context, "INTERNAL", sentence)
 
     def refuse(self, context, code, sentence):
         if len(sentence) > SENTENCE_CHARACTERS:

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import client_script, server_script, start_server
 
 from common import files
+from federation import weights
 
 # Stands for a network file system: no locks, no fsync of folders.
 NETWORK_FILE_SYSTEM = r"""
@@ -51,34 +53,48 @@ def preloaded(tmp_path):
     }
 
 
-def run_to_its_end(start, site, environment=None):
-    """(server, client) after a whole run, both with 0."""
+@pytest.mark.parametrize("fsync", [errno.EINVAL, errno.ENOTSUP])
+def test_without_locks_and_without_fsync_of_folders(start, begun, preloaded, fsync):
+    site = begun(clients=["client001"], rounds=2)
+    environment = preloaded(errno.ENOLCK, fsync)
     server, address = start_server(start, site, script=server_script(site), env=environment)
     arguments = ["--name", "client001", "--server", address]
     client = start(client_script(site), *arguments, cwd=site, env=environment)
-    assert [client.wait(), server.wait()] == [0, 0], client.output + server.output
-    return server, client
-
-
-@pytest.mark.parametrize("fsync", ["EINVAL", "ENOTSUP"])
-def test_without_locks_and_without_fsync_of_folders(start, begun, preloaded, fsync):
-
-    site = begun(clients=["client001"], rounds=2)
-    environment = preloaded(errno.ENOLCK, getattr(errno, fsync))
-    for process in run_to_its_end(start, site, environment):
-        assert process.output.count("files: warning: this file system has no locks") == 1
-        assert process.output.count("files: warning: this file system cannot flush folders") == 1
+    for process in (client, server):
+        assert process.wait() == 0, process.output
+        assert process.output.count("warning: this file system has no locks") == 1
+        assert process.output.count("warning: this file system cannot flush folders") == 1
 
 
 def test_a_disk_that_fails_is_no_such_file_system(start, begun, preloaded):
-
     site = begun(clients=["client001"], rounds=2)
-    environment = preloaded(errno.ENOLCK, errno.EIO)
     _, address = start_server(start, site, script=server_script(site))
     arguments = ["--name", "client001", "--server", address]
+    environment = preloaded(errno.ENOLCK, errno.EIO)
     client = start(client_script(site), *arguments, cwd=site, env=environment)
     assert client.wait() == 1
     assert "Input/output error" in client.lines[-1] and "Traceback" not in client.output
+
+
+def write_half(path, *_, **__):
+    with open(path, "wb") as file:
+        file.write(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_names_the_file(client_main, served, monkeypatch):
+    """The system names none where a write fails; whoever has to make room needs it."""
+    run, address = served
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "_write", write_half)
+        code, said = client_main("--server", address)
+        assert code == 1 and "No space left on device: 'client001/client_weights.h5'" in said
+        path = run.folder / "history.csv"
+        patched.setattr(files, "publish", write_half)
+        with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+            files.publish_rows(path, ["round"], [{"round": 1}])
+    assert not list(Path("client001").glob(".*.tmp*"))
+    assert client_main("--server", address)[0] == 0  # once there is room
 
 
 FOREIGN_SETTINGS = [
@@ -104,6 +120,6 @@ def test_keras_settings_of_another_project_change_no_bit(start, site, tmp_path):
         arguments = ["--name", "client001", "--server", address, "--threads", "1"]
         client = start("todoClient.py", *arguments, cwd=folder, env=environment)
         assert [client.wait(120), server.wait(120)] == [0, 0], client.output + server.output
-        weights = files.sha256_of(folder / "server" / "server_weight.h5")
-        results.append((weights, (folder / "server" / "history.csv").read_text().split(",")[1:9]))
+        digest = files.sha256_of(folder / "server" / "server_weight.h5")
+        results.append((digest, (folder / "server" / "history.csv").read_text().split(",")[1:9]))
     assert results[0] == results[1] == results[2]

@@ -227,6 +227,8 @@ def test_a_server_whose_run_is_over_answers_repeats_hands_out_the_result_and_end
     is_me = [("fedml-client", "client001")]
     stub = stub_of(address)
     done = todo_pb2.clientStatus(run="run0", round=2, phase="done")
+    assert len(list(stub.getWeight(todo_pb2.void(), metadata=is_me, timeout=30))) > 0
+    assert "goes out without its model card" in server.output  # it is damaged
     assert server.process.poll() is None
     assert stub.tell(done, metadata=is_me, timeout=30).round == 2
     assert server.wait(10) == 0 and "finished after 1 rounds" in server.output  # not in 30 s

@@ -1,155 +1,129 @@
 """A client or a server of the thesis demo takes part (DESIGN 2, "the old peer")."""
 
-import threading
-
 import pytest
-from conftest import averaged, random_tensors, read_weights, same_bits, start_server, write_weights
+from conftest import (
+    Call,
+    new_run,
+    random_tensors,
+    read_weights,
+    same_bits,
+    start_server,
+    write_weights,
+)
+from hostile import many_names, one_text_many_times
 from seed_peer import SeedServer, seed_client
 from serving import serve
 
 import data
-import model
 import todoClient
 from federation import weights
-from federation.rounds import Rounds
-from federation.state import RunState
 
-LARGE = [
-    ("conv", (3, 3, 64, 64)),
-    ("dense", (300, 300)),
-    ("dense", (300,)),
-]  # several of the seed's messages long
+LARGE = [("conv", (3, 3, 64, 64)), ("dense", (300, 300)), ("dense", (300,))]  # several messages
+CLIENTS = ["client001", "client002", "client003"]
+SIZES = [10, 20, 30]
 
 
-def test_three_old_clients_complete_three_rounds_one_changing_nothing(tmp_path):
-    path = write_weights(tmp_path / "server_weight.h5", 0, LARGE, root="model_weights")
-    clients = ["client001", "client002", "client003"]
-    for name in clients:
-        (tmp_path / name).mkdir()
+# --- three clients of 2020 and our server --------------------------------------------------------
+
+
+def test_three_old_clients_complete_three_rounds_one_changing_nothing(make_run, tmp_path):
+    run = make_run(clients=CLIENTS, rounds=3)
+    run.stop()
+    new_run(CLIENTS, 3, write_weights(run.weights, 0, LARGE)).save(run.folder / "state.json")
+    run.start()
+    server, address = serve(run.rounds)
     merges = []
 
     def merge(paths, sizes):
-        merges.append(
-            [
-                (each.parent.name, size, read_weights(each))
-                for each, size in zip(paths, sizes, strict=True)
-            ]
-        )
-        return weights.fedavg(paths, sizes, weights.Layout(path), path)
+        merges.append((sizes, [read_weights(path) for path in paths]))
+        return run.average(paths, sizes)
 
-    def evaluate():
-        return dict.fromkeys(("loss", "accuracy", "auc", "sensitivity", "specificity"), 0.5)
-
-    rounds = Rounds(
-        tmp_path,
-        RunState("run", clients, 3, "", arch="drcnn", image_size=32, seed=0),
-        merge,
-        evaluate,
-    )
-    coordinator = threading.Thread(target=rounds.run, daemon=True)
-    coordinator.start()
-    server, address = serve(rounds)
-    fetched = {}
+    run.merge = merge
 
     def train(name, content):
+        path = tmp_path / f"{name}.h5"
         if name == "client003":  # equal bytes every round, which must not be taken for a repeat
-            return write_weights(tmp_path / f"{name}.h5", 99, LARGE).read_bytes()
-        (tmp_path / f"{name}.h5").write_bytes(content)
-        moved = [tensor + 1 + len(name) for tensor in read_weights(tmp_path / f"{name}.h5")]
-        return write_weights(tmp_path / f"{name}.h5", moved, LARGE).read_bytes()
+            return write_weights(path, 99, LARGE).read_bytes()
+        path.write_bytes(content)
+        moved = [tensor + 1 + len(name) for tensor in read_weights(path)]
+        return write_weights(path, moved, LARGE, root="model_weights").read_bytes()
 
     def take_part(name, size):
-        fetched[name] = seed_client(address, name, size, 3, lambda content: train(name, content))
+        return Call(seed_client, address, name, size, 3, lambda content: train(name, content))
 
-    threads = [
-        threading.Thread(target=take_part, args=(name, 10 * (k + 1)))
-        for k, name in enumerate(clients)
-    ]
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        coordinator.join(60)
+        calls = [take_part(*each) for each in zip(CLIENTS, SIZES, strict=True)]
+        fetched = [call.result() for call in calls]
+        run.coordinator.result()
+        run.rounds.wait_until_all_done(30)  # they have their last answer
     finally:
         server.stop(0)
-    assert rounds.state.evaluated == 3 and not coordinator.is_alive()
-    assert [len(round) for round in merges] == [3, 3, 3]
-    assert all(same_bits(merge[2][2], random_tensors(99, LARGE)) for merge in merges)
-    assert same_bits(read_weights(path), averaged(merges[-1]))
-    assert fetched["client001"] == fetched["client002"] == fetched["client003"]
+    assert run.rounds.state.evaluated == 3 and run.rounds.done_clients == set(CLIENTS)
+    assert [sizes for sizes, _ in merges] == [SIZES] * 3
+    assert all(same_bits(tensors[2], random_tensors(99, LARGE)) for _, tensors in merges)
+    assert fetched[0] == fetched[1] == fetched[2]
+    assert len(set(fetched[0])) == 3 and fetched[0][0] != run.weights.read_bytes()
+
+
+# --- our client and the server of 2020 -----------------------------------------------------------
 
 
 @pytest.fixture
-def old_server(site, monkeypatch):
-    """Our client's main() in this process against the seed's server.
-
-    Both train a small network instead of VGG16.
-    """
-    monkeypatch.chdir(site)
-    small = {**todoClient.SEED_TASK, "arch": "drcnn", "image_size": 32}
-    monkeypatch.setattr(todoClient, "SEED_TASK", small)
-    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
-    model.configure(0, 1)
-    model.save(model.build("drcnn", 32), site / "first.h5")
+def old_server(client_main, tmp_path, monkeypatch):
+    """old_server(**options) -> (SeedServer, the address), for one client of ours."""
+    monkeypatch.setattr(todoClient, "SEED_TASK", {**todoClient.SEED_TASK, "image_size": 32})
+    path = write_weights(tmp_path / "first.h5", 1, LARGE, root="model_weights")
+    servers = []
 
     def start(**options):
         def merge(uploads):
             ((content, _),) = uploads.values()
             return content
 
-        servicer = SeedServer((site / "first.h5").read_bytes(), 1, merge, **options)
+        servicer = SeedServer(path.read_bytes(), 1, merge, **options)
         server, address = servicer.start()
         servers.append(server)
         return servicer, address
 
-    servers = []
     yield start
     for server in servers:
         server.stop(0)
 
 
-def test_our_client_takes_part_with_an_old_server(old_server, site, capsys):
-    servicer, address = old_server()
-    assert (
-        todoClient.main(
-            ["--name", "client001", "--server", address, "--rounds", "2", "--threads", "1"]
-        )
-        == 0
-    )
-    assert servicer.round == 2
-    assert servicer.content == (site / "client001" / "client_weights.h5").read_bytes()
-    assert max(servicer.messages) <= 100_050 and len(servicer.messages) > 2
-    assert "the run is over after 2 rounds" in capsys.readouterr().out
-
-
-def test_the_path_form_and_the_size_go_in_every_chunk(old_server, monkeypatch):
-    servicer, address = old_server()
+def test_our_client_takes_part_with_an_old_server(old_server, client_main, tmp_path):
+    """It counts the rounds itself; name as a path and size go in every message, which is small."""
+    servicer, address = old_server(answers=[0, 1])  # 0: not merged
     seen = []
-    real = servicer.merge
-    servicer.merge = lambda uploads: (
-        seen.append({name: size for name, (_, size) in uploads.items()}),
-        real(uploads),
-    )[1]
-    assert (
-        todoClient.main(
-            ["--name", "client001", "--server", address, "--rounds", "1", "--threads", "1"]
-        )
-        == 0
-    )
-    assert seen == [{"client001/client_weights.h5": len(data.read_index("index/worker1.pkl"))}]
+    merge = servicer.merge
+    servicer.merge = lambda uploads: seen.append(dict(uploads)) or merge(uploads)
+    code, said = client_main("--server", address, "--rounds", "2")
+    assert code == 0 and servicer.round == 2
+    assert "did not merge (answer 0): fetching again" in said
+    assert "the run is over" in said and "client001/client_weights.h5 is this site's last" in said
+    content = (tmp_path / "client001" / "client_weights.h5").read_bytes()
+    size = len(data.read_index("index/worker1.pkl"))
+    assert seen[1] == {"client001/client_weights.h5": (content, size)} and len(seen) == 2
+    assert max(servicer.messages) <= 100_050 and len(servicer.messages) > 6
+    # started again after its rounds, it does not ask a server of 2020 for calls that it has not
+    code, said = client_main("--server", address, "--rounds", "2")
+    assert code == 0 and "not told" not in said and servicer.round == 2
+    # and with more of them it goes on
+    code, said = client_main("--server", address, "--rounds", "3")
+    assert code == 0 and servicer.round == 3
 
 
-def test_an_answer_of_0_means_not_merged_fetch_again(old_server, capsys):
-    servicer, address = old_server(answers=[0, 1])
-    assert (
-        todoClient.main(
-            ["--name", "client001", "--server", address, "--rounds", "1", "--threads", "1"]
-        )
-        == 0
-    )
-    assert servicer.round == 1
-    assert "did not merge (answer 0): fetching again" in capsys.readouterr().out
+@pytest.mark.parametrize("hostile", [one_text_many_times, many_names])
+def test_a_hostile_file_of_a_server_is_not_opened_by_the_client(
+    old_server, client_main, monkeypatch, tmp_path, hostile
+):
+    """A process that bounds itself reads it: in the client it would take gigabytes or hours."""
+    servicer, address = old_server()
+    hostile(tmp_path / "hostile.h5")
+    servicer.content = (tmp_path / "hostile.h5").read_bytes()
+    monkeypatch.setattr(weights.h5py, "File", None)
+    code, said = client_main("--server", address)
+    assert code == 1 and "the server's weights cannot be used" in said and len(said) < 1000
+    assert not list((tmp_path / "client001").glob("*.h5"))  # kept for nothing
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ nothing: a bad one is left out, one that fails is passed over.
 import csv
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
 import standin
-from conftest import client_script, holding, start_server, until
+from conftest import Call, client_script, holding, start_server, until
 from serving import serve
 
 import todoClient
@@ -149,6 +150,22 @@ def test_a_server_that_does_not_know_the_call_is_served_all_the_same(
     _, address = request.getfixturevalue("served")
     code, said = client_main("--server", address, "--val-index", "index/val_set.pkl")
     assert code == 0 and "the server was not told this site's scores (UNIMPLEMENTED)" in said
+
+
+def test_reports_of_a_client_do_not_end_each_other(client_main):
+    """The server ends the older of two: the scores and the last word wait for one on its way."""
+    site = todoClient.Site(todoClient.parse(["--name", "client001"]))
+    site.state["trained"] = {"scores": {"auc": 0.5}}
+    told = []
+    stub = SimpleNamespace(tell=lambda message, **_: told.append(message))
+    with site.reporter.telling:  # as its thread does
+        calls = [Call(todoClient.tell_scores, stub, site), Call(site.reporter.end)]
+        for call in calls:
+            call.thread.join(0.3)
+        assert [call.ended for call in calls] == [False, False] and told == []
+    for call in calls:
+        call.result()
+    assert [message.scores["auc"] for message in told] == [0.5]
 
 
 def test_the_scores_of_a_client_are_published_the_results_too(start, begun):

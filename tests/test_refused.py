@@ -13,6 +13,7 @@ import standin
 from conftest import holding, start_server
 
 import todoClient
+import todoServer
 from common import files
 
 
@@ -83,6 +84,22 @@ def test_a_client_killed_between_two_rejections_counts_both(client_main, served,
     trainings[:] = ["nan"] * 9
     code, said = client_main("--server", address)
     assert code == 1 and "the server rejected 2 uploads" in said
+
+
+def test_a_fault_of_the_server_is_said_there_and_tried_again(request, client_main, monkeypatch):
+    """gRPC would tell nobody: the client would try for ever, and the server's log say nothing."""
+    inner, faults = todoServer.FedMLServicer.sendWeight, [KeyError("a mistake of ours")]
+
+    def fails_once(*arguments):
+        if faults:
+            raise faults.pop()
+        return inner(*arguments)
+
+    monkeypatch.setattr(todoServer.FedMLServicer, "sendWeight", fails_once)
+    run, address = request.getfixturevalue("served")
+    code, said = client_main("--server", address, "--give-up-after", "60")
+    assert code == 0 and said.count("training now") == 1
+    assert any("KeyError: 'a mistake of ours'" in line for line in run.said)
 
 
 # --- a straggler ---------------------------------------------------------------------------------
