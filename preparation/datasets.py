@@ -128,18 +128,43 @@ PUBLISHED = {
     ),
 }  # fmt: skip
 NAMES = (*PUBLISHED, "folder")
+# What a user can say of a table, by flags, and what it is where it is not said: see `add_flags`.
+TABLE_DEFAULTS = {
+    "labels": "",
+    **{f"{role}_column": "" for role in COLUMN_NAMES},
+    "hospital_column": "none",  # it is looked for where it is asked for: ""
+    "referable": False,
+    "grades_from": None,
+}
+
+
+def add_flags(add, roles=tuple(COLUMN_NAMES)):
+    """Add the flags that say how a table is read, but for --labels; add: an argparse method."""
+    for role in roles:
+        less = "" if role in ("image", "label") else "; none: there is none"
+        add(
+            f"--{role}-column",
+            metavar="NAME",
+            help=f"the table's column of the {role} (found by its name{less})",
+        )
+    add("--referable", action="store_true", help="the labels are 0 and 1; 1 is grade 2 or more")
+    add(
+        "--grades-from",
+        type=int,
+        choices=(0, 1),
+        help="the number that means no DR (asked where it cannot be told)",
+    )
 
 
 def load(dataset, source, flags):
     """Find a data set by its name, one of NAMES, in the folder `source`: a DataSet.
 
-    flags: of "folder": an object with labels (the table's name), image_column, label_column,
-    patient_column, part_column, hospital_column ("" where not given), referable and grades_from.
+    flags: of "folder": an object with the attributes of TABLE_DEFAULTS.
     Raises ValueError, one sentence, where something cannot be read as it is meant.
     """
     source = Path(source).expanduser()
     if not source.is_dir():
-        raise ValueError(f"{source} is no folder: --source must be that of data set {dataset!r}")
+        raise ValueError(f"{source} is no folder, expected that of the data set {dataset!r}")
     if dataset == "folder":
         found = load_folder(source, flags)
     else:
@@ -160,17 +185,16 @@ def load(dataset, source, flags):
             "expected several: give another --patient-column, or --patient-column none if nothing "
             "tells the patients"
         )
-    tell_not_read(source, found)
+    read = found.read | {photo.path for photo in found.photos}
+    found.notes += count_kinds("not read", walk(source, read))
     return found
 
 
-def tell_not_read(source, found):
-    """Add a line that counts, by kind, what lies in `source` and is no photograph of `found`."""
-    read = found.read | {photo.path for photo in found.photos}
-    kinds = Counter(path.suffix.lower() or "without extension" for path in walk(source, read))
-    if kinds:
-        some = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(12))
-        found.notes.append(f"not read: {some}")
+def count_kinds(what, paths):
+    """["what: 3 .txt, 1 .pdf"] of these paths; [] where there is none."""
+    kinds = Counter(path.suffix.lower() or "without extension" for path in paths)
+    some = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(12))
+    return [f"{what}: {some}"] if some else []
 
 
 def walk(source, read=()):

@@ -391,6 +391,8 @@ def test_each_worker_is_a_hospital_of_the_table(photographs, capsys):
     for k in range(5):
         assert {each["label"] for each in indexes()[f"worker{k + 1}"]} == {k}
     assert prepare.main([*choices, "--check"]) == 0
+    assert prepare.main([*photographs(), "--split", "column"]) == 1
+    assert "say which by --hospital-column" in capsys.readouterr().err
     # a patient of two hospitals goes to one
     choices = [*photographs(patient="{1}", centre="{2}"), *choices[-4:]]
     prepare.main([*choices, "--hospital-column", "Centre"])
