@@ -151,7 +151,7 @@ def parser():
     add("--source", metavar="DIR", help="folder of the photographs, as unpacked")
     add("--num-train", type=at_least(10), metavar="N", help="synthetic: to train on (450)")
     add("--num-val", type=at_least(10), metavar="N", help="synthetic: to validate on (300)")
-    add("--labels", metavar="NAME", help="folder: its table, where there are several ...")
+    add("--labels", metavar="NAME", help="folder: its table, where there are several")
     datasets.add_flags(add)
     add(
         "--index-from",

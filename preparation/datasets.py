@@ -250,6 +250,8 @@ def load_folder(source, flags):
         rows = rows_of_table(found, source, table, choose_columns(source, table, flags))
     else:
         rows = rows_of_class_folders(source, flags)
+        names = sorted({row["label"] for row in rows})
+        found.notes.append(f"grades by the names of folders: {', '.join(names)}")
     grades = read_grades(path or source, rows, flags.grades_from, flags.referable)
     add_photos(found, rows, grades, source)
     if not found.patients and fold(flags.patient_column) != "none":
@@ -356,11 +358,8 @@ def rows_of_table(found, source, table, taken):
     number = taken["patient"][0]
     if number is not None:
         patients = [read_patient(cell) for cell in cells["patient"]]
-        unknown = patients.count("")
         found.patients = f"column {table.columns[number]!r}"
-        found.patients_sentence = f"by {found.patients}"
-        if unknown:
-            found.patients_sentence += f"; {unknown} images are of an unknown patient each"
+        found.patients_sentence = f"by {found.patients}{of_unknown(patients.count(''))}"
         cells["patient"] = patients
     return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
@@ -412,17 +411,18 @@ def add_dicom_patients(found):
         for photo in found.photos
         if photo.path.suffix.lower() == ".dcm" and photo.path.is_file()
     }
-    num_known = sum(map(bool, ids.values()))
-    if num_known:
+    if any(ids.values()):
         found.photos = [
             photo._replace(patient=f"patient {ids[photo.path]}") if ids.get(photo.path) else photo
             for photo in found.photos
         ]
         found.patients = "PatientID"
-        found.patients_sentence = (
-            f"by PatientID of {num_known} DICOM files; of {len(found.photos) - num_known} images "
-            "nobody knows the patient"
-        )
+        unknown = len(found.photos) - sum(map(bool, ids.values()))
+        found.patients_sentence = f"by PatientID of DICOM files{of_unknown(unknown)}"
+
+
+def of_unknown(count):
+    return f"; {count} images are of an unknown patient each" if count else ""
 
 
 # --- rows become photographs ---------------------------------------------------------------------

@@ -37,10 +37,11 @@ LEAST_PART = 0.1
 # The mean grey level of a field that is neither black nor white; IDRiD's 507 have 41 to 149.
 DARKEST, BRIGHTEST = 15, 235
 # The part of a field whose pixels differ from their surroundings, by a grey level of green or more,
-# where the field is DETAIL_PIXELS across. IDRiD's 507 have 0.52 and more; blurred by 1 % of the
-# field's width they have 0.37 and less, by 2 % 0.11. A few sharp things on a plain disc are no eye.
+# where the field is DETAIL_PIXELS across. IDRiD's 507 have 0.52 and more, 0.22 and more if they are
+# stored once more as a small WebP; blurred by 2 % of the field's width they have 0.11 and less. A
+# few sharp things on a plain disc are no eye.
 DETAIL_PIXELS = 256
-LEAST_DETAIL = 0.3
+LEAST_DETAIL = 0.15
 
 
 class Field(NamedTuple):

@@ -222,7 +222,7 @@ def test_dicom_tells_the_patient(tmp_path):
     found = load("folder", tmp_path, flags())
     one, other, second, unknown = (photo.patient for photo in found.photos)
     assert one == other and len({one, second, unknown}) == 3
-    assert "PatientID of 3 DICOM files" in found.patients_sentence
+    assert "by PatientID of DICOM files; 1 images are of an unknown" in found.patients_sentence
     assert load("folder", tmp_path, flags(patient_column="none")).patients is None
 
 
