@@ -331,7 +331,7 @@ def judge(results, graded, args, threshold):
     lines = [
         f"{TASK} in {reported.sum():,} graded photographs of "
         f"{len(set(patients[reported])):,} patients, {positive.sum():,} with it, at the threshold "
-        f"{at:.4f}{' (the model has none)' if threshold is None else ''}:"
+        f"{at:.4g}{' (the model has none)' if threshold is None else ''}:"
     ]
     for name in ("sensitivity", "specificity", "auc"):
         value, low, high = here[name]
@@ -384,9 +384,9 @@ def write_csv(path, results, threshold, sha256):
     text.seek(0, io.SEEK_END)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    at = "" if threshold is None else f"{threshold:.6f}"
+    at = "" if threshold is None else f"{threshold:.6g}"
     for result in results:
-        score = "" if result.score is None else f"{result.score:.6f}"
+        score = "" if result.score is None else f"{result.score:.6g}"
         cells = (result.path, score, at, result.verdict, sha256, result.reason)
         writer.writerow(map(plain_cell, cells))
     files.publish_text(path, text.getvalue())

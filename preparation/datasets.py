@@ -332,7 +332,7 @@ def choose_column(table, role, given, check, used):
             cells = [row[number] for row in table.rows]
             if len(set(cells)) > 1 and sum(map(fits, cells)) >= least * len(cells):
                 fitting.append(number)
-        if not named and any(fits(table.columns[number] or " ") for number in fitting):
+        if not named and any(fits(name) for name in (table.columns[n] for n in fitting) if name):
             raise ValueError(
                 f"{table.path}: the first line looks like a photograph's, not like names of "
                 f"columns: add a line such as image,label; found {', '.join(table.columns)[:200]}"

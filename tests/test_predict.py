@@ -171,7 +171,7 @@ def test_csv_is_one_for_a_spreadsheet(score, folder, project, tmp_path):
     assert list(rows[0]) == ["path", "score", "threshold", "verdict", "model", "reason"]
     assert len(rows) == 5 and {row["path"][:2] for row in rows} == {"'="}
     sha256 = files.sha256_of("server/server_weight.h5")[:12]
-    assert {(row["threshold"], row["model"]) for row in rows} == {("0.500000", sha256)}
+    assert {(row["threshold"], row["model"]) for row in rows} == {("0.5", sha256)}
     by_name = {Path(row["path"]).name: row for row in rows}
     assert 0 <= float(by_name["a_left.jpg"]["score"]) <= 1
     assert by_name["=b_left.png"]["verdict"] == "not gradable"
