@@ -253,6 +253,8 @@ def load_folder(source, flags):
         names = sorted({row["label"] for row in rows})
         found.notes.append(f"grades by the names of folders: {', '.join(names)}")
     grades = read_grades(path or source, rows, flags.grades_from, flags.referable)
+    if flags.referable:
+        found.notes.append("1 is read as grade 2, and 0 as grade 0, though some may have mild DR")
     add_photos(found, rows, grades, source)
     if not found.patients and fold(flags.patient_column) != "none":
         add_dicom_patients(found)
@@ -398,8 +400,8 @@ def rows_of_class_folders(source, flags):
         some = few([f"{folder!r} ({count} images)" for folder, count in nameless.items()])
         raise ValueError(
             f"{source} has no table (.csv, .tsv), and folders without the name of one grade: "
-            f"{some or 'none'}; expected a table, or folders such as 0 to 4, or no DR, mild, "
-            "moderate, severe, PDR"
+            f"{some or 'none'}; expected a table (save a spreadsheet as CSV), or folders such as 0 "
+            "to 4, or no DR, mild, moderate, severe, PDR"
         )
     return rows
 
