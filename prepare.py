@@ -276,7 +276,7 @@ def without_effect(args):
 def choices_of(args):
     """All that decides the result, as a dict: prepared.json keeps it, --check compares with it.
 
-    What is None is not chosen but found.
+    image_size and num_clients are None where they are not chosen, but found.
     """
     choices = {name: getattr(args, name) for name in DEFAULTS}
     choices["source"] = str(Path(args.source).expanduser().resolve()) if args.source else None
@@ -326,7 +326,8 @@ def first_problem(args, choices):
     """Why index/ has to be made anew, or ""; raises nearly anything where prepared.json is bad."""
     prepared = json.loads(PREPARED.read_text(encoding="utf-8"))
     for name, value in choices.items():
-        if value is not None and prepared.get(name) != value:
+        is_found = value is None and name in ("image_size", "num_clients")
+        if prepared.get(name) != value and not is_found:
             return f"it was made with {name} {prepared.get(name)}, not {value}"
     left_out = len(prepared["skipped"]) + prepared["ungradable"]
     if left_out and not args.skip_broken:

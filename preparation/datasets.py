@@ -396,7 +396,7 @@ def rows_of_class_folders(source, flags):
             else:
                 nameless["/".join(folders) or "."] += 1
     given = [role for role in COLUMN_NAMES if fold(getattr(flags, f"{role}_column")) not in NOBODY]
-    if nameless or given:
+    if nameless or given or not rows:
         some = few([f"{folder!r} ({count} images)" for folder, count in nameless.items()])
         raise ValueError(
             f"{source} has no table (.csv, .tsv), and folders without the name of one grade: "

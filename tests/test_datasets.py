@@ -190,7 +190,7 @@ def test_britains_grades_are_said(tmp_path):
     assert "R0, R1, R2 and R3 are read as the grades 0, 1, 2 and 4" in found.notes
 
 
-@pytest.mark.parametrize("names", [["0", "2", "DR"], ["0/1", "2"], ["eyes"], ["0", "."]])
+@pytest.mark.parametrize("names", [["0", "2", "DR"], ["0/1", "2"], ["eyes"], ["0", "."], []])
 def test_a_folder_that_is_no_grade_is_refused(tmp_path, names):
     for name in names:
         photograph(tmp_path / name / "x.jpg")

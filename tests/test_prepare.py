@@ -382,6 +382,7 @@ def test_a_hospital_trains_on_all_it_has_and_a_server_validates_on_all(photograp
     assert prepare.main([*photographs(), "--val-part", "1"]) == 0
     assert {name: len(own) for name, own in indexes().items()} == {"val_set": 20}
     assert prepare.main([*photographs(), "--val-part", "1", "--check"]) == 0
+    assert prepare.main([*photographs(), "--check"]) == 10
 
 
 def test_each_worker_is_a_hospital_of_the_table(photographs, capsys):
