@@ -4,7 +4,7 @@ An index (`index/worker1.pkl`) is a pickle of a dict of lists of one length. The
 lists belong to one image and make up a *record*; n is the position of the record.
   picture    "000123.png"
   label      grade 0..4 (0 = no DR ... 4 = proliferative DR)
-  dir        "preprocessed/synthetic/000123.png", the path of the file from the project root
+  dir        "preprocessed/3f9a.../000123.png", the path of the file from the project root
   new_label  'True' = healthy (grade 0), 'False' = DR. Keras sorts the names of the classes,
              so the network's output is P(healthy).
   patient    "p0017", the same for all images of one patient, and never what the source calls it.

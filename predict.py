@@ -3,9 +3,12 @@
     python3 predict.py eye1.jpg eye2.png
     python3 predict.py --csv scores.csv photographs/ 'others/*_left.jpg'
     python3 predict.py --weights somewhere/server_weight.h5 eye1.jpg
+    python3 predict.py --labels graded/labels.csv --sensitivity 0.9 photographs/
 
 The model card beside the weight file (server_weight.json) says how: the network, the preparation of
-the photographs, and the score above which referable DR (grade 2 or more) is suspected.
+the photographs, and the score above which referable DR (grade 2 or more) is suspected. A picture
+that is no gradable photograph of a fundus gets no score. Exit code 1: something was not scored that
+should have been.
 """
 
 import argparse
@@ -15,7 +18,6 @@ import io
 import json
 import multiprocessing
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +30,22 @@ if __name__ == "__main__":
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 import model
 from common import files
-from preparation import photos
-from preparation.pictures import FEWEST_FOR_PROCESSES, end_with_parent
+from preparation import datasets, field, photos, pictures, synthetic
 from reporting import card as cards
+from reporting import metrics
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
 AT_ONCE = 64  # photographs that are prepared, then scored together
-CSV_COLUMNS = ("path", "score", "verdict", "reason")
+CSV_COLUMNS = ("path", "score", "threshold", "verdict", "model", "reason")
+TASK = "referable DR"
 REFERABLE = "referable DR"
 NOT_REFERABLE = "no referable DR"
+NOT_GRADABLE = "not gradable"
+FAILED = ("not readable", "not scored")  # verdicts that make the exit code 1
 
 
 @dataclass
@@ -47,90 +53,146 @@ class Result:
     """What became of one photograph."""
 
     path: str
-    score: float | None = None  # 0 healthy ... 1 DR; None where it could not be read
+    score: float | None = None  # 0 healthy ... 1 DR; None where there is none
     verdict: str = ""
-    reason: str = ""  # why it could not be read
+    reason: str = ""  # why there is no score
 
 
 def main(argv=None):
     args = parse(argv)
     try:
-        paths = find_images(args.images)
+        graded = read_graded(args)
+        paths, skipped = find_images([*args.images, *graded])
         check_writable(args.csv)
-        card = cards.read(args.weights)
+        weights = args.weights or weights_here()
+        card = cards.read(weights)
         model.configure(seed=0)
         network = model.build(card["arch"], card["image_size"])
-        model.load(network, args.weights)
+        model.load(network, weights)
     except (ValueError, OSError) as error:
         return fail("predict", error)
+    sha256 = card["weights_sha256"][:12]
+    say("predict", f"model: {weights}, of round {card['round']}, SHA-256 {sha256}...")
     for warning in warnings_of(card, paths):
         warn("predict", f"warning: {warning}")
-    results = []
-    for result in score_all(network, card, paths, progress=Progress(len(paths), bool(args.csv))):
-        results.append(result)
-        if result.reason:
-            fail("predict", result.reason)
-        elif not args.csv:
-            print(f"{result.path}  DR score {result.score:.3f}  {result.verdict}".rstrip())
-            sys.stdout.flush()
-    num_unreadable = sum(result.score is None for result in results)
+    bar = Console(stderr=True)
+    scored = score_all(network, card, paths)
+    results = list(
+        track(scored, "photographs", len(paths), console=bar, disable=not bar.is_terminal)
+    )
+    threshold, table = judge(results, graded, args, cards.threshold_of(card))
+    show(results, args.csv is None)
     if args.csv:
-        write_csv(args.csv, results)
-        say("predict", f"{args.csv}: {summary_of(results)}")
+        write_csv(args.csv, results, threshold, sha256)
+        say("predict", f"{args.csv} is written")
+    for line in [*table, summary_of(results), *datasets.count_kinds("skipped", skipped)]:
+        say("predict", line)
     warn("predict", "no medical device: decide nothing about a patient by these scores")
-    return 1 if num_unreadable else 0
+    return int(any(result.verdict in FAILED for result in results))
+
+
+def parser():
+    """The argparse.ArgumentParser of this script's flags."""
+    made = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="a JPEG, PNG, TIFF, BMP, WebP or DICOM file; a folder (all images in it and below "
+        "it); or a pattern. A picture in preprocessed/ is prepared already",
+    )
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="the model; its card, FILE with .json in place of .h5, lies beside it (default: the "
+        "result that lies here, client001/server_weight.h5 or server/server_weight.h5)",
+    )
+    add("--csv", type=Path, metavar="FILE", help=f"write a table of {', '.join(CSV_COLUMNS)}")
+    add = made.add_mutually_exclusive_group().add_argument
+    add("--threshold", type=float, help="the score above which it is referable (the model's)")
+    add(
+        "--sensitivity",
+        type=float,
+        help="choose the threshold that finds this part of those with referable DR in half of the "
+        "patients of --labels; what is measured is of the other half",
+    )
+    add = made.add_argument_group("photographs that are graded already").add_argument
+    add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="a table of photographs beside it, with grades: they are scored, too, and "
+        "sensitivity, specificity and AUC are told with 95 %% intervals",
+    )
+    datasets.add_flags(add, ("image", "label", "patient", "part"))
+    made.set_defaults(**{**datasets.TABLE_DEFAULTS, "labels": None})
+    return made
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="a JPEG, PNG, TIFF or BMP; a folder (all images in it and below it); or a pattern. "
-        "A picture in preprocessed/ is prepared already",
-    )
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        default=Path("server/server_weight.h5"),
-        metavar="FILE",
-        help="the model; its card, FILE with .json in place of .h5, lies beside it (%(default)s)",
-    )
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write path, score, verdict and reason to FILE"
-    )
-    return parser.parse_args(argv)
+    known = parser()
+    args = known.parse_args(argv)
+    if not args.images and not args.labels:
+        known.error("expected images, or --labels with a table that names some")
+    for name in ("threshold", "sensitivity"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            known.error(f"--{name} {value}: expected a number from 0 to 1")
+    if args.sensitivity is not None and not args.labels:
+        known.error("--sensitivity needs --labels: photographs that are graded already")
+    return args
+
+
+# --- what there is --------------------------------------------------------------------------------
 
 
 def find_images(arguments):
-    """The paths (texts) of all images that files, folders and patterns name; each once.
+    """(paths of all images, each once; paths that were skipped) of files, folders and patterns.
 
-    Raises ValueError for a folder or a pattern in which there is none. A file that is missing stays
-    in the list: it gets its own sentence when it is opened.
+    Raises ValueError for a folder or a pattern in which there is no image. A file that is missing
+    stays in the list: it gets its own sentence when it is opened.
     """
-    paths = []
+    images, skipped = [], []
     for argument in arguments:
-        if Path(argument).is_dir():
-            found = [str(path) for path in sorted(Path(argument).rglob("*")) if is_image(path)]
-            if not found:
-                raise ValueError(f"{argument} has no image ({', '.join(SUFFIXES)}) in it or below")
-        elif not Path(argument).exists() and glob.has_magic(argument):
-            matches = sorted(glob.glob(argument, recursive=True))
-            found = [path for path in matches if Path(path).is_file()]
-            if not found:
-                raise ValueError(f"no file matches {argument}")
+        found = [Path(argument)]
+        if found[0].is_dir():
+            found = list(datasets.walk(argument))
+        elif not found[0].exists() and glob.has_magic(argument):
+            matches = map(Path, sorted(glob.glob(argument, recursive=True)))
+            found = [path for path in matches if path.is_file()]
         else:
-            found = [argument]
-        paths += found
-    return list(dict.fromkeys(paths))
+            images.append(argument)
+            continue
+        fitting = [path for path in found if path.suffix.lower() in photos.SUFFIXES]
+        if not fitting:
+            raise ValueError(f"{argument} has no image ({', '.join(photos.SUFFIXES)})")
+        images += map(str, fitting)
+        skipped += [path for path in found if path not in fitting]
+    return list(dict.fromkeys(images)), skipped
 
 
-def is_image(path):
-    # A name that begins with "._" is macOS's note on the file whose name follows.
-    return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("._")
+def read_graded(args):
+    """{path: datasets.Photo} of the photographs that --labels names."""
+    if not args.labels:
+        return {}
+    if not args.labels.is_file():
+        raise ValueError(f"--labels {args.labels}: there is no such file")
+    folder = args.labels.parent
+    args.labels = args.labels.name
+    found = datasets.load("folder", folder, args)
+    for note in found.notes:
+        say("predict", note)
+    for what, names in (("ungradable", found.ungradable), ("not there", found.missing)):
+        if names:
+            say("predict", f"{args.labels}: {len(names):,} photographs are {what}")
+    say("predict", f"patients: {found.patients_sentence}")
+    return {str(photo.path): photo for photo in found.photos}
 
 
 def check_writable(path):
@@ -139,21 +201,23 @@ def check_writable(path):
         raise ValueError(f"--csv {path} cannot be written: expected a file in a folder that exists")
 
 
-# --- kinds of images ------------------------------------------------------------------------------
+def weights_here():
+    """The weight file of the result that lies in this project. Raises ValueError for several."""
+    found = [*sorted(Path().glob("client*/server_weight.h5")), Path("server/server_weight.h5")]
+    models = {files.sha256_of(path): path for path in reversed(found) if path.exists()}
+    if len(models) > 1:
+        some = ", ".join(map(str, models.values()))
+        raise ValueError(f"there are {len(models)} models here: {some}; say which by --weights")
+    return next(iter(models.values()), found[-1])
 
 
-def is_prepared(path):
-    """Whether it lies in preprocessed/: prepare.py made it, and it is not prepared once more."""
-    return Path("preprocessed").resolve() in Path(path).resolve().parents
-
-
-def preprocessing_here():
-    """What index/prepared.json says was done to the pictures in preprocessed/, or "unknown"."""
+def kind_of_pictures(path):
+    """What was done to a picture that prepare.py made, by its folder; None for any other file."""
     try:
-        prepared = json.loads(Path("index/prepared.json").read_text(encoding="utf-8"))
-        return str(prepared["preprocessing"])
+        text = (Path(path).parent / pictures.MADE_FROM).read_text(encoding="utf-8")
+        return str(json.loads(text)["preprocessing"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "unknown"
+        return None
 
 
 def warnings_of(card, paths):
@@ -162,21 +226,20 @@ def warnings_of(card, paths):
     if card["warning"]:
         sentences.append(f"this model must not be used: {card['warning']}")
     trained_on = card["preprocessing"]
-    prepared = [path for path in paths if is_prepared(path)]
-    if len(prepared) < len(paths):
-        if trained_on == "drawn":
-            sentences.append(
-                "the model was trained on drawn images: its score of a photograph says nothing"
-            )
-        elif trained_on not in photos.PREPROCESSINGS:
-            sentences.append(
-                f"how the model's training images were prepared is not known ({trained_on}): "
-                "these are prepared as prepare.py prepares photographs by itself (graham)"
-            )
-    if prepared and preprocessing_here() != trained_on:
+    kinds = {kind_of_pictures(path) for path in paths}
+    if None in kinds and trained_on == synthetic.KIND:
         sentences.append(
-            f"the pictures in preprocessed/ were made by {preprocessing_here()!r}, those that the "
-            f"model was trained on by {trained_on!r}: a score of them says nothing"
+            "the model was trained on synthetic images: its score of a photograph says nothing"
+        )
+    elif None in kinds and trained_on not in photos.PREPROCESSINGS:
+        sentences.append(
+            f"how the model's training images were prepared is not known ({trained_on}): these "
+            "are prepared as prepare.py prepares photographs by itself (graham)"
+        )
+    for kind in sorted(kinds - {None, trained_on}):
+        sentences.append(
+            f"some pictures were made by {kind!r}, those that the model was trained on by "
+            f"{trained_on!r}: a score of them says nothing"
         )
     return sentences
 
@@ -184,105 +247,158 @@ def warnings_of(card, paths):
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def score_all(network, card, paths, progress):
+def score_all(network, card, paths):
     """Yields a Result for each path, in order."""
     jobs = [
         (path, card["preprocessing"], card["prepared_image_size"], card["image_size"])
         for path in paths
     ]
     # Decoding a photograph takes longer than scoring it, so several processes share that.
-    if len(jobs) < FEWEST_FOR_PROCESSES:
-        yield from score_jobs(network, card, jobs, map, progress)
+    if len(jobs) < pictures.FEWEST_FOR_PROCESSES:
+        yield from score_jobs(network, jobs, map)
         return
     # "spawn": a fork of this process would inherit the locks of TensorFlow's threads
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(mp_context=context, initializer=end_with_parent) as pool:
-        yield from score_jobs(network, card, jobs, pool.map, progress)
+    with ProcessPoolExecutor(mp_context=context, initializer=pictures.end_with_parent) as pool:
+        yield from score_jobs(network, jobs, pool.map)
 
 
-def score_jobs(network, card, jobs, run, progress):
-    threshold = cards.threshold_of(card)
+def score_jobs(network, jobs, run):
     for start in range(0, len(jobs), AT_ONCE):  # so that memory does not follow their number
         prepared = list(run(prepare, jobs[start : start + AT_ONCE]))
-        readable = [pixels for _, pixels, reason in prepared if not reason]
-        scores = iter(())
-        if readable:
-            scores = iter(1 - model.predict(network, np.stack(readable)))
-        for path, _, reason in prepared:
-            if reason:
-                yield Result(path, reason=reason)
-            else:
-                score = float(next(scores))
-                yield Result(path, score, verdict_of(score, threshold))
-        progress.show(start + len(prepared))
+        pixels = [image for _, image in prepared if image is not None]
+        scores = iter(1 - model.predict(network, np.stack(pixels)) if pixels else ())
+        for result, image in prepared:
+            if image is not None:
+                result.score = float(next(scores))
+                if np.isnan(result.score):
+                    result.score = None
+                    result.verdict, result.reason = "not scored", "the model answers NaN"
+            yield result
 
 
 def prepare(job):
-    """(path, uint8 (size, size, 3) or None, why it could not be read or "")."""
+    """(Result without a score, uint8 (size, size, 3), or None where it cannot be scored)."""
     path, preprocessing, prepared_image_size, image_size = job
+    result = Result(path)
     try:
-        if preprocessing == "drawn" or is_prepared(path):
+        if kind_of_pictures(path):
+            image = photos.open_image(path)  # it was judged when it was made
+            doubt = pictures.doubt_in(path)
+        elif preprocessing == synthetic.KIND:
             image = photos.open_image(path)
+            doubt = field.why_no_fundus(image, field.find_field(image), image.width)
         else:
             # The function that made the training images, so that the score is of the same picture.
             known = preprocessing if preprocessing in photos.PREPROCESSINGS else "graham"
-            pixels, _ = photos.prepare_photograph(path, prepared_image_size, known)
-            image = Image.fromarray(pixels)
+            made, doubt = photos.prepare_photograph(path, prepared_image_size, known)
+            image = Image.fromarray(made)
     except ValueError as error:
-        sentence = str(error)
-        return path, None, sentence if sentence.startswith(path) else f"{path}: {sentence}"
-    return path, np.asarray(image.resize((image_size, image_size))), ""
+        result.verdict, result.reason = "not readable", str(error)
+        return result, None
+    if doubt:
+        result.verdict, result.reason = NOT_GRADABLE, doubt
+        return result, None
+    return result, np.asarray(image.resize((image_size, image_size)))
 
 
-def verdict_of(score, threshold):
-    """What the score means at the card's threshold; "" where the model has none."""
-    if threshold is None:
-        return ""
-    return REFERABLE if score > threshold else NOT_REFERABLE
+def judge(results, graded, args, threshold):
+    """Give each scored Result its verdict: (the threshold or None, lines about what was measured).
+
+    graded: {path: Photo}. threshold: the model's own, or None.
+    """
+    measured = [result for result in results if result.path in graded and result.score is not None]
+    score = np.array([result.score for result in measured])
+    grades = np.array([graded[result.path].grade for result in measured], int)
+    patients = np.array([graded[result.path].patient for result in measured], str)
+    reported = np.ones(len(measured), bool)
+    if args.threshold is not None:
+        threshold = args.threshold
+    elif args.sensitivity is not None:
+        choosing = metrics.choosing_half(grades, patients)
+        threshold = threshold_for(
+            score[choosing], grades[choosing] >= metrics.TASKS[TASK], args.sensitivity
+        )
+        reported = ~choosing
+    for result in results:
+        if result.score is not None and threshold is not None:
+            result.verdict = REFERABLE if result.score > threshold else NOT_REFERABLE
+    if not graded:
+        return threshold, []
+    positive = grades[reported] >= metrics.TASKS[TASK]
+    at = 0.5 if threshold is None else threshold
+    here = metrics.measure(score[reported], positive, patients[reported], at)
+    lines = [
+        f"{TASK} in {reported.sum():,} graded photographs of "
+        f"{len(set(patients[reported])):,} patients, {positive.sum():,} with it, at the threshold "
+        f"{at:.4g}{' (the model has none)' if threshold is None else ''}:"
+    ]
+    for name in ("sensitivity", "specificity", "auc"):
+        value, low, high = here[name]
+        number = "not measured" if np.isnan(value) else f"{value:.3f} ({low:.3f} to {high:.3f})"
+        lines.append(f"  {name:11}  {number}")
+    return threshold, lines
+
+
+def threshold_for(score, positive, sensitivity):
+    """The highest threshold that finds this part of the positive; None where there are none.
+
+    It lies midway between two scores, so that rounding moves no photograph across it.
+    """
+    if not positive.any() or positive.all():
+        return None
+    thresholds, _, found_rate = metrics.roc(score, positive)
+    best = int(np.argmax(found_rate >= sensitivity - 1e-9))
+    lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
+    return float((min(thresholds[best], 1.0) + lower) / 2)
 
 
 # --- what the user sees ---------------------------------------------------------------------------
 
 
-class Progress:
-    """A line on a terminal that rewrites itself, where the scores themselves do not show it."""
-
-    def __init__(self, total, writes_file):
-        self.total = total
-        self.started = time.monotonic()
-        scores_are_seen = sys.stdout.isatty() and not writes_file
-        self.shown = sys.stderr.isatty() and not scores_are_seen
-
-    def show(self, done):
-        if not self.shown:
-            return
-        rate = done / (time.monotonic() - self.started)
-        filled = 30 * done // self.total
-        bar = "#" * filled + "." * (30 - filled)
-        end = "\n" if done == self.total else "\r"
-        line = f"[{bar}] {done} of {self.total}, {rate:.0f} a second"
-        print(line, end=end, file=sys.stderr, flush=True)
+def show(results, with_scores):
+    """A line for each photograph; those that were scored only if `with_scores`."""
+    for result in results:
+        if result.verdict in FAILED:
+            reason = result.reason
+            fail("predict", reason if result.path in reason else f"{result.path}: {reason}")
+        elif with_scores and result.score is None:
+            print(f"{result.path}  {result.verdict}: {result.reason}")
+        elif with_scores:
+            print(f"{result.path}  DR score {result.score:.3f}  {result.verdict}".rstrip())
+    sys.stdout.flush()
 
 
 def summary_of(results):
     """'500 images: 120 referable DR, 378 no referable DR, 2 not readable'"""
     counts = {}
     for result in results:
-        what = "not readable" if result.score is None else result.verdict or "scored"
+        what = result.verdict or "scored"
         counts[what] = counts.get(what, 0) + 1
     return f"{len(results)} images: " + ", ".join(f"{n} {what}" for what, n in counts.items())
 
 
-def write_csv(path, results):
-    text = io.StringIO()
+def write_csv(path, results, threshold, sha256):
+    """Publish the table, with a byte order mark: without one a spreadsheet misreads `München`."""
+    text = io.StringIO("\ufeff")
+    text.seek(0, io.SEEK_END)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
+    at = "" if threshold is None else f"{threshold:.6g}"
     for result in results:
-        score = "" if result.score is None else f"{result.score:.6f}"
-        # a file name on Linux is bytes: what is no UTF-8 in it is written as \\x..
-        cells = (result.path, score, result.verdict, result.reason)
-        writer.writerow(cell.encode("utf-8", "backslashreplace").decode() for cell in cells)
+        score = "" if result.score is None else f"{result.score:.6g}"
+        cells = (result.path, score, at, result.verdict, sha256, result.reason)
+        writer.writerow(map(plain_cell, cells))
     files.publish_text(path, text.getvalue())
+
+
+def plain_cell(cell):
+    """A cell that no spreadsheet takes for a formula, in UTF-8.
+
+    A file name on Linux is bytes: what is no UTF-8 in it is written as \\\\x..
+    """
+    text = cell.encode("utf-8", "backslashreplace").decode()
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 if __name__ == "__main__":

@@ -60,17 +60,10 @@ DEFAULTS = {
     "balanced": False,
     "val_part": None,
     "preprocessing": "graham",
-    "labels": "",
-    **{f"{role}_column": "" for role in datasets.COLUMN_NAMES},
-    "referable": False,
-    "grades_from": None,
+    **datasets.TABLE_DEFAULTS,
     "index_from": None,
 }
 ACTIONS = {"skip_broken": False, "keep_channels": False, "remove_old": False, "check": False}
-OF_FOLDER = (
-    *("labels", "referable", "grades_from"),
-    *(f"{role}_column" for role in datasets.COLUMN_NAMES),
-)
 OF_SYNTHETIC = ("num_train", "num_val")
 
 
@@ -159,26 +152,7 @@ def parser():
     add("--num-train", type=at_least(10), metavar="N", help="synthetic: to train on (450)")
     add("--num-val", type=at_least(10), metavar="N", help="synthetic: to validate on (300)")
     add("--labels", metavar="NAME", help="folder: its table, where there are several")
-    for role in datasets.COLUMN_NAMES:
-        needed = {"image", "label"}
-        less = "" if role in needed else "; none: there is none"
-        only = ", with --split column" if role == "hospital" else ""
-        add(
-            f"--{role}-column",
-            metavar="NAME",
-            help=f"folder: the table's column of the {role} (found by its name{less}){only}",
-        )
-    add(
-        "--referable",
-        action="store_true",
-        help="folder: the labels are 0 and 1, and 1 is grade 2 or more",
-    )
-    add(
-        "--grades-from",
-        type=int,
-        choices=(0, 1),
-        help="folder: the number that means no DR, where it cannot be told (asked)",
-    )
+    datasets.add_flags(add)
     add(
         "--index-from",
         nargs="+",
@@ -276,8 +250,8 @@ def parse(argv):
         known.error(
             f"--split noniid is for 3 clients, found {args.num_clients}: use --split dirichlet"
         )
-    if args.split != "column":
-        args.hospital_column = "none"
+    if args.split == "column" and "hospital_column" not in given:
+        args.hospital_column = ""
     return args
 
 
@@ -285,7 +259,7 @@ def without_effect(args):
     """[(whether it is so, names of flags that would change nothing then, beside what)]."""
     imports = bool(args.index_from)
     is_synthetic = args.dataset == "synthetic" and not imports
-    of_photographs = ("source", "val_part", "preprocessing", *OF_FOLDER)
+    of_photographs = ("source", "val_part", "preprocessing", *datasets.TABLE_DEFAULTS)
     # The imported indexes and pictures have all of it already.
     of_indexes = [name for name in DEFAULTS if name not in ("index_from", "source")]
     return (
@@ -293,7 +267,7 @@ def without_effect(args):
         (not imports, ["keep_channels"], "a data set: it is of --index-from"),
         (is_synthetic, of_photographs, "--dataset synthetic"),
         (not is_synthetic, OF_SYNTHETIC, f"--dataset {args.dataset}"),
-        (args.dataset != "folder", OF_FOLDER, f"--dataset {args.dataset}"),
+        (args.dataset != "folder", datasets.TABLE_DEFAULTS, f"--dataset {args.dataset}"),
         (args.split != "column", ["hospital_column"], f"--split {args.split}: it is of column"),
         (args.split != "dirichlet", ["alpha"], f"--split {args.split}: it is of dirichlet"),
     )
@@ -302,7 +276,7 @@ def without_effect(args):
 def choices_of(args):
     """All that decides the result, as a dict: prepared.json keeps it, --check compares with it.
 
-    What is None is not chosen but found.
+    image_size and num_clients are None where they are not chosen, but found.
     """
     choices = {name: getattr(args, name) for name in DEFAULTS}
     choices["source"] = str(Path(args.source).expanduser().resolve()) if args.source else None
@@ -352,7 +326,8 @@ def first_problem(args, choices):
     """Why index/ has to be made anew, or ""; raises nearly anything where prepared.json is bad."""
     prepared = json.loads(PREPARED.read_text(encoding="utf-8"))
     for name, value in choices.items():
-        if value is not None and prepared.get(name) != value:
+        is_found = value is None and name in ("image_size", "num_clients")
+        if prepared.get(name) != value and not is_found:
             return f"it was made with {name} {prepared.get(name)}, not {value}"
     left_out = len(prepared["skipped"]) + prepared["ungradable"]
     if left_out and not args.skip_broken:
@@ -392,7 +367,13 @@ def find_photos(args):
         return found, indexes
     if args.dataset == "synthetic":
         return synthetic_photos(args), {}
-    return datasets.load(args.dataset, args.source, args), {}
+    found = datasets.load(args.dataset, args.source, args)
+    if args.split == "column" and not found.photos[0].hospital:
+        raise ValueError(
+            "--split column: no column of the table is known to name the hospital; say which by "
+            "--hospital-column"
+        )
+    return found, {}
 
 
 def synthetic_photos(args):

@@ -1,1 +1,1 @@
-"""From raw or drawn images to preprocessed/ and index/. Knows nothing of the wire."""
+"""From photographs or synthetic images to preprocessed/ and index/. Knows nothing of the wire."""

@@ -128,18 +128,43 @@ PUBLISHED = {
     ),
 }  # fmt: skip
 NAMES = (*PUBLISHED, "folder")
+# What a user can say of a table, by flags, and what it is where it is not said: see `add_flags`.
+TABLE_DEFAULTS = {
+    "labels": "",
+    **{f"{role}_column": "" for role in COLUMN_NAMES},
+    "hospital_column": "none",  # it is looked for where it is asked for: ""
+    "referable": False,
+    "grades_from": None,
+}
+
+
+def add_flags(add, roles=tuple(COLUMN_NAMES)):
+    """Add the flags that say how a table is read, but for --labels; add: an argparse method."""
+    for role in roles:
+        less = "" if role in ("image", "label") else "; none: there is none"
+        add(
+            f"--{role}-column",
+            metavar="NAME",
+            help=f"the table's column of the {role} (found by its name{less})",
+        )
+    add("--referable", action="store_true", help="the labels are 0 and 1; 1 is grade 2 or more")
+    add(
+        "--grades-from",
+        type=int,
+        choices=(0, 1),
+        help="the number that means no DR (asked where it cannot be told)",
+    )
 
 
 def load(dataset, source, flags):
     """Find a data set by its name, one of NAMES, in the folder `source`: a DataSet.
 
-    flags: of "folder": an object with labels (the table's name), image_column, label_column,
-    patient_column, part_column, hospital_column ("" where not given), referable and grades_from.
+    flags: of "folder": an object with the attributes of TABLE_DEFAULTS.
     Raises ValueError, one sentence, where something cannot be read as it is meant.
     """
     source = Path(source).expanduser()
     if not source.is_dir():
-        raise ValueError(f"{source} is no folder: --source must be that of data set {dataset!r}")
+        raise ValueError(f"{source} is no folder, expected that of the data set {dataset!r}")
     if dataset == "folder":
         found = load_folder(source, flags)
     else:
@@ -160,17 +185,16 @@ def load(dataset, source, flags):
             "expected several: give another --patient-column, or --patient-column none if nothing "
             "tells the patients"
         )
-    tell_not_read(source, found)
+    read = found.read | {photo.path for photo in found.photos}
+    found.notes += count_kinds("not read", walk(source, read))
     return found
 
 
-def tell_not_read(source, found):
-    """Add a line that counts, by kind, what lies in `source` and is no photograph of `found`."""
-    read = found.read | {photo.path for photo in found.photos}
-    kinds = Counter(path.suffix.lower() or "without extension" for path in walk(source, read))
-    if kinds:
-        some = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(12))
-        found.notes.append(f"not read: {some}")
+def count_kinds(what, paths):
+    """["what: 3 .txt, 1 .pdf"] of these paths; [] where there is none."""
+    kinds = Counter(path.suffix.lower() or "without extension" for path in paths)
+    some = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(12))
+    return [f"{what}: {some}"] if some else []
 
 
 def walk(source, read=()):
@@ -226,7 +250,11 @@ def load_folder(source, flags):
         rows = rows_of_table(found, source, table, choose_columns(source, table, flags))
     else:
         rows = rows_of_class_folders(source, flags)
+        names = sorted({row["label"] for row in rows})
+        found.notes.append(f"grades by the names of folders: {', '.join(names)}")
     grades = read_grades(path or source, rows, flags.grades_from, flags.referable)
+    if flags.referable:
+        found.notes.append("1 is read as grade 2, and 0 as grade 0, though some may have mild DR")
     add_photos(found, rows, grades, source)
     if not found.patients and fold(flags.patient_column) != "none":
         add_dicom_patients(found)
@@ -306,7 +334,7 @@ def choose_column(table, role, given, check, used):
             cells = [row[number] for row in table.rows]
             if len(set(cells)) > 1 and sum(map(fits, cells)) >= least * len(cells):
                 fitting.append(number)
-        if not named and any(fits(table.columns[number] or " ") for number in fitting):
+        if not named and any(fits(name) for name in (table.columns[n] for n in fitting) if name):
             raise ValueError(
                 f"{table.path}: the first line looks like a photograph's, not like names of "
                 f"columns: add a line such as image,label; found {', '.join(table.columns)[:200]}"
@@ -332,11 +360,8 @@ def rows_of_table(found, source, table, taken):
     number = taken["patient"][0]
     if number is not None:
         patients = [read_patient(cell) for cell in cells["patient"]]
-        unknown = patients.count("")
         found.patients = f"column {table.columns[number]!r}"
-        found.patients_sentence = f"by {found.patients}"
-        if unknown:
-            found.patients_sentence += f"; {unknown} images are of an unknown patient each"
+        found.patients_sentence = f"by {found.patients}{of_unknown(patients.count(''))}"
         cells["patient"] = patients
     return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
@@ -371,12 +396,12 @@ def rows_of_class_folders(source, flags):
             else:
                 nameless["/".join(folders) or "."] += 1
     given = [role for role in COLUMN_NAMES if fold(getattr(flags, f"{role}_column")) not in NOBODY]
-    if nameless or given:
+    if nameless or given or not rows:
         some = few([f"{folder!r} ({count} images)" for folder, count in nameless.items()])
         raise ValueError(
             f"{source} has no table (.csv, .tsv), and folders without the name of one grade: "
-            f"{some or 'none'}; expected a table, or folders such as 0 to 4, or no DR, mild, "
-            "moderate, severe, PDR"
+            f"{some or 'none'}; expected a table (save a spreadsheet as CSV), or folders such as 0 "
+            "to 4, or no DR, mild, moderate, severe, PDR"
         )
     return rows
 
@@ -388,17 +413,18 @@ def add_dicom_patients(found):
         for photo in found.photos
         if photo.path.suffix.lower() == ".dcm" and photo.path.is_file()
     }
-    num_known = sum(map(bool, ids.values()))
-    if num_known:
+    if any(ids.values()):
         found.photos = [
             photo._replace(patient=f"patient {ids[photo.path]}") if ids.get(photo.path) else photo
             for photo in found.photos
         ]
         found.patients = "PatientID"
-        found.patients_sentence = (
-            f"by PatientID of {num_known} DICOM files; of {len(found.photos) - num_known} images "
-            "nobody knows the patient"
-        )
+        unknown = len(found.photos) - sum(map(bool, ids.values()))
+        found.patients_sentence = f"by PatientID of DICOM files{of_unknown(unknown)}"
+
+
+def of_unknown(count):
+    return f"; {count} images are of an unknown patient each" if count else ""
 
 
 # --- rows become photographs ---------------------------------------------------------------------

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from preparation.field import find_field, whole_field, why_no_fundus
+from preparation.field import DARK, find_field, whole_field, why_no_fundus
 
 PREPROCESSINGS = ("graham", "colour")
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
@@ -30,7 +30,8 @@ def prepare_photograph(path, image_size, preprocessing="graham"):
     """The photograph at `path` as the network sees it: (uint8 (image_size, image_size, 3), doubt).
 
     preprocessing: one of PREPROCESSINGS. doubt: why it is no gradable photograph of a fundus, or
-    "". Raises ValueError where it cannot be read or shows nothing.
+    "". Of a black one there is no picture: (None, doubt). Raises ValueError where it cannot be
+    read.
     """
     image = open_image(path, shortest_side=SPARE * image_size)
     width = image.info["width"]
@@ -39,10 +40,14 @@ def prepare_photograph(path, image_size, preprocessing="graham"):
         # The eye is a small part of the photograph: it needs all of its pixels.
         image = open_image(path)
         field = find_field(image)
-    square = stretch_field(image, field or whole_field(image), image_size)
+    doubt = why_no_fundus(image, field, width)
+    field = field or whole_field(image)
+    if field is None:
+        return None, f"nothing in it is brighter than grey level {DARK}"
+    square = stretch_field(image, field, image_size)
     if preprocessing == "graham":
         square = subtract_local_average(square)
-    return square, why_no_fundus(image, field, width)
+    return square, doubt
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -138,6 +138,8 @@ def make_picture(job):
                 )
         except ValueError as error:
             return str(error), "", ()
+    if image is None:
+        return f"{photo.path}: {doubt}", "", ()
     sentences = tuple(dict.fromkeys(f"{photo.path}: {each.message}" for each in caught))
     text = PngInfo()
     if doubt:

@@ -190,7 +190,7 @@ def test_britains_grades_are_said(tmp_path):
     assert "R0, R1, R2 and R3 are read as the grades 0, 1, 2 and 4" in found.notes
 
 
-@pytest.mark.parametrize("names", [["0", "2", "DR"], ["0/1", "2"], ["eyes"], ["0", "."]])
+@pytest.mark.parametrize("names", [["0", "2", "DR"], ["0/1", "2"], ["eyes"], ["0", "."], []])
 def test_a_folder_that_is_no_grade_is_refused(tmp_path, names):
     for name in names:
         photograph(tmp_path / name / "x.jpg")
@@ -222,7 +222,7 @@ def test_dicom_tells_the_patient(tmp_path):
     found = load("folder", tmp_path, flags())
     one, other, second, unknown = (photo.patient for photo in found.photos)
     assert one == other and len({one, second, unknown}) == 3
-    assert "PatientID of 3 DICOM files" in found.patients_sentence
+    assert "by PatientID of DICOM files; 1 images are of an unknown" in found.patients_sentence
     assert load("folder", tmp_path, flags(patient_column="none")).patients is None
 
 

@@ -86,8 +86,7 @@ def test_without_a_disc_the_field_is_all_that_is_bright():
     left, right = field.edges(np.array([6.0, 44.0]))
     assert (field.top, field.bottom) == (5, 45)
     assert left.tolist() == [10, 10] and right.tolist() == [60, 60]
-    with pytest.raises(ValueError, match="nothing in it is brighter than grey level 7"):
-        whole_field(Image.new("RGB", (40, 30)))
+    assert whole_field(Image.new("RGB", (40, 30))) is None
 
 
 def test_real_photographs_are_fundi_of_one_camera():

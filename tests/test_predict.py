@@ -1,4 +1,4 @@
-"""predict.py: photographs are prepared as in training; a bad one does not stop the others."""
+"""predict.py: photographs are scored as in training; what is no fundus gets no verdict."""
 
 import csv
 import json
@@ -12,34 +12,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from eyes import NO_FUNDUS, eye
 from PIL import Image
 from test_report import finished_run
 
 import model
 import predict
 from common import files
-from preparation import photos, synthetic
+from preparation import photos
 from reporting import card as cards
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return finished_run(tmp_path_factory.mktemp("predict") / "project")
+    """A finished run on synthetic pictures; its folder of pictures says what made them."""
+    made = finished_run(tmp_path_factory.mktemp("predict") / "project")
+    (made / "preprocessed" / "pictures.json").write_text('{"preprocessing": "drawn"}')
+    return made
 
 
 @pytest.fixture
 def score(project, monkeypatch, capsys):
-    """score(preprocessing, argument ...) -> (exit code, {path: score}, the output).
-
-    Run in the project's folder; the model's card says `preprocessing`.
+    """score(preprocessing, argument ..., warning=..., threshold=...) -> (exit code, {path: score},
+    the output), with a card that says so.
     """
     monkeypatch.chdir(project)
     path = project / "server" / "server_weight.json"
     original = path.read_text()
-    card = json.loads(original)
 
-    def run(preprocessing, *arguments):
-        path.write_text(json.dumps({**card, "preprocessing": preprocessing}))
+    def run(preprocessing, *arguments, warning="", threshold=0.5):
+        card = {**json.loads(original), "preprocessing": preprocessing, "warning": warning}
+        card["tasks"]["referable DR"]["threshold"] = threshold
+        path.write_text(json.dumps(card))
         code = predict.main([str(argument) for argument in arguments])
         said = capsys.readouterr()
         return code, dict(re.findall(r"^(.+?)  DR score (\d\.\d{3})", said.out, re.M)), said
@@ -54,240 +58,237 @@ def by_hand(pixels):
     return f"{1 - model.predict(network, pixels[None])[0]:.3f}"
 
 
-@pytest.fixture(scope="module")
-def photograph(tmp_path_factory):
-    path = tmp_path_factory.mktemp("photographs") / "eye.png"
-    Image.fromarray(synthetic.draw(3, np.random.default_rng(5), 150)[0]).save(path)
-    return path
-
-
-def test_a_photograph_is_prepared_as_in_training(score, photograph):
-    code, scores, said = score("graham", photograph)
-    pixels = photos.prepare_photograph(photograph, 32)[0]
-    assert (code, scores) == (0, {str(photograph): by_hand(pixels)})
-    _, in_colour, _ = score("colour", photograph)
-    pixels_in_colour = photos.prepare_photograph(photograph, 32, "colour")[0]
-    assert in_colour == {str(photograph): by_hand(pixels_in_colour)} != scores
-    # or this test could not fail
-    assert by_hand(pixels) != by_hand(np.asarray(Image.open(photograph).resize((32, 32))))
-    assert "drawn" not in said.out + said.err
-    assert said.err.splitlines()[-1].endswith(
-        "no medical device: decide nothing about a patient by these scores"
-    )
-
-
-def test_it_goes_by_the_card_and_not_by_what_lies_in_index_now(score, photograph, project):
-    made = project / "index" / "prepared.json"
-    original = made.read_text()
-    _, before, said = score("drawn", photograph)
-    assert said.err.count("was trained on drawn images") == 1
-    made.write_text(json.dumps({"preprocessing": "graham", "image_size": 16}))
-    _, after, said = score("drawn", photograph)
-    assert before == after and said.err.count("was trained on drawn images") == 1
-    made.write_text(original)
-
-
-def test_two_files_are_enough(project, photograph, tmp_path, monkeypatch, capsys):
-    for name in ("server_weight.h5", "server_weight.json"):
-        shutil.copy(project / "server" / name, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    assert predict.main(["--weights", "server_weight.h5", str(photograph)]) == 0
-    assert f"{photograph}  DR score" in capsys.readouterr().out
-
-
-def test_the_verdict_is_at_the_threshold_of_the_card(score, project):
-    path = project / "server" / "server_weight.json"
-    card = json.loads(path.read_text())
-    pictures = sorted((project / "preprocessed").glob("*.png"))[-20:]
-    _, scores, said = score("drawn", *pictures)
-    threshold = card["tasks"]["referable DR"]["threshold"]
-    lines = dict(re.findall(r"^(.+?)  DR score \S+  (.+)$", said.out, re.M))
-    assert set(lines.values()) == {"referable DR", "no referable DR"}
-    for picture, verdict in lines.items():
-        printed = float(scores[picture])
-        if abs(printed - threshold) > 0.0005:  # as it is printed, a score is rounded
-            assert (verdict == "referable DR") == (printed > threshold)
-    card["tasks"]["referable DR"]["threshold"] = None
-    card["warning"] = "it finds nobody"
-    path.write_text(json.dumps(card))
-    assert predict.main([str(pictures[0])]) == 0
-
-
-def test_a_model_that_must_not_be_used_says_so_once_and_gives_no_verdict(
-    project, monkeypatch, capsys
-):
-    monkeypatch.chdir(project)
-    path = project / "server" / "server_weight.json"
-    original = path.read_text()
-    card = json.loads(original)
-    card["warning"] = "it finds nobody"
-    card["tasks"]["referable DR"]["threshold"] = None
-    path.write_text(json.dumps(card))
-    pictures = ["preprocessed/0003.png", "preprocessed/0004.png"]
-    assert predict.main(pictures) == 0
-    said = capsys.readouterr()
-    assert said.err.count("must not be used: it finds nobody") == 1
-    assert len(re.findall(r"DR score \d\.\d{3}$", said.out, re.M)) == 2
-    path.write_text(original)
-
-
-def test_a_prepared_picture_is_not_prepared_again(score):
-    _, scores, _ = score("graham", "preprocessed/0003.png")
-    assert scores == {
-        "preprocessed/0003.png": by_hand(np.asarray(Image.open("preprocessed/0003.png")))
-    }
-
-
-def test_images_of_another_kind_are_said_once(score, photograph):
-    code, scores, said = score(
-        "drawn", photograph, "preprocessed/0003.png", "preprocessed/0004.png"
-    )
-    assert code == 0
-    assert scores[str(photograph)] == by_hand(np.asarray(Image.open(photograph).resize((32, 32))))
-    assert said.err.count("was trained on drawn images") == 1 and "drawn" not in said.out
-    _, _, said = score("graham", "preprocessed/0003.png", "preprocessed/0004.png")
-    assert said.err.count("the pictures in preprocessed/ were made by 'drawn'") == 1
-
-
-def test_a_bad_image_gets_its_sentence_and_the_others_their_scores(score, tmp_path):
-    (tmp_path / "notes.jpg").write_text("no image")
-    Image.new("RGB", (40, 40)).save(tmp_path / "black.png")
-    code, scores, said = score(
-        "graham",
-        tmp_path / "notes.jpg",
-        "none.jpg",
-        tmp_path / "black.png",
-        "preprocessed/0003.png",
-    )
-    assert code == 1 and list(scores) == ["preprocessed/0003.png"]
-    errors = [line for line in said.err.splitlines() if "error: " in line]
-    assert len(errors) == 3 and "Traceback" not in said.err
-    assert "notes.jpg cannot be read" in errors[0]
-    assert "none.jpg is missing" in errors[1]
-    assert "black.png: nothing" in errors[2]
-    assert "medical device" in said.err
-
-
 @pytest.fixture
-def folder(tmp_path, photograph):
-    """Four images in a folder and one below it, and two files that are none."""
+def folder(tmp_path):
+    """Four photographs, one of which is of no fundus, a broken one, and two files that are none."""
     (tmp_path / "eyes" / "more").mkdir(parents=True)
-    for name in ("a_left.jpg", "a_right.JPG", "b_left.png", "more/c_left.tif"):
-        Image.open(photograph).save(tmp_path / "eyes" / name)
+    for seed, name in enumerate(("a_left.jpg", "a_right.JPG", "more/c_left.webp")):
+        eye(seed=seed).save(tmp_path / "eyes" / name)
+    NO_FUNDUS["landscape"]().save(tmp_path / "eyes" / "=b_left.png")
     (tmp_path / "eyes" / "broken_left.png").write_text("no image")
     (tmp_path / "eyes" / "._a_left.jpg").write_text("what macOS writes beside a file")
-    (tmp_path / "eyes" / "labels.csv").write_text("image,label\n")
+    (tmp_path / "eyes" / "München.txt").write_text("a note")
     return tmp_path / "eyes"
+
+
+# --- what is scored -------------------------------------------------------------------------------
+
+
+def test_a_photograph_is_prepared_as_in_training(score, tmp_path):
+    eye().save(tmp_path / "eye.png")
+    scores = {}
+    for kind in photos.PREPROCESSINGS:
+        code, scores[kind], said = score(kind, tmp_path / "eye.png")
+        pixels, _ = photos.prepare_photograph(tmp_path / "eye.png", 32, kind)
+        assert (code, scores[kind]) == (0, {str(tmp_path / "eye.png"): by_hand(pixels)})
+        assert "synthetic" not in said.out + said.err and "medical device" in said.err
+    assert scores["graham"] != scores["colour"]
+
+
+def test_a_prepared_picture_is_not_prepared_again_and_another_kind_is_said(score):
+    path = "preprocessed/0003.png"
+    code, scores, said = score("graham", path, "preprocessed/0004.png")
+    assert code == 0 and scores[path] == by_hand(np.asarray(Image.open(path)))
+    assert said.err.count("pictures were made by 'drawn'") == 1
+    assert "warning" not in score("drawn", path)[2].err
+
+
+@pytest.mark.parametrize("kind", ["graham", "drawn"])
+def test_what_is_no_fundus_has_no_score_and_no_verdict(score, tmp_path, kind):
+    for name, make in NO_FUNDUS.items():
+        make().save(tmp_path / f"{name}.png")
+    code, scores, said = score(kind, tmp_path)
+    assert scores == {} and "no referable DR" not in said.out
+    assert code == 0 and said.out.count("  not gradable: ") == len(NO_FUNDUS)
+    assert "landscape.png  not gradable: no round field of view" in said.out
+
+
+def test_a_score_that_is_no_number_is_not_scored(score, monkeypatch):
+    monkeypatch.setattr(model, "predict", lambda _, images: np.full(len(images), np.nan))
+    code, scores, said = score("drawn", "preprocessed/0003.png", "preprocessed/0004.png")
+    assert (code, scores) == (1, {}) and said.err.count("the model answers NaN") == 2
+    assert "2 images: 2 not scored" in said.out
+
+
+def test_the_verdict_is_at_the_threshold(score):
+    paths = sorted(map(str, Path("preprocessed").glob("*.png")))[-20:]
+    _, scores, _ = score("drawn", *paths)
+    middle = float(np.median([float(value) for value in scores.values()]))
+    for given, of_card in ((["--threshold", middle], 0.5), ([], middle)):
+        _, _, said = score("drawn", *paths, *given, threshold=of_card)
+        for path, value, verdict in re.findall(r"^(.+?)  DR score (\S+)  (.+)$", said.out, re.M):
+            if abs(float(value) - middle) > 0.001:  # as it is printed, a score is rounded
+                assert verdict == ("referable DR" if float(value) > middle else "no referable DR")
+                assert path in paths
+    _, _, said = score("drawn", *paths, warning="it finds nobody", threshold=None)
+    assert said.err.count("must not be used: it finds nobody") == 1
+    assert len(re.findall(r"DR score \d\.\d{3}$", said.out, re.M)) == 20
+
+
+def test_a_bad_file_gets_its_sentence_and_the_others_their_scores(score, folder):
+    code, scores, said = score("graham", folder, "none.jpg")
+    assert code == 1 and [Path(path).name for path in scores] == [
+        *("a_left.jpg", "a_right.JPG", "c_left.webp")
+    ]
+    errors = [line for line in said.err.splitlines() if "error: " in line]
+    assert "broken_left.png cannot be read" in errors[0] and "none.jpg is missing" in errors[1]
+    for words in ("6 images: ", "1 not gradable", "2 not readable", "skipped: 1 .txt"):
+        assert words in said.out
 
 
 def test_folders_and_patterns(score, folder):
     def names(*arguments):
         return [Path(path).name for path in score("graham", *arguments)[1]]
 
-    all_four = ["a_left.jpg", "a_right.JPG", "b_left.png", "c_left.tif"]
-    assert names(folder) == all_four
-    assert names(folder / "*_left.???") == ["a_left.jpg", "b_left.png"]
-    assert names(folder / "**" / "*_left.???") == ["a_left.jpg", "b_left.png", "c_left.tif"]
-    assert names(folder / "a_left.jpg", folder) == all_four  # each once
-    (folder / "[1].png").write_bytes((folder / "b_left.png").read_bytes())
-    assert names(folder / "[1].png") == ["[1].png"]  # a file of that name is no pattern
-    code, scores, said = score("graham", folder / "*.bmp")
-    assert (code, scores) == (1, {}) and f"no file matches {folder / '*.bmp'}" in said.err
+    assert names(folder / "**" / "*_left.*") == ["a_left.jpg", "c_left.webp"]
+    assert names(folder / "a_left.jpg", folder)[0:2] == ["a_left.jpg", "a_right.JPG"]  # each once
+    shutil.copy(folder / "a_left.jpg", folder / "[1].jpg")
+    assert names(folder / "[1].jpg") == ["[1].jpg"]  # a file of that name is no pattern
     (folder / "empty").mkdir()
-    code, scores, said = score("graham", folder / "empty")
-    assert (code, scores) == (1, {}) and f"{folder / 'empty'} has no image" in said.err
-
-
-def test_csv_has_a_row_for_each_image(score, folder, tmp_path):
-    code, scores, said = score("graham", "--csv", tmp_path / "scores.csv", folder)
-    assert code == 1 and scores == {}  # the scores are in the file
-    with open(tmp_path / "scores.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["path", "score", "verdict", "reason"]
-    assert len(rows) == 5
-    for row in rows:
-        if "broken" in row["path"]:
-            assert (row["score"], row["verdict"]) == ("", "") and "cannot be read" in row["reason"]
-        else:
-            assert 0 <= float(row["score"]) <= 1 and row["reason"] == ""
-            assert row["verdict"] in ("referable DR", "no referable DR")
-    assert "scores.csv: 5 images: " in said.out and "1 not readable" in said.out
-    code, _, said = score("graham", "--csv", tmp_path / "none" / "scores.csv", folder)
-    assert code == 1 and "none/scores.csv cannot be written" in said.err
+    for nothing in (folder / "*.bmp", folder / "empty"):
+        code, scores, said = score("graham", nothing)
+        assert (code, scores) == (1, {}) and f"{nothing} has no image" in said.err
 
 
 def test_many_photographs_are_the_same_scores_as_one(score, folder, monkeypatch):
-    monkeypatch.setattr(predict, "FEWEST_FOR_PROCESSES", 3)
+    monkeypatch.setattr(predict.pictures, "FEWEST_FOR_PROCESSES", 3)
     monkeypatch.setattr(predict, "AT_ONCE", 2)
     _, together, _ = score("graham", folder)
     single = {}
     for path in together:
         single.update(score("graham", path)[1])
-    assert together == single and len(together) == 4
+    assert together == single and len(together) == 3
 
 
-def test_a_progress_bar_only_where_the_scores_do_not_show_it(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    shown = predict.Progress(4, writes_file=True)
-    shown.show(2)
-    shown.show(4)
-    said = capsys.readouterr().err
-    assert "] 2 of 4, " in said and said.endswith("a second\n") and said.count("\r") == 1
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    predict.Progress(4, writes_file=True).show(4)
-    assert capsys.readouterr().err == ""
+def test_csv_is_one_for_a_spreadsheet(score, folder, project, tmp_path):
+    shutil.move(folder, project / "=München")
+    code, scores, said = score("graham", "--csv", tmp_path / "scores.csv", "=München")
+    shutil.move(project / "=München", folder)
+    assert code == 1 and scores == {}  # the scores are in the file
+    content = (tmp_path / "scores.csv").read_bytes()
+    assert content.startswith(b"\xef\xbb\xbf") and "München".encode() in content
+    rows = list(csv.DictReader(content.decode("utf-8-sig").splitlines()))
+    assert list(rows[0]) == ["path", "score", "threshold", "verdict", "model", "reason"]
+    assert len(rows) == 5 and {row["path"][:2] for row in rows} == {"'="}
+    sha256 = files.sha256_of("server/server_weight.h5")[:12]
+    assert {(row["threshold"], row["model"]) for row in rows} == {("0.5", sha256)}
+    by_name = {Path(row["path"]).name: row for row in rows}
+    assert 0 <= float(by_name["a_left.jpg"]["score"]) <= 1
+    assert by_name["=b_left.png"]["verdict"] == "not gradable"
+    assert by_name["=b_left.png"]["reason"] == "no round field of view"
+    assert by_name["broken_left.png"]["score"] == ""
+    code, _, said = score("graham", "--csv", tmp_path / "none" / "scores.csv", "x.jpg")
+    assert code == 1 and "none/scores.csv cannot be written" in said.err
 
 
-def test_weights_that_are_none_are_refused_by_name(score, tmp_path):
-    def card_for(name):
-        card = json.loads(Path("server/server_weight.json").read_text())
-        card["weights_sha256"] = files.sha256_of(tmp_path / name)
-        cards.publish(tmp_path / name, card)
-
-    (tmp_path / "other.h5").write_bytes(b"something else")
-    card_for("other.h5")
-    code, scores, said = score("drawn", "preprocessed/0003.png", "--weights", tmp_path / "other.h5")
-    assert (code, scores) == (1, {}) and f"{tmp_path / 'other.h5'} cannot be used" in said.err
-    code, _, said = score("drawn", "preprocessed/0003.png", "--weights", "absent.h5")
-    assert code == 1 and "absent.h5 is missing" in said.err
-    shutil.copy("server/server_weight.h5", tmp_path / "whole.keras")
-    card_for("whole.keras")
-    code, _, said = score("drawn", "preprocessed/0003.png", "--weights", tmp_path / "whole.keras")
-    assert code == 1 and "whole.keras cannot be used: Keras chooses the format by" in said.err
+# --- photographs that are graded already ----------------------------------------------------------
 
 
-def test_weights_without_their_card_are_refused(score, project, tmp_path):
-    shutil.copy("server/server_weight.h5", tmp_path / "lonely.h5")
-    code, scores, said = score(
-        "drawn", "--weights", tmp_path / "lonely.h5", "preprocessed/0003.png"
-    )
-    assert (code, scores) == (1, {})
-    assert f"{tmp_path / 'lonely.json'}, the card of {tmp_path / 'lonely.h5'}, is mi" in said.err
+@pytest.fixture
+def graded(project, monkeypatch):
+    """40 pictures of 20 patients with a table; the network's score follows the grade, nearly."""
+    made = project / "preprocessed" / "graded"
+    made.mkdir(exist_ok=True)
+    (made / "pictures.json").write_text('{"preprocessing": "drawn"}')
+    lines = ["image,label,patient"]
+    for i in range(40):
+        grade = (0, 2, 0, 3, 1)[i // 2 % 5]
+        Image.new("RGB", (32, 32), (60 * grade + i, 0, 0)).save(made / f"{i:02d}.png")
+        lines.append(f"{i:02d},{grade},{i // 2}")
+    (made / "labels.csv").write_text("\n".join(lines))
+    monkeypatch.setattr(model, "predict", lambda _, images: 1 - images[:, 0, 0, 0] / 255)
+    yield made / "labels.csv"
+    shutil.rmtree(made)
+
+
+def test_graded_photographs_tell_how_good_it_is_here(score, graded):
+    _, scores, said = score("drawn", "--labels", graded, threshold=0.5)
+    assert len(scores) == 40 and "40 graded photographs of 20 patients, 16 with it" in said.out
+    found = [
+        float(value) for name, value in scores.items() if int(Path(name).stem) // 2 % 5 in (1, 3)
+    ]
+    sensitivity = np.mean(np.array(found) > 0.5)
+    assert re.search(rf"sensitivity +{sensitivity:.3f} \(\S+ to \S+\)", said.out)
+    assert re.search(r"specificity +1.000 \(0\.\d+ to 1.000\)", said.out)
+    assert re.search(r"auc +1.000 \(0\.\d+ to 1.000\)", said.out)
+
+
+def test_a_threshold_is_chosen_on_half_of_the_patients_and_measured_on_the_others(score, graded):
+    _, _, said = score("drawn", "--labels", graded, "--sensitivity", 1, "preprocessed/0003.png")
+    assert "20 graded photographs of 10 patients" in said.out or "patients, 8 with it" in said.out
+    assert re.search(r"sensitivity +1.000", said.out) and "41 images" in said.out
+    score_of = np.array([0.1, 0.2, 0.6, 0.7, 0.9])
+    positive = np.array([False, True, False, True, True])
+    assert predict.threshold_for(score_of, positive, 0.6) == pytest.approx(0.65)
+    assert predict.threshold_for(score_of, positive, 1.0) == pytest.approx(0.15)
+    assert predict.threshold_for(score_of, positive & False, 0.9) is None
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    ([], "expected images, or --labels"),
+    (["x.jpg", "--sensitivity", "0.9"], "--sensitivity needs --labels"),
+    (["x.jpg", "--threshold", "1.2"], "--threshold 1.2: expected a number from 0 to 1"),
+    (["x.jpg", "--threshold", "0.2", "--sensitivity", "0.9"], "not allowed with"),
+    (["x.jpg", "--thresh", "0.2"], "unrecognized arguments"),
+])  # fmt: skip
+def test_wrong_usage_ends_with_2(argv, sentence, capsys):
+    with pytest.raises(SystemExit) as caught:
+        predict.main(argv)
+    assert caught.value.code == 2 and sentence in capsys.readouterr().err
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def test_the_result_that_lies_here_is_taken_and_two_are_asked_about(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert predict.weights_here() == Path("server/server_weight.h5")
+    for name in ("client002", "server"):
+        (tmp_path / name).mkdir()
+        shutil.copy(project / "server" / "server_weight.h5", tmp_path / name)
+        assert predict.weights_here() == Path("client002/server_weight.h5")
+    Path("server/server_weight.h5").write_bytes(b"another")
+    with pytest.raises(ValueError, match="2 models here: .*client002.*say which by --weights"):
+        predict.weights_here()
+
+
+def test_two_files_are_enough_and_it_says_which(project, tmp_path, monkeypatch, capsys):
+    for name in ("server_weight.h5", "server_weight.json"):
+        shutil.copy(project / "server" / name, tmp_path)
+    eye().save(tmp_path / "eye.png")
+    monkeypatch.chdir(tmp_path)
+    assert predict.main(["--weights", "server_weight.h5", "eye.png"]) == 0
+    said = capsys.readouterr()
+    assert "eye.png  DR score" in said.out and "model: server_weight.h5, of round" in said.out
+    assert said.err.count("was trained on synthetic images") == 1
+
+
+def test_weights_that_are_none_or_have_no_card_are_refused(score, tmp_path):
+    lonely = tmp_path / "lonely.h5"
+
+    def refused(sentence, weights=lonely):
+        code, scores, said = score("drawn", "--weights", weights, "preprocessed/0003.png")
+        assert (code, scores) == (1, {}) and sentence in said.err
+
+    refused("absent.h5 is missing", "absent.h5")
+    shutil.copy("server/server_weight.h5", lonely)
+    refused(f"{tmp_path / 'lonely.json'}, the card of {lonely}, is missing")
     shutil.copy("server/server_weight.json", tmp_path / "lonely.json")
-    with open(tmp_path / "lonely.h5", "ab") as file:
-        file.write(b"x")
-    code, scores, said = score(
-        "drawn", "--weights", tmp_path / "lonely.h5", "preprocessed/0003.png"
-    )
-    assert (code, scores) == (1, {}) and "describes other weights than" in said.err
-    (tmp_path / "lonely.json").write_text("[]")
-    code, scores, said = score(
-        "drawn", "--weights", tmp_path / "lonely.h5", "preprocessed/0003.png"
-    )
-    assert (code, scores) == (1, {}) and "lonely.json is no model card: it holds a list" in said.err
+    lonely.write_bytes(b"something else")
+    refused("describes other weights than")
+    card = json.loads((tmp_path / "lonely.json").read_text())
+    cards.publish(lonely, {**card, "weights_sha256": files.sha256_of(lonely)})
+    refused(f"{lonely} cannot be used")
 
 
 def test_a_name_that_is_no_text_is_printed_all_the_same(score, tmp_path):
     path = os.fsdecode(bytes(tmp_path / "eye") + b"\xe5.png")
-    shutil.copy("preprocessed/0003.png", path)
+    eye().save(path)
     shown = subprocess.run(
         [sys.executable, ROOT / "predict.py", path, "preprocessed/0003.png"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
     )
-    assert (
-        shown.returncode == 0
-        and shown.stdout.count("DR score") == 2
-        and r"eye\udce5.png" in shown.stdout
-    ), shown.stderr
+    assert shown.returncode == 0 and shown.stdout.count("DR score") == 2, shown.stderr
+    assert r"eye\udce5.png" in shown.stdout

@@ -382,6 +382,7 @@ def test_a_hospital_trains_on_all_it_has_and_a_server_validates_on_all(photograp
     assert prepare.main([*photographs(), "--val-part", "1"]) == 0
     assert {name: len(own) for name, own in indexes().items()} == {"val_set": 20}
     assert prepare.main([*photographs(), "--val-part", "1", "--check"]) == 0
+    assert prepare.main([*photographs(), "--check"]) == 10
 
 
 def test_each_worker_is_a_hospital_of_the_table(photographs, capsys):
@@ -391,6 +392,8 @@ def test_each_worker_is_a_hospital_of_the_table(photographs, capsys):
     for k in range(5):
         assert {each["label"] for each in indexes()[f"worker{k + 1}"]} == {k}
     assert prepare.main([*choices, "--check"]) == 0
+    assert prepare.main([*photographs(), "--split", "column"]) == 1
+    assert "say which by --hospital-column" in capsys.readouterr().err
     # a patient of two hospitals goes to one
     choices = [*photographs(patient="{1}", centre="{2}"), *choices[-4:]]
     prepare.main([*choices, "--hospital-column", "Centre"])
@@ -464,160 +467,94 @@ def test_the_real_idrid_photographs():
 
 
 @pytest.fixture
-def pandas():
-    return pytest.importorskip("pandas", reason="pandas is not installed")
+def thesis(tmp_path):
+    """The thesis's folder DR as she left it: indexes in three folders, pictures by part.
 
-
-@pytest.fixture
-def thesis(tmp_path, pandas):
-    """Their repository with pictures, beside the empty project; writes an index of theirs."""
-    (tmp_path / "pictures").mkdir()
-    for number in range(8):
-        noise = np.random.default_rng(number).integers(0, 256, (20, 20, 3), np.uint8)
-        Image.fromarray(noise).save(tmp_path / "pictures" / f"007-000{number}-000.jpg")
-
-    def write(name, numbers, **changes):
-        columns = {
-            "picture": [f"007-000{n}-000.jpg" for n in numbers],
-            "label": [n % 3 for n in numbers],
-            "dir": [f"/home/them/DR/preprocessed/007-000{n}-000.jpg" for n in numbers],
-            "new_label": [str(n % 3 == 0) for n in numbers],
-        }
-        pandas.DataFrame({**columns, **changes}).to_pickle(tmp_path / f"{name}.pkl")
-        return str(tmp_path / f"{name}.pkl")
-
-    write.pictures = str(tmp_path / "pictures")
-    return write
-
-
-def test_an_import_becomes_our_index_with_the_pictures_in_the_project(thesis):
-    files = [thesis("worker1", [0, 1, 2]), thesis("worker2", [3, 4]), thesis("val_set", [5, 6])]
-    choices = ["--index-from", *files, "--source", thesis.pictures]
-    assert prepare.main(choices) == 0
-    assert [record["label"] for record in data.read_index("index/worker1.pkl")] == [0, 1, 2]
-    assert [record["new_label"] for record in data.read_index("index/val_set.pkl")] == [
-        "False",
-        "True",
-    ]
-    assert len(data.read_index("index/train_set.pkl")) == 5
-    assert all(Path(record["dir"]).exists() for record in data.read_index("index/train_set.pkl"))
-    assert made()["dataset"] == "imported" and made()["num_clients"] == 2
-    assert made()["image_size"] == 20
-    assert prepare.main([*choices, "--check"]) == 0
-    assert prepare.main(["--check"]) == 10
-
-
-def test_a_dir_within_the_project_needs_no_source(thesis, tmp_path):
-    Path("preprocessed").mkdir()
-    for number in range(3):
-        (tmp_path / "pictures" / f"007-000{number}-000.jpg").rename(f"preprocessed/{number}.jpg")
-    files = [
-        thesis("worker1", [0, 1], dir=["preprocessed/0.jpg", "preprocessed/1.jpg"]),
-        thesis("val_set", [2], dir=["preprocessed/2.jpg"]),
-    ]
-    assert prepare.main(["--index-from", *files, "--keep-channels"]) == 0
-    for record, number in zip(data.read_index("index/worker1.pkl"), (0, 1), strict=True):
-        assert (
-            np.asarray(Image.open(record["dir"]))
-            == np.asarray(Image.open(f"preprocessed/{number}.jpg"))
-        ).all()
-
-
-def test_what_does_not_fit_is_one_sentence(thesis, tmp_path, capsys):
-    def sentence_for(*files, source=thesis.pictures):
-        assert (
-            prepare.main(["--index-from", *files, *(["--source", source] if source else [])]) == 1
-        )
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "Traceback" not in err
-        return err
-
-    worker, val = thesis("worker1", [0, 1]), thesis("val_set", [2])
-    assert "/home/them" in sentence_for(worker, val, source=None)
-    assert "expected worker1, worker2 ..., val_set" in sentence_for(val)
-    assert "expected worker1, worker2" in sentence_for(worker, thesis("worker3", [3]), val)
-    missing = sentence_for(worker, val, source=str(tmp_path / "elsewhere"))
-    assert "3 pictures are missing" in missing and "007-0000-000.jpg of" in missing
-    assert "the grade 7" in sentence_for(thesis("worker1", [0], label=[7]), val)
-    assert "do not fit together" in sentence_for(thesis("worker1", [0], new_label=["False"]), val)
-    twice = thesis("worker1", [0, 0], label=[0, 1], new_label=["True", "False"])
-    assert "has two grades, 0 and 1" in sentence_for(twice, val)
-    assert "worker1 and train_set would be without images" in sentence_for(
-        thesis("worker1", []), val
-    )
-    (tmp_path / "worker1.pkl").write_bytes(b"no pickle")
-    assert "is no DataFrame with the columns picture, label, dir, new_label" in sentence_for(
-        worker, val
-    )
-
-
-def test_without_pandas_the_sentence_says_what_to_do(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    assert prepare.main(["--index-from", "worker1.pkl"]) == 1
-    assert "needs pandas: pip install pandas" in capsys.readouterr().err
-
-
-@pytest.fixture
-def thesis_folder(tmp_path, pandas):
-    """The thesis's folder DR as she left it: indexes in three folders, pictures by part."""
+    thesis(name, numbers, column=[...]) writes an index, and returns its path.
+    """
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     root = tmp_path / "DR"
     rows = []
     for number in range(12):
         part = ("train", "valid", "test")[number % 3]
         picture = root / "preprocessed" / part / f"{number}.jpg"
         picture.parent.mkdir(parents=True, exist_ok=True)
-        red = Image.new("RGB", (32, 32), (200, 100 + number, 10))
+        red = Image.new("RGB", (32, 32), (200, 90 + 3 * number, 10))
         red.save(picture, quality=95, subsampling=0)
-        healthy = str(number % 2 == 0)
+        healthy = number % 2 == 0
         directory = f"preprocessed/{part}/{number}.jpg"
-        rows.append((f"{number}.jpg", 0 if healthy == "True" else 2, directory, healthy))
+        rows.append((f"{number}.jpg", 0 if healthy else 2, directory, str(healthy)))
 
-    def write(name, numbers):
-        frame = pandas.DataFrame(
-            [rows[number] for number in numbers], columns=["picture", "label", "dir", "new_label"]
-        )
+    def write(name, numbers, **changes):
+        columns = ["picture", "label", "dir", "new_label"]
+        frame = pandas.DataFrame([rows[number] for number in numbers], columns=columns)
         (root / name).parent.mkdir(exist_ok=True)
-        frame.to_pickle(root / name)
+        frame.assign(**changes).to_pickle(root / name)
+        return str(root / name)
 
-    write("assign_iid/val_set.pkl", [0, 1, 2])
-    for worker, numbers in ((1, [3, 4, 5]), (2, [6, 7]), (3, [8, 9])):
-        write(f"assign_noniid/worker{worker}.pkl", numbers)
-    write("assign_noniid/share_data.pkl", [3, 6])
-    write("assign_noniid/new_trainset.pkl", [4, 5, 7, 8, 9, 10])
-    write("index/iid_valid.pkl", [0, 1, 2])
-    return root
+    write.root = root
+    write.noniid = [
+        write("assign_noniid/worker1.pkl", [3, 4, 5]),
+        write("assign_noniid/worker2.pkl", [6, 7]),
+        write("assign_noniid/worker3.pkl", [8, 9]),
+        write("assign_noniid/share_data.pkl", [3, 6]),
+        write("assign_noniid/new_trainset.pkl", [4, 5, 7, 8, 9, 10]),
+    ]
+    return write
 
 
-@pytest.mark.parametrize("given", ["", ".", "preprocessed", "..", "assign_noniid/../preprocessed"])
-def test_the_thesis_s_own_layout_is_taken(thesis_folder, given, capsys):
-    files = sorted(map(str, thesis_folder.glob("assign_noniid/*.pkl")))
-    files.append(str(thesis_folder / "index/iid_valid.pkl"))
-    source = ["--source", str(thesis_folder / given)] if given and given != ".." else []
-    assert prepare.main(["--index-from", *files, *source]) == 0
-    numbers = {name: {number_of(record) for record in own} for name, own in indexes().items()}
-    assert numbers == {
+@pytest.mark.parametrize("source", ["", ".", "preprocessed", "assign_noniid/../preprocessed"])
+def test_the_thesis_s_own_layout_is_taken_with_red_and_blue_put_right(thesis, source, capsys):
+    files = [*thesis.noniid, thesis("index/iid_valid.pkl", [0, 1, 2])]
+    choices = ["--index-from", *files, *(["--source", str(thesis.root / source)] if source else [])]
+    assert prepare.main(choices) == 0
+    assert {name: {number_of(each) for each in own} for name, own in indexes().items()} == {
         "worker1": {3, 4, 5, 6},  # with the shared images
         "worker2": {3, 6, 7},
         "worker3": {3, 6, 8, 9},
         "train_set": {3, 4, 5, 6, 7, 8, 9, 10},
         "val_set": {0, 1, 2},
     }
-    out = capsys.readouterr().out
-    assert (
-        "share_data: every worker gets its 2 images" in out and "red and blue are put right" in out
-    )
+    assert "share_data: every worker gets its 2 images" in capsys.readouterr().out
     record = indexes()["val_set"][1]
     red, green, blue = np.asarray(Image.open(record["dir"]))[16, 16].tolist()
-    assert abs(red - 10) < 4 and abs(green - 101) < 4 and abs(blue - 200) < 4
-    assert prepare.main(["--index-from", *files, *source, "--check"]) == 0
-    assert prepare.main(["--index-from", *files, *source, "--keep-channels", "--check"]) == 10
-    assert prepare.main(["--index-from", *files, *source, "--keep-channels"]) == 0
-    record = indexes()["val_set"][1]
-    assert np.asarray(Image.open(record["dir"]))[16, 16, 0] > 190
+    assert abs(red - 10) < 4 and abs(green - 93) < 4 and abs(blue - 200) < 4
+    assert (made()["dataset"], made()["num_clients"], made()["image_size"]) == ("imported", 3, 32)
+    assert prepare.main([*choices, "--check"]) == 0
+    assert prepare.main(["--check"]) == prepare.main([*choices, "--keep-channels", "--check"]) == 10
+    assert prepare.main([*choices, "--keep-channels"]) == 0
+    assert np.asarray(Image.open(indexes()["val_set"][1]["dir"]))[16, 16, 0] > 190
 
 
-def test_the_thesis_s_unequal_hospitals_alone_have_no_validation_set(thesis_folder, capsys):
-    files = sorted(map(str, thesis_folder.glob("assign_noniid/*.pkl")))
-    assert prepare.main(["--index-from", *files]) == 0
+def test_without_a_validation_set_that_is_said(thesis, capsys):
+    assert prepare.main(["--index-from", *thesis.noniid]) == 0
     assert "no val_set.pkl (iid_valid.pkl) was given" in capsys.readouterr().out
     assert "val_set" not in indexes()
+
+
+def test_an_import_that_does_not_fit_is_one_sentence(thesis, tmp_path, capsys):
+    val = thesis("val_set.pkl", [2])
+    (tmp_path / "worker1.pkl").write_bytes(b"no pickle")
+    for words, *files in (
+        ("expected worker1, worker2 ..., val_set", val),
+        ("expected worker1, worker2", thesis("worker1.pkl", [0]), thesis("worker3.pkl", [3]), val),
+        ("2 pictures are missing", thesis("a/worker1.pkl", [0, 1], dir=["/x/0", "/x/1"]), val),
+        ("the grade 7", thesis("b/worker1.pkl", [0], label=[7]), val),
+        ("do not fit together", thesis("c/worker1.pkl", [0], new_label=["False"]), val),
+        (
+            "has two grades, 0 and 1",
+            thesis("d/worker1.pkl", [0, 0], label=[0, 1], new_label=["True", "False"]),
+            val,
+        ),
+        ("train_set would be without images", thesis("e/worker1.pkl", []), val),
+        ("is no DataFrame with the columns picture", str(tmp_path / "worker1.pkl"), val),
+    ):
+        assert prepare.main(["--index-from", *files]) == 1
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
+
+def test_without_pandas_the_sentence_says_what_to_do(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert prepare.main(["--index-from", "worker1.pkl"]) == 1
+    assert "needs pandas: pip install pandas" in capsys.readouterr().err

@@ -25,29 +25,23 @@ def healthy_image(seed, image_size=128):
     return synthetic.draw(0, np.random.default_rng(seed), image_size)[0]
 
 
-def test_image_and_mask_have_the_requested_size():
-    for image_size in (32, 128):
-        image, mask = synthetic.draw(4, np.random.default_rng(0), image_size)
-        assert image.shape == (image_size, image_size, 3) and image.dtype == np.uint8
-        assert mask.shape == (image_size, image_size) and mask.dtype == bool
-
-
-def test_the_same_seed_gives_the_same_bits():
-    for grade in range(5):
-        image, mask = synthetic.draw(grade, np.random.default_rng(7), 64)
-        same_image, same_mask = synthetic.draw(grade, np.random.default_rng(7), 64)
-        assert (image == same_image).all() and (mask == same_mask).all()
-    assert (image != synthetic.draw(4, np.random.default_rng(8), 64)[0]).any()
-
-
-def test_the_grade_does_not_move_the_random_stream():
+@pytest.mark.parametrize("hospital", [synthetic.EQUAL_HOSPITAL, *synthetic.HOSPITALS])
+def test_a_seed_gives_the_same_bits_and_moves_the_random_stream_by_the_same_amount(hospital):
     """Else one picture of another grade would change every picture drawn after it."""
     next_numbers = set()
     for grade in range(5):
-        rng = np.random.default_rng(3)
-        synthetic.draw(grade, rng, 32)
+        rng = np.random.default_rng(7)
+        image, mask = synthetic.draw(grade, rng, 64, hospital=hospital)
         next_numbers.add(int(rng.integers(2**60)))
-    assert len(next_numbers) == 1
+        assert (image.shape, mask.shape) == ((64, 64, 3), (64, 64))
+        assert (image.dtype, mask.dtype) == (np.uint8, bool)
+        same, same_mask = synthetic.draw(grade, np.random.default_rng(7), 64, hospital=hospital)
+        assert (image == same).all() and (mask == same_mask).all()
+        other, _ = synthetic.draw(grade, np.random.default_rng(8), 64, hospital=hospital)
+        assert (image != other).any()
+    rng = np.random.default_rng(7)
+    synthetic.draw(0, rng, 64)
+    assert next_numbers == {int(rng.integers(2**60))}
 
 
 @pytest.mark.parametrize("grade", [-1, 5, 1.5, "2"])
@@ -82,28 +76,6 @@ def test_lesion_area_grows_with_the_grade():
         assert more > 1.1 * less, areas
 
 
-def test_it_looks_like_a_fundus_photograph():
-    for seed in range(20):
-        image = healthy_image(seed).astype(float)
-        # black around the field of view
-        assert image[:4, :4].max() < 30 and image[-4:, -4:].max() < 30
-        red, green, blue = image[32:96, 32:96].mean(axis=(0, 1))
-        assert red > green > blue
-        # one side has the optic disc, the brightest thing in the picture
-        left = image[48:80, 8:60, 1].max()
-        right = image[48:80, 68:120, 1].max()
-        assert abs(left - right) > 5
-
-
-def test_left_and_right_eyes_are_drawn():
-    disc_on_the_right = 0
-    for seed in range(60):
-        green = healthy_image(seed, 64)[24:40, :, 1]
-        if green[:, 34:].max() > green[:, :30].max():
-            disc_on_the_right += 1
-    assert 15 < disc_on_the_right < 45
-
-
 @pytest.mark.parametrize("hospital", synthetic.HOSPITALS, ids=lambda hospital: hospital.name)
 def test_a_hospital_is_described_without_a_slip(hospital):
     assert sum(hospital.grade_shares) == pytest.approx(1)
@@ -111,18 +83,10 @@ def test_a_hospital_is_described_without_a_slip(hospital):
     assert synthetic.hospital_of(hospital.name) is hospital
     # A misspelt kind would be drawn by nobody, and no one would notice.
     assert set(hospital.lesions) <= set(synthetic.LESIONS)
+    assert 0 in hospital.grade_shares  # each sees only some of the grades
     for grade, share in enumerate(hospital.grade_shares):
         kinds = [kind for kind, counts in hospital.lesions.items() if grade in counts]
         assert bool(kinds) == (grade > 0 and share > 0)
-
-
-def test_every_grade_comes_to_some_hospital_and_no_hospital_sees_all_of_them():
-    seen = [
-        {grade for grade, share in enumerate(hospital.grade_shares) if share}
-        for hospital in synthetic.HOSPITALS
-    ]
-    assert set.union(*seen) == {0, 1, 2, 3, 4}
-    assert all(len(grades) < 5 for grades in seen)
 
 
 def lesion_lightness(hospital, grade, seed):
@@ -173,25 +137,6 @@ def test_the_cameras_of_the_hospitals_differ():
     screening, macula, referral = reds_per_blue
     assert macula < 0.95 * screening and referral > 1.05 * screening
     assert disc_distances[1] > disc_distances[0] > disc_distances[2], "the macula clinic is closer"
-
-
-def test_a_hospital_does_not_move_the_random_stream():
-    next_numbers = set()
-    for hospital in (synthetic.EQUAL_HOSPITAL, *synthetic.HOSPITALS):
-        rng = np.random.default_rng(3)
-        synthetic.draw(3, rng, 32, hospital=hospital)
-        next_numbers.add(int(rng.integers(2**60)))
-    assert len(next_numbers) == 1
-
-
-def test_the_same_seed_gives_the_same_bits_in_every_hospital_and_each_its_own():
-    images = set()
-    for hospital in (synthetic.EQUAL_HOSPITAL, *synthetic.HOSPITALS):
-        image, _ = synthetic.draw(0, np.random.default_rng(7), 64, hospital=hospital)
-        same, _ = synthetic.draw(0, np.random.default_rng(7), 64, hospital=hospital)
-        assert (image == same).all()
-        images.add(image.tobytes())
-    assert len(images) == 4
 
 
 def fit_logistic_regression(features, target, penalty):
