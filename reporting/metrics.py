@@ -85,18 +85,8 @@ def roc(score, positive):
     From the strictest threshold, infinity, at which nobody is positive, down to the lowest score.
     An image is positive where its score is at or above the threshold. Both classes must be there.
     """
-    thresholds = np.append(np.inf, np.unique(score)[::-1])
-    return (
-        thresholds,
-        share_at_or_above(score[~positive], thresholds),
-        share_at_or_above(score[positive], thresholds),
-    )
-
-
-def share_at_or_above(score, thresholds):
-    """The part of `score` (n,) that is at or above each of `thresholds` (k,): (k,)."""
-    below = np.searchsorted(np.sort(score), thresholds, side="left")
-    return 1 - below / len(score)
+    false_rate, found_rate = weighted_roc(score, positive, np.ones((1, len(score))))
+    return np.append(np.inf, np.unique(score)[::-1]), false_rate[0], found_rate[0]
 
 
 def calibration(score, positive):
