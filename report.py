@@ -145,9 +145,12 @@ def load_server(args):
         client_rows=read_table(args.server_dir / "clients.csv", "round", "client"),
     )
     best = args.server_dir / "best_weight.h5"
-    best_card = cards.read(best) if best.exists() else card
-    if best_card["run"] == card["run"] and best_card["round"] != card["round"]:
-        run.candidates.append(answers.of("federated", "federated", best, best_card))
+    try:
+        best_card = cards.read(best) if best.exists() else card
+        if best_card["run"] == card["run"] and best_card["round"] != card["round"]:
+            run.candidates.append(answers.of("federated", "federated", best, best_card))
+    except ValueError as error:
+        run.left_out.append(f"the model of the best round is left out: {error}")
     for client in sorted(card["clients"]):
         title = f"{cards.name_of(client, prepared)} alone"
         folder = Path("alone") / client
@@ -165,7 +168,7 @@ def load_server(args):
 
 def load_client(args):
     """A hospital's Run: the result that it fetched, measured on its own held-out patients."""
-    client = args.client_dir.name
+    client = args.client_dir.resolve().name
     weights = args.client_dir / "server_weight.h5"
     card = cards.read(weights)
     answers = Answers(args.index_dir)
@@ -198,6 +201,8 @@ def alone_command(weights, index, folder, client_dir):
 
 def central_command(source_flag, weights, index, folder):
     words = [source_flag, weights, "--index", index, "--out", folder]
+    if index.parent != Path("index"):
+        words += ["--index-dir", index.parent]
     return shlex.join(["python3", "central.py", *map(str, words)])
 
 

@@ -71,16 +71,12 @@ def share(true_or_false):
 def auc(score, positive):
     """Area under the ROC curve: the chance that a positive scores above a negative, ties half.
 
-    score: (n,). positive: bool (n,). Rank-sum form (Hanley and McNeil 1982).
+    score: (n,). positive: bool (n,).
     """
-    num_positive = int(positive.sum())
-    num_negative = len(positive) - num_positive
-    if not num_positive or not num_negative:
+    if positive.all() or not positive.any():
         return float("nan")
-    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # from 1; equal scores share their mean
-    above = rank[positive].sum() - num_positive * (num_positive + 1) / 2
-    return float(above / (num_positive * num_negative))
+    curve = weighted_roc(score, positive, np.ones((1, len(score))))
+    return float(area_under(curve)[0])
 
 
 def roc(score, positive):
@@ -89,18 +85,8 @@ def roc(score, positive):
     From the strictest threshold, infinity, at which nobody is positive, down to the lowest score.
     An image is positive where its score is at or above the threshold. Both classes must be there.
     """
-    thresholds = np.append(np.inf, np.unique(score)[::-1])
-    return (
-        thresholds,
-        share_at_or_above(score[~positive], thresholds),
-        share_at_or_above(score[positive], thresholds),
-    )
-
-
-def share_at_or_above(score, thresholds):
-    """The part of `score` (n,) that is at or above each of `thresholds` (k,): (k,)."""
-    below = np.searchsorted(np.sort(score), thresholds, side="left")
-    return 1 - below / len(score)
+    false_rate, found_rate = weighted_roc(score, positive, np.ones((1, len(score))))
+    return np.append(np.inf, np.unique(score)[::-1]), false_rate[0], found_rate[0]
 
 
 def calibration(score, positive):
@@ -328,9 +314,8 @@ def weighted_metrics(score, positive, threshold, weights):
     false_rate, found_rate = curve
     right = (weights * ((score > threshold) == positive)).sum(1)
     sensitivity, specificity = weighted_rates(score > threshold, positive, weights)
-    heights = (found_rate[:, 1:] + found_rate[:, :-1]) / 2
     return {
-        "auc": (np.diff(false_rate, axis=1) * heights).sum(1),
+        "auc": area_under(curve),
         "sensitivity": sensitivity,
         "specificity": specificity,
         "accuracy": right / weights.sum(1),
@@ -355,7 +340,7 @@ def weighted_roc(score, positive, weights):
     a class is missing.
     """
     order = np.argsort(-score, kind="stable")
-    last_of_equals = np.append(np.diff(score[order]) != 0, True)
+    last_of_equals = np.append(np.diff(score[order]) != 0, True)[: len(score)]
     rates = []
     for of_class in (weights * ~positive, weights * positive):
         counted = np.cumsum(of_class[:, order], 1)[:, last_of_equals]
@@ -363,6 +348,12 @@ def weighted_roc(score, positive, weights):
             rates.append(np.insert(counted / counted[:, -1:], 0, 0, 1))
         rates[-1][of_class.sum(1) == 0] = np.nan
     return tuple(rates)
+
+
+def area_under(curve):
+    """(b,): the area under each curve of `weighted_roc`, by the trapezoidal rule."""
+    false_rate, found_rate = curve
+    return np.trapezoid(found_rate, false_rate, axis=1)
 
 
 def sensitivity_where(curve, specificity):
@@ -384,11 +375,9 @@ def sensitivity_where(curve, specificity):
 def auc_difference(score, other, positive, patients):
     """Measured: the AUC of `score` less that of `other`, of the same images (n,)."""
 
-    def area(scores, weights):
-        return weighted_metrics(scores, positive, 0.5, weights)["auc"]
-
     def difference(weights):
-        return area(score, weights) - area(other, weights)
+        areas = [area_under(weighted_roc(each, positive, weights)) for each in (score, other)]
+        return areas[0] - areas[1]
 
     return paired(difference, patients, len(set(patients)))
 

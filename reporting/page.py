@@ -70,14 +70,14 @@ def interval(measured, digits=2):
     return f"{low:.{digits}f} to {high:.{digits}f}".replace("-", "−")
 
 
-def signed(value):
+def signed(value, digits=2):
     """'+0.14', '−0.02': of a difference."""
-    return "not measured" if np.isnan(value) else f"{value:+.2f}".replace("-", "−")
+    return "not measured" if np.isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
 
 
-def difference_text(measured):
+def difference_text(measured, digits=2):
     """'+0.14, 0.06 to 0.22'"""
-    return f"{signed(measured.value)}, {interval(measured)}"
+    return f"{signed(measured.value, digits)}, {interval(measured, digits)}"
 
 
 def how_it_did(difference):
@@ -235,7 +235,7 @@ class Page:
                 name = f"the model of the best round, {other.card['round']},"
             sentences.append(
                 f"On the patients who choose, {name} {how_it_did(difference)} the federated model "
-                f"of the last round: AUC {difference_text(difference)}."
+                f"of the last round: AUC {difference_text(difference, digits=3)}."
             )
         return best, sentences
 

@@ -149,6 +149,9 @@ def test_the_best_round_is_a_candidate(here):
         changed = {**card, "run": run, "round": number}
         (here / "server" / "best_weight.json").write_text(json.dumps(changed))
         assert len(loaded().candidates) == count
+    with open("server/best_weight.h5", "ab") as file:
+        file.write(b"x")
+    assert "the best round is left out" in loaded().left_out[0]
 
 
 def test_a_hospital_gets_the_answer_at_home(here, capsys):
