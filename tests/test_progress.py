@@ -4,6 +4,7 @@ It reaches server/status.json, server/clients.csv and a hospital's own history.c
 nothing: a bad one is left out, one that fails is passed over.
 """
 
+import contextlib
 import csv
 import threading
 from pathlib import Path
@@ -149,23 +150,27 @@ def test_a_server_that_does_not_know_the_call_is_served_all_the_same(
     monkeypatch.setattr(todoServer.FedMLServicer, "tell", no_such_call)
     _, address = request.getfixturevalue("served")
     code, said = client_main("--server", address, "--val-index", "index/val_set.pkl")
-    assert code == 0 and "the server was not told this site's scores (UNIMPLEMENTED)" in said
+    assert code == 0, said
 
 
-def test_reports_of_a_client_do_not_end_each_other(client_main):
-    """The server ends the older of two: the scores and the last word wait for one on its way."""
-    site = todoClient.Site(todoClient.parse(["--name", "client001"]))
-    site.state["trained"] = {"scores": {"auc": 0.5}}
+def test_reports_of_a_client_do_not_end_each_other(client_main, monkeypatch):
+    """The server ends the older of two: the last word waits for one that is on its way."""
     told = []
-    stub = SimpleNamespace(tell=lambda message, **_: told.append(message))
+
+    def told_to_the_server(message, **_):
+        told.append(message.phase)
+        return todo_pb2.openRound()
+
+    monkeypatch.setattr(todoClient, "connect", lambda site: contextlib.nullcontext())
+    stub = SimpleNamespace(tell=told_to_the_server)
+    monkeypatch.setattr(todoClient.todo_pb2_grpc, "FedMLStub", lambda channel: stub)
+    site = todoClient.Site(todoClient.parse(["--name", "client001"]))
     with site.reporter.telling:  # as its thread does
-        calls = [Call(todoClient.tell_scores, stub, site), Call(site.reporter.end)]
-        for call in calls:
-            call.thread.join(0.3)
-        assert [call.ended for call in calls] == [False, False] and told == []
-    for call in calls:
-        call.result()
-    assert [message.scores["auc"] for message in told] == [0.5]
+        call = Call(todoClient.tell, site, {"run": "run0", "round": 1}, {"phase": "done"})
+        call.thread.join(0.3)
+        assert not call.ended and told == []
+    call.result()
+    assert told == ["done"]
 
 
 def test_the_scores_of_a_client_are_published_the_results_too(start, begun):
