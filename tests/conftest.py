@@ -556,7 +556,7 @@ def client_main(shared_site, tmp_path, monkeypatch, capsys):
     def main(*flags):
         code = todoClient.main(["--name", "client001", "--give-up-after", "0", *flags])
         for each in reporters:
-            each.end()
+            each.task = None
         said = capsys.readouterr()
         return code, said.out + said.err
 
