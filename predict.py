@@ -30,7 +30,6 @@ if __name__ == "__main__":
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 
 import model
@@ -75,7 +74,7 @@ def main(argv=None):
     say("predict", f"model: {weights}, of round {card['round']}, SHA-256 {sha256}...")
     for warning in warnings_of(card, paths):
         warn("predict", f"warning: {warning}")
-    bar = Console(stderr=True)
+    bar = pictures.Terminal(stderr=True)
     scored = score_all(network, card, paths)
     results = list(
         track(scored, "photographs", len(paths), console=bar, disable=not bar.is_terminal)
