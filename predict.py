@@ -18,6 +18,7 @@ import io
 import json
 import multiprocessing
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -370,10 +371,7 @@ def show(results, with_scores):
 
 def summary_of(results):
     """'500 images: 120 referable DR, 378 no referable DR, 2 not readable'"""
-    counts = {}
-    for result in results:
-        what = result.verdict or "scored"
-        counts[what] = counts.get(what, 0) + 1
+    counts = Counter(result.verdict or "scored" for result in results)
     return f"{len(results)} images: " + ", ".join(f"{n} {what}" for what, n in counts.items())
 
 
