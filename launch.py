@@ -34,6 +34,8 @@ LOG = "run_local.log"
 # On the synthetic images: ten rounds of one pass are too few to learn them.
 SYNTHETIC_EPOCHS = 2
 PHOTOGRAPHS_ROUNDS = 14  # of compare.sh
+SCORED = 4  # how often a hospital alone is scored: at each round that costs as much as training
+MEASURED = ("AUC", "sensitivity", "specificity")
 LOOK_EVERY_S = 0.5
 STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -58,7 +60,7 @@ Run the same command again to resume an unfinished run. After a finished one it 
 COMPARE_HELP = """\
 Is federation worth it? The same number of passes over the images for each series. Of the synthetic
 hospitals: central, federated, and each hospital alone. Of photographs: central, federated on an
-IID and on a non-IID split, and the largest client of the non-IID split alone.
+IID and on a non-IID split, and each client of the non-IID split alone.
 
   ./compare.sh                                    ten rounds on the synthetic hospitals
   ./compare.sh --dataset idrid --source DIR --arch lite0 --rounds 20
@@ -333,67 +335,63 @@ def federate(processes, given, scripts, folder, fresh=False):
 
 def show_round(console, folder, shown):
     """A line for the last evaluated round, once: the numbers of its model card."""
+    from reporting import card as cards
+
     card = read_json(folder / "server" / "server_weight.json")
     if card and (card["run"], card["round"]) not in shown:
         shown.add((card["run"], card["round"]))
-        console.print(f"  round {card['round']}/{card['rounds']}  {summary(card)}")
-
-
-def summary(card):
-    """'AUC 0.984  sensitivity 0.946  specificity 0.973', of any DR."""
-    measured = card["tasks"]["any DR"]["measured"]
-    names = {"auc": "AUC", "sensitivity": "sensitivity", "specificity": "specificity"}
-    words = [f"{names[name]} {number(measured[name][0])}" for name in names]
-    return "  ".join(words)
-
-
-def number(value):
-    return "not measured" if value is None else f"{value:.3f}"
+        console.print(f"  round {card['round']}/{card['rounds']}  {cards.summary(card)}")
 
 
 def train_alone(processes, given, scripts, folder):
-    """Each client alone, beside each other: as many passes over its own images as in the run."""
+    """Each client alone, beside each other: as many passes over its own images as in the run.
+
+    Returns {name: folder of its model}.
+    """
+    from reporting import card as cards
+
     clients = clients_of(folder)
+    rounds = read_json(folder / "server" / "server_weight.json")["rounds"]
+    series = {}
     for k, name in enumerate(clients, start=1):
         processes.start(
             f"{ALONE / name}",
             "central.py",
             *["--index", f"index/worker{k}.pkl", "--out", ALONE / name],
             *["--like", "server/server_weight.h5", "--threads", threads_each(len(clients))],
-            *["--score-every", max(1, read_json(folder / "server/state.json")["rounds"] // 3)],
+            *["--score-every", -(-rounds // SCORED)],
             *words_for(scripts["central"], given, "seed", "rounds", "arch", "image_size"),
             cwd=folder,
         )
+        label = cards.name_of(name, cards.read_prepared(folder / "index"))
+        series[f"{label} alone"] = folder / ALONE / name
     processes.wait()
+    return series
 
 
-def show_table(console, folder, series):
+def show_table(console, series):
     """What came out, as a table: a row a model, with 95 % intervals.
 
-    series  {name: path of a model card}
+    series  {name: folder of a weight file and its model card}
     """
     from rich.table import Table
 
-    cards = {name: read_json(path) for name, path in series.items()}
-    cards = {name: card for name, card in cards.items() if card}
+    cards = {name: read_json(card_in(folder)) for name, folder in series.items()}
+    patients = next(iter(cards.values()))["num_reporting_patients"]
     for task in ("any DR", "referable DR"):
-        patients = next(iter(cards.values()))["num_reporting_patients"]
-        table = Table(
-            "",
-            "AUC",
-            "sensitivity",
-            "specificity",
-            box=None,
-            pad_edge=False,
-            title=f"{task}, {patients} patients who chose no threshold",
-            title_justify="left",
-        )
+        table = Table("", *MEASURED, box=None, pad_edge=False, title_justify="left")
+        table.title = f"{task}, of {patients} patients who chose no threshold"
         for name, card in cards.items():
             measured = card["tasks"][task]["measured"]
-            cells = [interval(*measured[what]) for what in ("auc", "sensitivity", "specificity")]
-            table.add_row(name, *cells)
+            table.add_row(name, *[interval(*measured[what.lower()]) for what in MEASURED])
         console.print("")
         console.print(table)
+
+
+def card_in(folder):
+    """The model card of what was trained in a folder, by a server or by central.py."""
+    server, central = folder / "server_weight.json", folder / "central_weight.json"
+    return server if server.exists() else central
 
 
 def interval(value, low, high):
@@ -406,13 +404,6 @@ def interval(value, low, high):
 def clients_of(folder):
     number = read_json(folder / "index" / "prepared.json")["num_clients"]
     return [f"client{k:03}" for k in range(1, number + 1)]
-
-
-def hospital_of(folder, client):
-    """'client001 (screening centre)', where prepare.py knows what the hospital is called."""
-    hospitals = read_json(folder / "index" / "prepared.json").get("worker_hospitals") or {}
-    called = hospitals.get(f"worker{int(client[-3:])}")
-    return f"{client} ({called})" if called else client
 
 
 def threads_each(num_processes):
@@ -446,15 +437,12 @@ def run(processes, given, scripts):
             console.print("the run in server/ is over: a new one begins, its files are moved aside")
         console.print(f"3/4 federation of {len(clients_of(PROJECT))} hospitals (log: {LOG})")
         federate(processes, given, scripts, PROJECT, fresh=is_over or "fresh" in given)
-    series = {"federated": Path("server/server_weight.json")}
+    series = {"federated": PROJECT / "server"}
+    shutil.rmtree(ALONE, ignore_errors=True)
     if "no_alone" not in given:
         console.print("4/4 each hospital alone, for comparison (--no-alone skips this)")
-        shutil.rmtree(ALONE, ignore_errors=True)
-        train_alone(processes, given, scripts, PROJECT)
-        for name in clients_of(PROJECT):
-            label = f"{hospital_of(PROJECT, name)} alone"
-            series[label] = ALONE / name / "central_weight.json"
-    show_table(console, PROJECT, series)
+        series |= train_alone(processes, given, scripts, PROJECT)
+    show_table(console, series)
     console.print("")
     processes.run("report.py")
 
@@ -512,20 +500,17 @@ def compare(processes, given, scripts):
         console.print(f"3/4 federation ({split}; log: {LOG})")
         federate(processes, given, scripts, work / split)
     last = work / splits[-1]
-    console.print("4/4 central, and alone")
-    like = words_for(scripts["central"], given)
-    processes.start("central", "central.py", *like, "--score-every", 3, cwd=work / splits[0])
+    console.print("4/4 central, and each alone")
+    words = words_for(scripts["central"], given)
+    processes.start("central", "central.py", *words, "--score-every", SCORED, cwd=work / splits[0])
     processes.wait()
-    train_alone(processes, given, scripts, last)
-    series = {"central": work / splits[0] / "central" / "central_weight.json"}
+    series = {"central": work / splits[0] / "central"}
+    series |= {f"federated ({split})": work / split / "server" for split in splits}
+    series |= train_alone(processes, given, scripts, work / splits[-1])
+    show_table(console, series)
     for split in splits:
-        series[f"federated ({split})"] = work / split / "server" / "server_weight.json"
-    for name in clients_of(last):
-        label = f"{hospital_of(last, name)} alone"
-        series[label] = last / ALONE / name / "central_weight.json"
-    show_table(console, work, series)
-    for split in splits:
-        processes.run("report.py", cwd=work / split)
+        beside = [f"--beside=central={series['central']}"] if split == splits[0] else []
+        processes.run("report.py", *beside, cwd=work / split)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import io
 import json
 import multiprocessing
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,6 @@ if __name__ == "__main__":
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 
 import model
@@ -75,7 +75,7 @@ def main(argv=None):
     say("predict", f"model: {weights}, of round {card['round']}, SHA-256 {sha256}...")
     for warning in warnings_of(card, paths):
         warn("predict", f"warning: {warning}")
-    bar = Console(stderr=True)
+    bar = pictures.Terminal(stderr=True)
     scored = score_all(network, card, paths)
     results = list(
         track(scored, "photographs", len(paths), console=bar, disable=not bar.is_terminal)
@@ -371,10 +371,7 @@ def show(results, with_scores):
 
 def summary_of(results):
     """'500 images: 120 referable DR, 378 no referable DR, 2 not readable'"""
-    counts = {}
-    for result in results:
-        what = result.verdict or "scored"
-        counts[what] = counts.get(what, 0) + 1
+    counts = Counter(result.verdict or "scored" for result in results)
     return f"{len(results)} images: " + ", ".join(f"{n} {what}" for what, n in counts.items())
 
 

@@ -106,7 +106,7 @@ def prepare(args, choices):
         "labels_sha256": digest_of(found.photos),
         "skipped": sorted(skipped),
         "ungradable": len(found.ungradable),
-        "indexes": {name: counts_of(own) for name, own in records.items()},
+        "indexes": {name: len(own) for name, own in records.items()},
         "date": datetime.date.today().isoformat(),
         "worker_hospitals": worker_hospitals(sets),
     }
@@ -528,12 +528,8 @@ def workers_of(sets):
 
 def worker_hospitals(sets):
     """{"worker1": "screening centre", ...} where hospitals are known, else {}."""
-    names = {}
-    for worker in workers_of(sets):
-        hospitals = sorted({photo.hospital for photo in sets[worker]} - {""})
-        if hospitals:
-            names[worker] = " and ".join(hospitals)
-    return names
+    at = {worker: {photo.hospital for photo in sets[worker]} for worker in workers_of(sets)}
+    return {worker: " and ".join(sorted(names)) for worker, names in at.items() if names != {""}}
 
 
 def opaque_patients(found, seed):
@@ -557,13 +553,6 @@ def records_of(chosen, folder, patients):
             record["patient"] = patients[photo.patient]
         records.append(record)
     return records
-
-
-def counts_of(records):
-    """How many images and patients an index has; patients None where nobody knows."""
-    known = data.knows_patients(records)
-    patients = len(set(data.patients(records))) if known else None
-    return {"images": len(records), "patients": patients}
 
 
 # --- what is written -----------------------------------------------------------------------------

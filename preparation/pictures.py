@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
 from rich.progress import track
 
 from common.files import clean, publish_text, replacing
@@ -42,6 +43,13 @@ class Job(NamedTuple):
     number: int  # of the photo in the data set; a synthetic one's random numbers follow from it
     target: Path
     made_with: dict  # see `folder_of`
+
+
+class Terminal(Console):
+    """rich's, but it does not hide the cursor: a signal that ends the script would leave it so."""
+
+    def show_cursor(self, show=True):
+        return False
 
 
 def folder_of(made_with):
@@ -97,7 +105,8 @@ def run_jobs(jobs):
         )
     with pool:
         made = pool.map(make_picture, jobs, chunksize=8)
-        yield from track(made, "pictures", len(jobs), disable=not sys.stdout.isatty())
+        bar = Terminal()
+        yield from track(made, "pictures", len(jobs), console=bar, disable=not bar.is_terminal)
 
 
 def end_with_parent():
