@@ -499,7 +499,6 @@ def compare(processes, given, scripts):
     for split in splits:
         console.print(f"3/4 federation ({split}; log: {LOG})")
         federate(processes, given, scripts, work / split)
-    last = work / splits[-1]
     console.print("4/4 central, and each alone")
     words = words_for(scripts["central"], given)
     processes.start("central", "central.py", *words, "--score-every", SCORED, cwd=work / splits[0])
