@@ -574,13 +574,13 @@ class Rounds:
             self.clients.note_told(client, where)
             is_result = self.state.is_over and round_number > self.state.rounds
             if run == self.state.run and is_result:
-                if scores:
-                    self._add_scores([{"round": self.state.rounds, "client": client, **scores}])
                 if where["phase"] == "done":
                     self.done_clients.add(client)
+                    self.changed.notify_all()
+                if scores:  # last, for a full disk may refuse them
+                    self._add_scores([{"round": self.state.rounds, "client": client, **scores}])
             elif run == self.state.run and scores and round_number == self.state.round:
                 self.scores[client] = scores
-            self.changed.notify_all()
             return self.state.round
 
     def note_progress(self):

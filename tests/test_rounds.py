@@ -433,7 +433,9 @@ def test_the_best_round_is_published_before_the_history_and_kept(make_run):
     assert seen == [(1, 0, 0, None), (2, 1, 1, first)]
 
 
-def test_what_the_clients_measured_is_in_clients_csv_once_its_round_is_evaluated(make_run):
+def test_what_the_clients_measured_is_in_clients_csv_once_its_round_is_evaluated(
+    make_run, monkeypatch
+):
     run = make_run(clients=[A, B], rounds=1)
     path = run.folder / "clients.csv"
     run.rounds.hear(A, "run0", 1, {"phase": "training"}, {"auc": 0.5, "examples": 4})
@@ -445,6 +447,11 @@ def test_what_the_clients_measured_is_in_clients_csv_once_its_round_is_evaluated
     run.coordinator.result()
     for _ in range(2):  # of the result; said twice it is there once
         run.rounds.hear(B, "run0", 2, {"phase": "scoring"}, {"auc": 0.75})
+    with monkeypatch.context() as patch:
+        patch_publish(patch, full_disk_for("clients.csv"))
+        with pytest.raises(OSError, match="No space"):
+            run.rounds.hear(A, "run0", 2, {"phase": "done"}, {"auc": 0.25})
+    assert run.rounds.done_clients == {A}  # its last word counts all the same
     kept = [
         {name: row[name] for name in ("round", "client", "num_examples", "auc", "examples")}
         for row in rows_of(path)
