@@ -19,7 +19,7 @@ from pathlib import Path
 import grpc
 import pytest
 from conftest import DEADLINE_S, Call, Started, holding
-from hostile import RawConnection
+from hostile import HOSTILE, RawConnection
 from standin import shapes_of_size, write_weights
 
 from common.files import sha256_of
@@ -29,8 +29,11 @@ from generated import todo_pb2, todo_pb2_grpc
 
 pytestmark = pytest.mark.alone
 
-CLIENTS = ["client001", "client002", "client003"]
-ATTACKER = "client003"  # enrolled, and it delivers in each round, beside what else it does
+HONEST = ["client001", "client002"]
+# Enrolled, and they deliver in each round, beside what else they do.
+ATTACKERS = ["client003", "client004"]
+ATTACKER = ATTACKERS[0]
+CLIENTS = HONEST + ATTACKERS
 MEGABYTES = 4  # so much that a download which nobody reads does not fit into buffers
 LOST_S = 1.0  # what an attack may cost the others in a round
 BOUND_BYTES = 150e6 + 4e6 * len(CLIENTS)  # of the server's memory, without TensorFlow
@@ -84,17 +87,19 @@ class Federation:
     def seconds(self, attack=contextlib.nullcontext):
         """How long a round takes the honest clients while attack(), a context manager, goes on.
 
-        The attacker has delivered before: the round does not wait for its own fault.
+        The attackers have delivered before: the round does not wait for their own fault.
         """
-        attacker = Call(self.keep_trying, self.deliver, ATTACKER)
-        self.server.wait_for(f"round {self.round}: {ATTACKER} delivered")
+        attackers = [Call(self.keep_trying, self.deliver, name) for name in ATTACKERS]
+        for name in ATTACKERS:
+            self.server.wait_for(f"round {self.round}: {name} delivered")
         with attack():
             started = time.monotonic()
-            honest = [Call(self.take_part, name) for name in CLIENTS if name != ATTACKER]
+            honest = [Call(self.take_part, name) for name in HONEST]
             for call in honest:
                 call.result(90)
             took_s = time.monotonic() - started
-        attacker.result(90)
+        for call in attackers:
+            call.result(90)
         self.round += 1
         return took_s
 
@@ -208,6 +213,36 @@ def bytewise(over):
         yield todo_pb2.modelWeight(blob=b"x")
 
 
+def hostile_files(kind):
+    """Both attackers' files are read by the bounded process all the time."""
+
+    @contextlib.contextmanager
+    def attack(run):
+        path = run.upload.with_name("hostile.h5")
+        HOSTILE[kind](path)
+
+        def upload(name):
+            def send(over):
+                with run.channel() as channel:
+                    metadata = [("fedml-client", name)]
+                    messages = weights.blob_messages(path, name, 3)
+                    stub = todo_pb2_grpc.FedMLStub(channel)
+                    call = stub.sendWeight.future(messages, metadata=metadata)
+                    while not (call.done() or over.wait(0.05)):
+                        pass
+                    assert over.is_set() or call.code() == grpc.StatusCode.INVALID_ARGUMENT
+                    call.cancel()
+
+            return send
+
+        with contextlib.ExitStack() as stack:
+            for name in ATTACKERS:
+                stack.enter_context(going_on(upload(name)))
+            yield
+
+    return attack
+
+
 def half_open(method, client, connections=200, streams=30):
     """6,000 calls that never send a message; a connection may have four at a time."""
 
@@ -289,6 +324,7 @@ ATTACKS = {
     "endless empty messages, 4 connections": uploads(endless, 4),
     "a byte every 1.5 s": uploads(bytewise, 1),
     "a byte every 1.5 s, without a name": uploads(bytewise, 8, client=None),
+    **{f"files of {kind}": hostile_files(kind) for kind in HOSTILE},
     "half-open getWeight": half_open("getWeight", ATTACKER),
     "half-open getWeight, without a name": half_open("getWeight", None),
     "half-open sendWeight": half_open("sendWeight", ATTACKER),

@@ -1,6 +1,7 @@
 """data.py: the index and its refusals, images, batches that follow from the seed."""
 
 import datetime
+import errno
 import os
 import pickle
 
@@ -92,14 +93,40 @@ def test_missing_things_are_named(tmp_path, monkeypatch):
         data.load_images([RECORD], 32)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_an_index_that_is_no_file_is_refused_at_once(tmp_path, make):
+    """Who reads a pipe that nobody writes waits for ever."""
+    make(tmp_path / "worker1.pkl")
+    with pytest.raises(ValueError, match="worker1.pkl is refused: it is no file"):
+        data.read_index(tmp_path / "worker1.pkl")
+
+
 def test_images_too_large_for_memory_lie_in_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(make_data(tmp_path / "site"))
     records = data.read_index("index/worker1.pkl")
     in_memory = data.load_images(records, 32)
-    monkeypatch.setattr(data, "MEMORY_BYTES", 1000)
-    on_disk = data.load_images(records, 32, "spilled.npy")
+    monkeypatch.setattr(data, "available_memory", lambda: 1000)
+    spill = tmp_path / "site" / "spilled.npy"
+    on_disk = data.load_images(records, 32, spill)
     assert isinstance(on_disk, np.memmap) and np.array_equal(in_memory, on_disk)
-    assert not (tmp_path / "site" / "spilled.npy").exists()  # nothing stays behind
+    assert not spill.exists()  # nothing stays behind
+
+
+def test_a_disk_without_room_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
+    """A mapped page that finds no room later is SIGBUS, and an empty log."""
+    asked = []
+
+    def full(descriptor, first, count):
+        asked.append((first, count))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data, "available_memory", lambda: 1000)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(np, "memmap", None)
+    with pytest.raises(ValueError, match="100 images of 64 x 64 .*No space left") as caught:
+        data.room_for((100, 64, 64, 3), tmp_path / "spilled.npy")
+    assert str(tmp_path) in str(caught.value) and asked == [(0, 100 * 64 * 64 * 3)]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_transform_is_a_rotation_with_flips_about_the_centre():
