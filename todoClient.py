@@ -790,7 +790,8 @@ def keep_trying(attempt, site):
                 raise ValueError(reason) from None
         except grpc.FutureCancelledError:  # by the reporter: the server is deaf
             reason = f"it answered nothing for {UNANSWERED_S} s"
-        except tls.NotReady as error:  # certificates that are being renewed
+        except (tls.NotReady, ChildProcessError) as error:
+            # Certificates that are being renewed; the process that reads the first file was killed.
             reason = str(error)
 
         now = time.monotonic()
