@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import client_script, new_run, server_script, start_server, write_weights
+from conftest import client_script, server_script, start_server, write_weights
 
 import data
 import todoClient
@@ -186,13 +186,6 @@ def test_a_client_with_a_spoiled_state_is_exit_1_and_it_stays(client_main, text)
     assert code == 1 and "client001/state.json" in said and "move it away" in said
     assert "--fresh" not in said  # a client has no such flag
     assert Path("client001/state.json").read_text() == text
-
-
-def test_a_servers_folder_is_no_clients(client_main):
-    Path("server").mkdir()
-    new_run(["client001"], 1, write_weights("server/server_weight.h5")).save("server/state.json")
-    code, said = client_main("--client-dir", "server")
-    assert code == 1 and "server/state.json is not a state" in said
 
 
 def trained_in(folder):
