@@ -774,7 +774,8 @@ def keep_trying(attempt, site):
                 raise ValueError(reason) from None
         except grpc.FutureCancelledError:  # by the reporter: the server is deaf
             reason = f"it answered nothing for {UNANSWERED_S} s"
-        except tls.FilesNotReady as error:  # certificates that are being renewed
+        except (tls.FilesNotReady, ChildProcessError) as error:
+            # Certificates that are being renewed; the process that reads the first file was killed.
             reason = str(error)
 
         now = time.monotonic()

@@ -395,11 +395,14 @@ class Storm(Site):
             self.commands[name][0] = holding(folder, "todoClient", TRAINING)
         self.begin()
 
+    def said(self):
+        return "the next round opens\n" + "\n".join(each.output for each in self.processes.values())
+
     def let_end(self, round_number):
         (self.folder / f"round-{round_number}-may-end").touch()
 
     def converter(self):
-        """The process id of a converter that runs just now, or None."""
+        """The id of a process that reads a file just now, of the server or of a client; or None."""
         lines = processes_in(self.folder).items()
         return next((pid for pid, line in lines if "federation.convert" in line), None)
 
@@ -433,7 +436,7 @@ def test_a_storm_of_faults_ends_in_the_calm_runs_bits(start, shared_site, tmp_pa
     stormy = Storm(start, tmp_path / "stormy", shared_site)
     chance = random.Random(13)
     for number in range(1, Storm.rounds + 1):
-        until(lambda: stormy.rounds_done() >= number - 1, f"round {number} opens", 120)  # noqa: B023
+        until(lambda: stormy.rounds_done() >= number - 1, stormy.said, 120)  # noqa: B023
         # a converter runs only while the round is closed: its turn comes last
         for victim in [*chance.choices([*stormy.commands], k=2), "converter"]:
             kind = chance.choice(["kill", "stop"])

@@ -80,16 +80,7 @@ def stopped_terminal():
     os.close(master)
 
 
-@contextlib.contextmanager
-def no_reader():
-    """The write end of a pipe whose reader went away."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    yield None, writer
-    os.close(writer)
-
-
-@pytest.mark.parametrize("stop", [full_pipe, stopped_terminal, no_reader])
+@pytest.mark.parametrize("stop", [full_pipe, stopped_terminal])
 @pytest.mark.parametrize("ends", ["by itself", "by signals"])
 def test_a_run_goes_on_and_ends_though_nobody_reads(running, begun, stop, ends):
     site = begun(rounds=3)

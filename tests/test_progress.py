@@ -10,85 +10,19 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import grpc
 import pytest
 import standin
 from conftest import Call, client_script, holding, start_server, until
-from serving import serve
 
 import todoClient
 import todoServer
 from federation import status
 from federation.rounds import Refused
-from generated import todo_pb2, todo_pb2_grpc
 from reporting import card as cards
-
-
-def tell(address, name="client001", **fields):
-    """The round that the server says is open."""
-    with grpc.insecure_channel(address) as channel:
-        stub = todo_pb2_grpc.FedMLStub(channel)
-        message = todo_pb2.clientStatus(**{"run": "run0", "round": 1, **fields})
-        return stub.tell(message, metadata=[("fedml-client", name)], timeout=30).round
 
 
 def rows_of(path):
     return list(csv.DictReader(Path(path).read_text().splitlines()))
-
-
-# --- what the server makes of it -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fields", "problem"),
-    [
-        ({"phase": "training", "epoch": 3, "epochs": 9, "seconds_left": 8}, None),
-        ({"phase": "sleeping\x1b[2J"}, "phase is 'sleeping"),
-        ({"phase": "training", "epochs": -1}, "epochs is -1"),
-        ({"phase": "training", "scores": {"auc": float("nan")}}, "auc is nan, expected 0 to 1"),
-        ({"phase": "training", "scores": {"auc": 1.5}}, "auc is 1.5"),
-        ({"phase": "training", "scores": {"loss": 1e9}}, "loss is 1000000000.0"),
-        ({"phase": "training", "scores": {"x" * 99: 1}}, "'xxx"),
-        ({"phase": "training", "scores": {f"key{k}": 1 for k in range(150)}}, "is not known"),
-    ],
-)
-def test_what_is_not_as_expected_is_left_out_and_said(served, fields, problem):
-    run, address = served
-    assert tell(address, **fields) == 1
-    row = run.rounds.clients.rows["client001"]
-    if problem is None:
-        assert {name: row[name] for name in fields} == fields
-        assert not any("left out" in line for line in run.said)
-    else:
-        [line] = [line for line in run.said if "client001 says what is left out here" in line]
-        assert problem in line and len(line) < 300
-        assert row["phase"] in status.PHASES or row["phase"] == "working"
-        assert not run.rounds.scores.get("client001")
-
-
-def test_only_a_known_client_is_heard(served):
-    run, address = served
-    with pytest.raises(grpc.RpcError, match="not one of this run"):
-        tell(address, "stranger", phase="training")
-    with pytest.raises(grpc.RpcError, match="nothing to tell"), grpc.insecure_channel(address) as c:
-        todo_pb2_grpc.FedMLStub(c).tell(todo_pb2.clientStatus(phase="training"), timeout=30)
-
-
-def test_it_is_answered_while_others_wait_and_counts_for_nothing(make_run):
-    run = make_run(clients=["client001", "client002"], rounds=1)
-    server, address = serve(run.rounds)
-    waiting = run.delivered("client001", 1)
-    for phase in ("waiting", "done"):  # "done" before the run is over is no last word
-        assert tell(address, phase=phase) == 1
-    assert not waiting.ended and run.rounds.done_clients == set()
-    run.deliver("client002", 2).result()
-    assert tell(address, phase="waiting") == 2
-    assert tell(address, run="another", round=2, phase="done", scores={"auc": 0.5}) == 2
-    assert run.rounds.done_clients == set() and not (run.folder / "clients.csv").exists()
-    assert tell(address, round=2, phase="done", scores={"auc": 0.5}) == 2
-    assert run.rounds.done_clients == {"client001"}
-    assert [row["auc"] for row in rows_of(run.folder / "clients.csv")] == ["0.5"]
-    server.stop(0)
 
 
 # --- what a client tells -------------------------------------------------------------------------

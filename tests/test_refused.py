@@ -102,6 +102,20 @@ def test_a_fault_of_the_server_is_said_there_and_tried_again(request, client_mai
     assert any("KeyError: 'a mistake of ours'" in line for line in run.said)
 
 
+def test_a_fault_of_the_clients_own_machine_is_tried_again(client_main, served, monkeypatch):
+    """The process that reads the first file of a run was killed, for example: no memory."""
+    inner, faults = todoClient.convert.tensors_of, [ChildProcessError("it was killed")]
+
+    def fails_once(path):
+        if faults:
+            raise faults.pop()
+        return inner(path)
+
+    monkeypatch.setattr(todoClient.convert, "tensors_of", fails_once)
+    code, said = client_main("--server", served[1], "--give-up-after", "60")
+    assert code == 0 and "it was killed" in said
+
+
 # --- a straggler ---------------------------------------------------------------------------------
 
 

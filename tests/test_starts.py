@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import client_script, new_run, server_script, start_server, write_weights
+from conftest import client_script, server_script, start_server, write_weights
 
 import data
 import todoClient
@@ -166,30 +166,18 @@ def test_a_run_whose_last_evaluation_was_interrupted_is_not_called_over(server_m
 
 
 def client_state(**changes):
-    return json.dumps({"version": files.STATE_VERSION, **todoClient.NEW_STATE, **changes})
+    return json.dumps({"version": files.STATE_VERSION} | todoClient.NEW_STATE | changes)
+
+
+NEGATIVE, HUGE = {"round": -1}, {"round": 10**12}
+OTHER_TYPES = [{"round": "1"}, {"round": True}, {"run": 7}, {"trained": []}, {"rejections": {}}]
+OTHER_TYPES += [{"history": [1]}, {"history": [{"round": "1"}]}]
+OTHER_TYPES += [{"trained": {"scores": {"auc": "high"}}}, {"more": 1}]
+SPOILED = [NEGATIVE, HUGE, {"rounds": -1}, {"run": "r\x1b[2J"}, {"version": 99}, *OTHER_TYPES]
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "not json",
-        "[]",
-        "[" * 100_000,
-        client_state(round="1"),
-        client_state(round=True),
-        client_state(round=-1),
-        client_state(round=10**12),
-        client_state(rounds=-1),
-        client_state(run=7),
-        client_state(run="r\x1b[2J"),
-        client_state(history=[1]),
-        client_state(history=[{"round": "1"}]),
-        client_state(trained=[]),
-        client_state(trained={"scores": {"auc": "high"}}),
-        client_state(rejections={}),
-        client_state(more=1),
-        json.dumps({"version": 99}),
-    ],
+    "text", ["not json", "[]", "[" * 100_000, *(client_state(**each) for each in SPOILED)]
 )
 def test_a_client_with_a_spoiled_state_is_exit_1_and_it_stays(client_main, text):
     Path("client001").mkdir()
@@ -198,13 +186,6 @@ def test_a_client_with_a_spoiled_state_is_exit_1_and_it_stays(client_main, text)
     assert code == 1 and "client001/state.json" in said and "move it away" in said
     assert "--fresh" not in said  # a client has no such flag
     assert Path("client001/state.json").read_text() == text
-
-
-def test_a_servers_folder_is_no_clients(client_main):
-    Path("server").mkdir()
-    new_run(["client001"], 1, write_weights("server/server_weight.h5")).save("server/state.json")
-    code, said = client_main("--client-dir", "server")
-    assert code == 1 and "server/state.json is not a state" in said
 
 
 def trained_in(folder):
