@@ -18,6 +18,7 @@ import todoClient
 import todoServer
 from federation import status
 from federation.rounds import Refused
+from generated import todo_pb2
 from reporting import card as cards
 
 
