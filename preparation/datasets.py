@@ -247,7 +247,7 @@ def load_folder(source, flags):
     if path:
         table = read_table(path)
         found.read.add(path)
-        rows = rows_of_table(found, source, table, choose_columns(source, table, flags))
+        rows = rows_of_table(found, table, choose_columns(found, source, table, flags))
     else:
         rows = rows_of_class_folders(source, flags)
         names = sorted({row["label"] for row in rows})
@@ -284,8 +284,8 @@ def find_table(source, name):
 # --- a user's table ------------------------------------------------------------------------------
 
 
-def choose_columns(source, table, flags):
-    """{role: (number of the column or None, sentence about it)}."""
+def choose_columns(found, source, table, flags):
+    """{role: number of its column, None where there is none}; says in `found` what each holds."""
     files = PhotoFinder(source)
     checks = {
         "image": ("name a file", 0.5, lambda cell: len(files.find(cell)) == 1),
@@ -294,19 +294,18 @@ def choose_columns(source, table, flags):
     taken = {}
     for role in ("patient", "part", "hospital", "image", "label"):
         given = getattr(flags, f"{role}_column")
-        numbers = [number for number, _ in taken.values()]
-        number = choose_column(table, role, given, checks.get(role), numbers)
-        sentence = ""
-        if number is not None:
-            cells = table.cells(number)
-            sentence = f"{len(set(cells) - {''}):,} different"
-            if role in checks:
-                words, _, fits = checks[role]
-                sentence = f"{sum(map(fits, cells)):,} of {len(cells):,} cells {words}"
-            what = "grade" if role == "label" else role
-            sentence = f"{table.path.name}, {what}: column {table.columns[number]!r}, {sentence}"
-        taken[role] = (number, sentence)
-    return {role: taken[role] for role in COLUMN_NAMES}
+        number = choose_column(table, role, given, checks.get(role), taken.values())
+        taken[role] = number
+        if number is None:
+            continue
+        cells = table.cells(number)
+        holds = f"{len(set(cells) - {''}):,} different"
+        if role in checks:
+            words, _, fits = checks[role]
+            holds = f"{sum(map(fits, cells)):,} of {len(cells):,} cells {words}"
+        what = "grade" if role == "label" else role
+        found.notes.append(f"{table.path.name}, {what}: column {table.columns[number]!r}, {holds}")
+    return taken
 
 
 def choose_column(table, role, given, check, used):
@@ -346,23 +345,20 @@ def choose_column(table, role, given, check, used):
     raise ValueError(f"{table.path} has {what} the {role}: {among}; name it with --{role}-column")
 
 
-def rows_of_table(found, source, table, taken):
-    """A dict {role: text} for each row of a user's table. taken: of choose_columns."""
-    found.notes += [sentence for _, sentence in taken.values() if sentence]
-    cells = {
-        role: [""] * len(table.rows) if number is None else table.cells(number)
-        for role, (number, _) in taken.items()
-    }
-    for role in ("image", "hospital", "part"):
-        if taken[role][0] is not None and "" in cells[role]:
+def rows_of_table(found, table, taken):
+    """A dict {role: text} for each row of a user's table. taken: {role: number of its column}."""
+    cells = {}
+    for role in COLUMN_NAMES:
+        number = taken[role]
+        cells[role] = [""] * len(table.rows) if number is None else table.cells(number)
+        if number is not None and role in ("image", "part", "hospital") and "" in cells[role]:
             line = table.lines[cells[role].index("")]
             raise ValueError(f"{table.path}, line {line}: the {role} is blank in this row")
-    number = taken["patient"][0]
-    if number is not None:
-        patients = [read_patient(cell) for cell in cells["patient"]]
-        found.patients = f"column {table.columns[number]!r}"
-        found.patients_sentence = f"by {found.patients}{of_unknown(patients.count(''))}"
-        cells["patient"] = patients
+    if taken["patient"] is not None:
+        cells["patient"] = [read_patient(cell) for cell in cells["patient"]]
+        unknown = of_unknown(cells["patient"].count(""))
+        found.patients = f"column {table.columns[taken['patient']]!r}"
+        found.patients_sentence = f"by {found.patients}{unknown}"
     return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
 
