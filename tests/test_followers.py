@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import make_data, new_run, start_server, until
-from federation.followers import Follower, RoundCommand
 
 import model
+from federation.followers import Follower, RoundCommand
 from federation.state import RunState
 from reporting.events import EventFiles
 
