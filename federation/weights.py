@@ -39,6 +39,7 @@ SEED_FILE_NAMES = (SEED_FILE_NAME, "client_weights")
 SLAB_ELEMENTS = 1 << 16  # tensors are read in slabs: memory does not follow the model's size
 MOST_NAMES = 10_000  # of layers, of one layer's weights and of all tensors, that a file may list
 NUMBER_BYTES = 4  # float32
+MOST_OUTSIDE_BYTES = 256 << 20  # of a file, beside its tensors: a layout keeps them in memory
 
 
 # --- file -> messages ---------------------------------------------------------------------------
@@ -410,6 +411,12 @@ class Layout:
         except ValueError as error:
             raise ValueError(f"{path} cannot be used: {error}") from None
         self.size = os.path.getsize(path)
+        of_tensors = sum(tensor.end - tensor.begin for tensor in self.tensors)
+        if self.size - of_tensors > MOST_OUTSIDE_BYTES:
+            raise ValueError(
+                f"{path} cannot be used: {self.size - of_tensors:,} of its bytes are no weights, "
+                f"expected at most {MOST_OUTSIDE_BYTES:,}"
+            )
         self.outside = []
         with open(path, "rb") as file:
             position = 0
