@@ -622,7 +622,7 @@ def show(records, prepared, doubtful, num_photos):
         some = few([f"{path.name} ({why})" for path, _, why in doubtful])
         print(
             f"check these: {len(doubtful):,} of {num_photos:,} photographs may be none of a "
-            f"fundus: {some}"
+            f"fundus: {some}; they are used as they are graded"
         )
     sheets = [str(INDEX / name) for name in prepared["files"] if name.endswith(".png")]
     print(f"look at {' and '.join(sheets)}")
