@@ -173,7 +173,7 @@ def test_memory_is_flat_over_100_rounds(start, tmp_path):
         processes[name] = start("todoClient.py", *arguments, cwd=site)
     used = {}
     for number in (10, 100):
-        server.wait_for(f"round {number}/101: loss", 400)
+        server.wait_for(f"round {number}/101: AUC", 400)
         for name, process in processes.items():
             used[name, number] = process.memory_bytes()
     for name in processes:

@@ -159,7 +159,7 @@ def test_a_run_whose_last_evaluation_was_interrupted_is_not_called_over(server_m
     code, said = server_main()
     resuming, evaluated = said.splitlines()
     assert code == 0 and "resuming run run0 at round 1/1 from server" in resuming
-    assert "round 1/1: loss" in evaluated and RunState.load(path).is_over
+    assert "round 1/1: AUC" in evaluated and RunState.load(path).is_over
 
 
 # --- a client's folder ---------------------------------------------------------------------------
