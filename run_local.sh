@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole demo on this machine: set-up, data, one server, its clients, the result.
-#   ./run_local.sh                        ten rounds on drawn images
+# The whole demo on this machine: packages, images, one server, its clients, the result.
+#   ./run_local.sh                        ten rounds on synthetic images
 #   ./run_local.sh --help                 all flags
-exec python3 "$(dirname "$0")/launch.py" run "$@"
+exec python3 "$(dirname "$0")/launch.py" "$@"
