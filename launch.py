@@ -321,12 +321,12 @@ def last_words(name, most=8):
 def run(processes, given):
     """All steps, or those that an unfinished run still needs."""
     console = Console(highlight=False, markup=False)
+    console.print(f"1/4 packages: those of {sys.prefix}")
     with files.alone_in("server"):  # nobody trains with these images
         state = None if "fresh" in given else RunState.load(STATE, "begin a new one with --fresh")
     if state and state.is_over and PAGE.exists():
         console.print("the run in server/ is over: a new one begins, its files are moved aside")
         state, given["fresh"] = None, True
-    console.print(f"1/4 packages: those of {sys.prefix}")
     console.print("2/4 images")
     prepare_images(processes, given, is_new=state is None)
     names = names_of_clients()
@@ -335,7 +335,8 @@ def run(processes, given):
         resumed = f", of which {done} rounds are done" if done else ""
         console.print(f"3/4 federation of {len(names)} hospitals{resumed} (log: {LOG})")
         federate(processes, console, given, names, done)
-    console.print("4/4 each hospital alone, for comparison (--no-alone skips this)")
+    alone = "each hospital alone, for comparison (--no-alone skips this)"
+    console.print(f"4/4 {'the page' if 'no_alone' in given else alone}")
     beside = train_beside(processes, given, names)
     show_table(console, {"federated": CARD, **beside})
     in_one_place = ["--beside", "all images in one place=central"] if "central" in given else []
