@@ -77,7 +77,7 @@ TITLES = {  # of --help, where a script has no titles of its own
 }
 # Flags of the scripts that are chosen in here.
 CHOSEN_HERE = set(
-    "help listen clients server_dir name server client_dir index index_dir threads out like "
+    "listen clients server_dir name server client_dir index index_dir threads out like "
     "fine_tune score_every check insecure tls_ca tls_cert tls_key".split()
 )
 # On the synthetic images ten rounds of one pass are too few to learn them.
@@ -130,6 +130,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
+    argparse.ArgumentParser.error = refuse  # every script's, and in the name of this command
     try:
         given = parse(sys.argv[1:])
         os.chdir(PROJECT)
@@ -141,25 +142,24 @@ def main():
         return log.fail(WHO, f"{name} ended with {code}; all that was said is in {LOG}", code)
     except (ValueError, OSError) as error:
         return log.fail(WHO, error)
+    except KeyboardInterrupt as error:
+        log.say(WHO, "stopping; the same command goes on with the run")
+        return error.args[0]
     finally:
         processes.stop()
 
 
 def stop(number, frame):
     """A signal handler."""
-    log.say(WHO, "stopping; the same command goes on with the run")
-    sys.exit(128 + number)
+    raise KeyboardInterrupt(128 + number)
 
 
 # --- flags ----------------------------------------------------------------------------------------
 
 
 def refuse(parser, message):
-    """In place of argparse's usage, which is here a screen long."""
+    """In place of an argparse parser's own, which shows a screen of usage first."""
     sys.exit(log.fail(WHO, f"{message}; ./run_local.sh --help names the flags", 2))
-
-
-argparse.ArgumentParser.error = refuse  # of every script's parser
 
 
 def all_flags():
