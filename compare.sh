@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Is federation worth it? As run_local.sh, and beside it one model of all images in one place.
-exec python3 "$(dirname "$0")/launch.py" --central "$@"
+exec "$(dirname "$0")/run_local.sh" --central "$@"

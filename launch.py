@@ -1,16 +1,17 @@
-"""All of it on this machine: packages, images, a server, its clients, each hospital alone, a page.
+"""All of it on this machine: images, a server, its clients, each hospital alone, the page.
 
-    python3 launch.py --rounds 10       # what ./run_local.sh does; ./compare.sh adds --central
+    ./run_local.sh --rounds 10       # makes .venv, and starts this in it; ./compare.sh: --central
 
-It makes .venv and goes on inside it. A flag is declared in the script that it belongs to, and goes
-to every script that knows it. Nothing is trained, scored or written in here but the log.
+A flag is declared in the script that it belongs to, and goes to every script that knows it. Nothing
+is trained, scored or written in here but the log.
 """
 
 import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports is no traceback either
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # which run_local.sh has blocked
 
 import argparse
 import ctypes
@@ -25,31 +26,8 @@ from pathlib import Path
 from common import files, log
 from common.script import end_script, start_script
 
-WHO = "run_local"
-PROJECT = Path(__file__).resolve().parent
-REQUIREMENTS = ("requirements.txt", "requirements-report.txt")
-INSIDE = "FEDML_LAUNCHED"  # says to this script that it runs in the Python with the packages
-
-
-def go_inside():
-    """Make .venv with all packages, and go on as the same process in its Python."""
-    if os.environ.pop(INSIDE, None):
-        return
-    named = os.environ.get("PYTHON")
-    if named is None:
-        done = subprocess.run(["bash", "setup.sh", *REQUIREMENTS], cwd=PROJECT)
-        if done.returncode:
-            end_script(done.returncode)
-    python = shutil.which(named or PROJECT / ".venv" / "bin" / "python")
-    if python is None:
-        end_script(log.fail(WHO, f"PYTHON={named} is no program: give an interpreter's path"))
-    os.environ[INSIDE] = "1"
-    os.execv(python, [python, str(Path(__file__).resolve()), *sys.argv[1:]])
-
-
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
-    go_inside()
 
 from rich.console import Console
 from rich.live import Live
@@ -64,6 +42,8 @@ from federation import status
 from federation.state import RunState
 from reporting import card as cards
 
+WHO = "run_local"
+PROJECT = Path(__file__).resolve().parent
 SCRIPTS = {
     "prepare.py": prepare,
     "todoServer.py": todoServer,

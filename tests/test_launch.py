@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 import launch
 
@@ -98,16 +97,3 @@ def test_wrong_usage_is_one_line_before_any_image_is_made(copy_of_project):
     assert re.fullmatch(r".*--colour red; ./run_local.sh --help names the flags\n", shown.stderr)
     for folder in ("preprocessed", "index", "server"):
         assert [path.name for path in (copy_of_project / folder).iterdir()] == [".gitkeep"]
-
-
-@pytest.mark.parametrize("python, code", [("/nowhere/python3", 1), (sys.executable, 0)])
-def test_python_names_the_interpreter(python, code):
-    shown = subprocess.run(
-        [sys.executable, "launch.py", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHON": python},
-    )
-    assert shown.returncode == code
-    assert "PYTHON=/nowhere/python3 is no program" in shown.stderr or code == 0

@@ -245,7 +245,7 @@ def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
 
 
 def test_ctrl_c_during_the_imports_is_no_traceback(copy_of_project):
-    process = Started([sys.executable, "launch.py"], copy_of_project, WITH_PACKAGES)
+    process = Started(COMMAND, copy_of_project, WITH_PACKAGES)
     maps = Path(f"/proc/{process.pid}/maps")
     until(lambda: "_multiarray_umath" in maps.read_text(), "it imports NumPy")
     process.signal(signal.SIGINT)
