@@ -310,10 +310,10 @@ def run(processes, given):
     console.print("2/4 images")
     prepare_images(processes, given, is_new=state is None)
     names = names_of_clients()
+    done = len(state.history) if state else 0
+    resumed = f", of which {done} rounds are done" if done else ""
+    console.print(f"3/4 federation of {len(names)} hospitals{resumed} (log: {LOG})")
     if state is None or not state.is_over:
-        done = len(state.history) if state else 0
-        resumed = f", of which {done} rounds are done" if done else ""
-        console.print(f"3/4 federation of {len(names)} hospitals{resumed} (log: {LOG})")
         federate(processes, console, given, names, done)
     alone = "each hospital alone, for comparison (--no-alone skips this)"
     console.print(f"4/4 {'the page' if 'no_alone' in given else alone}")
@@ -354,7 +354,7 @@ def federate(processes, console, given, names, num_shown):
     begin = LOG.stat().st_size if LOG.exists() else 0
     where = ["--listen", "localhost:0", "--clients", ",".join(names)]
     processes.start("server", "todoServer.py", *where, *words_for("todoServer.py", given))
-    address = address_of_server(processes, begin)
+    address = address_of_server(processes, console, begin)
     for client in names:
         who = ["--name", client, "--server", address, "--threads", threads_each(len(names))]
         processes.start(client, "todoClient.py", *who, *words_for("todoClient.py", given))
@@ -369,14 +369,19 @@ def federate(processes, console, given, names, num_shown):
                 live.update(status.draw(*status.read(STATUS), 0, names), refresh=True)
 
 
-def address_of_server(processes, begin):
-    """HOST:PORT, once the log says behind its byte `begin` that the server listens."""
+def address_of_server(processes, console, begin):
+    """HOST:PORT, once the log says behind its byte `begin` that the server listens.
+
+    What it warns of until then is of the user's flags, and is shown.
+    """
     for _ in processes.until_ended():
         with open(LOG, "rb") as log_file:
             log_file.seek(begin)
-            found = re.search(rb"server: listening on (\S+)\n", log_file.read())
-        if found:
-            return found[1].decode()
+            said = log_file.read().decode(errors="replace")
+        if found := re.search(r"server: listening on (\S+)\n", said):
+            for warning in re.findall(r"server: (warning: .*)", said):
+                console.print(warning)
+            return found[1]
     raise ValueError(f"the server ended before it listened; all that it said is in {LOG}")
 
 
