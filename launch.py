@@ -317,7 +317,7 @@ def run(processes, given):
         federate(processes, console, given, names, done)
     alone = "each hospital alone, for comparison (--no-alone skips this)"
     console.print(f"4/4 {'the page' if 'no_alone' in given else alone}")
-    beside = train_beside(processes, given, names)
+    beside = train_beside(processes, console, given, names)
     show_table(console, {"federated": CARD, **beside})
     in_one_place = ["--beside", "all images in one place=central"] if "central" in given else []
     processes.run("report.py", *in_one_place)
@@ -363,9 +363,9 @@ def federate(processes, console, given, names, num_shown):
             card = read_json(CARD)
             for row in card.get("by_round", [])[num_shown:]:
                 num_shown = row["round"]
-                scores = "  ".join(f"{each} {number(row[TASK][each.lower()])}" for each in MEASURED)
+                scores = "  ".join(f"{each} {shown(row[TASK][each.lower()])}" for each in MEASURED)
                 console.print(f"  round {num_shown}/{card['rounds']}: {scores}")
-            if console.is_terminal and STATUS.exists():
+            if STATUS.exists():
                 live.update(status.draw(*status.read(STATUS), 0, names), refresh=True)
 
 
@@ -385,10 +385,10 @@ def address_of_server(processes, console, begin):
     raise ValueError(f"the server ended before it listened; all that it said is in {LOG}")
 
 
-def train_beside(processes, given, names):
-    """Each hospital alone, beside each other, with as many passes as in the run; and all in one.
+def train_beside(processes, console, given, names):
+    """Each hospital alone, beside each other, with as many passes as in the run; --central, too.
 
-    Returns {name: path of the model card}.
+    Returns {name: path of its model card}.
     """
     shutil.rmtree(ALONE, ignore_errors=True)
     models = {}  # name: (folder, index)
@@ -397,18 +397,22 @@ def train_beside(processes, given, names):
             models[f"{name} alone"] = (ALONE / client, f"index/worker{k}.pkl")
     if "central" in given:
         models["all images in one place"] = (Path("central"), "index/train_set.pkl")
-    every = -(-read_json(CARD)["rounds"] // SCORED)
+    rounds = read_json(CARD)["rounds"]
     for folder, index in models.values():
         processes.start(
             str(folder),
             "central.py",
             *["--index", index, "--out", folder, "--like", CARD.with_suffix(".h5")],
-            *["--score-every", every, "--threads", threads_each(len(models))],
+            *["--score-every", -(-rounds // SCORED), "--threads", threads_each(len(models))],
             *words_for("central.py", given),
         )
-    for _ in processes.until_ended():
-        pass
-    return {name: folder / "central_weight.json" for name, (folder, _) in models.items()}
+    results = {name: folder / "central_weight.json" for name, (folder, _) in models.items()}
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for _ in processes.until_ended():
+            done = {name: read_json(card).get("round", 0) for name, card in results.items()}
+            lines = [f"  {name}: round {number}/{rounds}" for name, number in done.items()]
+            live.update("\n".join(lines), refresh=True)
+    return results
 
 
 def threads_each(num_processes):
@@ -430,10 +434,10 @@ def show_table(console, series):
 
 def interval(value, low, high):
     """Two lines, so that a table fits into a terminal of 80 columns."""
-    return number(value) + ("" if low is None else f"\n{number(low)} to {number(high)}")
+    return shown(value) + ("" if low is None else f"\n{shown(low)} to {shown(high)}")
 
 
-def number(value):
+def shown(value):
     return "not measured" if value is None else f"{value:.3f}"
 
 
