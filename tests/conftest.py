@@ -13,6 +13,7 @@ import os
 # fork to exec: scripts switch that off, and so do tests, before h5py is imported.
 os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -278,6 +279,16 @@ def make_data(folder, clients=3, images=8, image_size=32, validation=8):
 def site(tmp_path):
     """A project folder with a tiny data set for three clients; real scripts are started in it."""
     return make_data(tmp_path / "site")
+
+
+def copy_of_project(folder):
+    """The project as it is in git, or would be, in `folder`, which is returned."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\n")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 # --- processes -----------------------------------------------------------------------------------
