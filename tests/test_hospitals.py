@@ -1,6 +1,8 @@
 """Three hospitals and a server under mutual TLS: docs/hospitals.md to the letter; a lost line."""
 
+import ast
 import csv
+import errno
 import json
 import os
 import random
@@ -288,3 +290,72 @@ def test_the_chapter_works_to_the_letter(tmp_path):
         assert f"held-out patients of {hospital.name}" in page and "fine-tuned here" in page
         scored = list(csv.DictReader((hospital.folder / "scores.csv").open(encoding="utf-8-sig")))
         assert len(scored) == NUM_NEW and all(row["score"] for row in scored)
+
+
+# --- what it says ... ----------------------------------------------------------------------------
+
+SPEAKERS = ["todoServer.py", "todoClient.py", "data.py", "model.py", "pretrained.py"]
+OF_ROUNDS = ["todoServer.py", "todoClient.py", "federation/rounds.py", "federation/service.py"]
+REFUSALS = ("Refused", "ValueError", "GaveUp", "TooFewClients", "RoundClosed")
+
+
+def sentence_of(node):
+    """The text of a string in the code, "..." for what differs; "" for all else."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(sentence_of(part) or "..." for part in node.values)
+    return ""
+
+
+def nodes_of(name):
+    return ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8")))
+
+
+def rows_of_section_9():
+    """[the sentences in the first cell, as patterns] of each row."""
+    rows = re.findall(r"^\| (.*?) \|", CHAPTER.partition("## 9.")[2], re.M)
+    sentences = [sentence for row in rows for sentence in re.findall("`(.+?)`", row)]
+    return {
+        sentence: re.compile(".*".join(map(re.escape, sentence.split("..."))))
+        for sentence in sentences
+    }
+
+
+def test_each_sentence_of_the_table_is_one_that_is_said():
+    names = [*SPEAKERS, *(str(path.relative_to(ROOT)) for path in ROOT.glob("[cf]*/*.py"))]
+    said = {sentence_of(node) for name in names for node in nodes_of(name)}
+    said.add(f"{os.strerror(errno.ENOSPC)}: ...")
+    rows = rows_of_section_9()
+    assert len(rows) > 40
+    assert [row for row, pattern in rows.items() if not any(map(pattern.search, said))] == []
+
+
+def test_the_table_has_every_refusal_of_server_and_client():
+    raised = [
+        sentence_of(argument)
+        for name in OF_ROUNDS
+        for node in nodes_of(name)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in REFUSALS
+        for argument in node.args
+    ]
+    refusals = [sentence for sentence in raised if " " in sentence and re.search("[a-z]", sentence)]
+    patterns = rows_of_section_9().values()
+    assert len(refusals) > 30
+    assert [each for each in refusals if not any(row.search(each) for row in patterns)] == []
+
+
+@pytest.mark.parametrize("script, unit", [("todoServer.py", 0), ("todoClient.py", 1)])
+def test_the_table_has_every_exit_code_and_what_the_unit_does_then(script, unit):
+    documentation = ast.get_docstring(ast.parse((ROOT / script).read_text()))
+    codes = re.findall(r"(?<![\w-])(\d+) (?:[a-zA-Z])", documentation.partition("Exit codes:")[2])
+    rows = re.findall(r"^\| (\d[\d, ]*) \| (.*?) ?\| (.*?) ?\| (.*) \|$", CHAPTER, re.M)
+    told = {code: row for code, *row in rows}
+    told |= {code: told["130, 143"] for code in ("130", "143")}
+    stays_down = re.findall(r"^RestartPreventExitStatus=(.*)$", CHAPTER, re.M)[unit].split()
+    for code in codes:
+        what = told[code][unit]
+        again = "starts it again" in told[code][2] and not (
+            script == "todoClient.py" and code == "1"
+        )
+        assert what and again is (code not in (*stays_down, "0", "130", "143")), code
