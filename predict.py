@@ -31,7 +31,6 @@ if __name__ == "__main__":
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
 import model
 from common import files
@@ -74,11 +73,8 @@ def main(argv=None):
     say("predict", f"model: {weights}, of round {card['round']}, SHA-256 {sha256}...")
     for warning in warnings_of(card, paths):
         warn("predict", f"warning: {warning}")
-    bar = pictures.Terminal(stderr=True)
     scored = score_all(network, card, paths)
-    results = list(
-        track(scored, "photographs", len(paths), console=bar, disable=not bar.is_terminal)
-    )
+    results = list(pictures.progress(scored, "photographs scored", len(paths), stderr=True))
     threshold, table = judge(results, graded, args, cards.threshold_of(card))
     show(results, args.csv is None)
     if args.csv:

@@ -442,7 +442,10 @@ def settle(found, args):
     Copies of one photograph are of one patient, and a patient is in one part; what that changes is
     said.
     """
-    digests = [digest_of_photo(photo, number) for number, photo in enumerate(found.photos)]
+    numbered = enumerate(found.photos)
+    if found.photos[0].path:  # a large set takes minutes to read
+        numbered = pictures.progress(numbered, "photographs read", len(found.photos))
+    digests = [digest_of_photo(photo, number) for number, photo in numbered]
     settled, copies = splits.join_identical(found.photos, digests)
     settled = [
         photo._replace(name=datasets.picture_name(photo, digest))
@@ -619,7 +622,7 @@ def show(records, prepared, doubtful, num_photos):
         some = few([f"{path.name} ({why})" for path, _, why in doubtful])
         print(
             f"check these: {len(doubtful):,} of {num_photos:,} photographs may be none of a "
-            f"fundus: {some}"
+            f"fundus: {some}; they are used as they are graded"
         )
     sheets = [str(INDEX / name) for name in prepared["files"] if name.endswith(".png")]
     print(f"look at {' and '.join(sheets)}")

@@ -34,6 +34,8 @@ OURS = re.compile(r".+_[0-9a-f]{12}\.png")
 DOUBT = "doubt"  # the text in a PNG that says why its photograph may be none of a fundus
 # For fewer pictures than this, starting processes takes longer than it saves.
 FEWEST_FOR_PROCESSES = 51
+# Of fewer, a log need not say how far it is.
+FEWEST_TO_SAY = 500
 
 
 class Job(NamedTuple):
@@ -104,9 +106,19 @@ def run_jobs(jobs):
             initializer=end_with_parent,
         )
     with pool:
-        made = pool.map(make_picture, jobs, chunksize=8)
-        bar = Terminal()
-        yield from track(made, "pictures", len(jobs), console=bar, disable=not bar.is_terminal)
+        yield from progress(pool.map(make_picture, jobs, chunksize=8), "pictures made", len(jobs))
+
+
+def progress(items, what, total, stderr=False):
+    """Yields the items; with a bar on a terminal, and in a log, of many, a line for each tenth."""
+    bar = Terminal(stderr=stderr)
+    if bar.is_terminal:
+        yield from track(items, what, total, console=bar)
+        return
+    for done, item in enumerate(items, start=1):
+        yield item
+        if total >= FEWEST_TO_SAY and done * 10 // total > (done - 1) * 10 // total:
+            print(f"  {done:,} of {total:,} {what}", file=bar.file, flush=True)
 
 
 def end_with_parent():
