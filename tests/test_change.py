@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, Started, copy_of_project, free_port, make_data
+from conftest import ROOT, Started, copy_of, free_port, make_data
 from eyes import eye
 
 TEXT = (ROOT / "docs" / "change.md").read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def blocks(heading, kind):
 
 def changed(folder, heading):
     """A copy of the project with the patch of this recipe, to which its context must fit."""
-    copy_of_project(folder)
+    copy_of(folder)
     [patch] = blocks(heading, "diff")
     subprocess.run(["patch", "-p1", "--fuzz=0"], cwd=folder, input=patch, text=True, check=True)
     return folder
@@ -122,7 +122,7 @@ def run_federation(folder, server_words, client_words):
 
 @pytest.mark.slow
 def test_five_clients_take_part(tmp_path):
-    folder = copy_of_project(tmp_path / "project")
+    folder = copy_of(tmp_path / "project")
     prepare, server, client = commands_of("Five clients")
     run(folder, *prepare, *"--num-train 25 --num-val 20 --image-size 32".split())
     names = [f"client{number:03}" for number in range(1, 6)]
@@ -133,7 +133,7 @@ def test_five_clients_take_part(tmp_path):
 
 @pytest.mark.slow
 def test_clients_follow_the_servers_image_size(tmp_path):
-    folder = copy_of_project(tmp_path / "project")
+    folder = copy_of(tmp_path / "project")
     prepare, server = (
         [word.replace("256", "32") for word in words] for words in commands_of("Another image size")
     )

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Started, copy_of_project, free_port, make_data, start_server
+from conftest import ROOT, Started, copy_of, free_port, make_data, start_server
 
 from common import files
 
@@ -192,7 +192,7 @@ class Machine:
     """
 
     def __init__(self, folder, name, port):
-        self.folder = copy_of_project(folder)
+        self.folder = copy_of(folder)
         self.name = name
         self.port = port
         (folder / ".venv").symlink_to(sys.prefix)  # the packages, in place of setup.sh

@@ -11,11 +11,21 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Started, copy_of_project, processes_in, until
+from conftest import ROOT, Started, processes_in, until
 
 NUM_IMAGES = 90
 DATA = ["--num-clients", "2", "--image-size", "32", "--num-train", "60", "--num-val", "30"]
 WITH_PACKAGES = {"PYTHON": sys.executable}  # this environment in place of a fresh .venv
+
+
+def copy_of_project(folder):
+    """What is in git, or would be."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\n")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 def command(*flags):
