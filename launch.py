@@ -376,9 +376,11 @@ def show_table(console, series):
     """
     from rich.table import Table
 
+    from reporting.metrics import TASKS
+
     cards = {name: read_json(card_in(folder)) for name, folder in series.items()}
     patients = next(iter(cards.values()))["num_reporting_patients"]
-    for task in ("any DR", "referable DR"):
+    for task in TASKS:
         table = Table("", *MEASURED, box=None, pad_edge=False, title_justify="left")
         table.title = f"{task}, of {patients} patients who chose no threshold"
         for name, card in cards.items():

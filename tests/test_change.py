@@ -1,5 +1,6 @@
 """docs/change.md: each recipe is applied to a copy of the project and does what it says."""
 
+import ast
 import json
 import re
 import shlex
@@ -9,6 +10,8 @@ import sys
 import pytest
 from conftest import ROOT, Started, copy_of, free_port, make_data
 from eyes import eye
+
+from reporting.metrics import TASKS
 
 TEXT = (ROOT / "docs" / "change.md").read_text(encoding="utf-8")
 ENDS_S = 400
@@ -66,6 +69,16 @@ def test_another_disease_has_other_words_everywhere(tmp_path):
     page = run(folder, "-c", PAGE_OF_ANSWERS)
     assert "Screening for glaucoma" in page and "no glaucoma" in page
     assert not re.search(r"\bDR\b|retinopathy|referable", page)
+
+
+def test_the_words_of_the_disease_stand_in_one_place():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[cfpr]*/*.py")]:
+        words = {node.value for node in ast.walk(ast.parse(path.read_text())) if is_text(node)}
+        assert path.name == "metrics.py" or not words & set(TASKS), path
+
+
+def is_text(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 # The page of a model that knows the grades, and what warns of one that does not.
