@@ -11,6 +11,7 @@ from common.files import replacing
 from preparation.photos import open_image
 
 GRADE_NAMES = ("none", "mild", "moderate", "severe", "proliferative")
+WITH_IT = "DR"  # all grades but the first
 SHEET_COLUMNS = 12  # pictures in a row of the contact sheet ...
 SHEET_CELL = 128  # ... and pixels a side of each
 SHEET_MARGIN = 136  # pixels at the left, for the names of the grades ...
@@ -23,7 +24,7 @@ def format_table(sets):
 
     With the number of patients where the records tell them.
     """
-    headings = [*GRADE_NAMES, "DR", "total"]
+    headings = [*GRADE_NAMES, WITH_IT, "total"]
     with_patients = all("patient" in record for records in sets.values() for record in records)
     if with_patients:
         headings.append("patients")
@@ -117,7 +118,7 @@ def save_split_figure(path, workers, title):
         axes.bar_label(bars, fontsize=7)
     ticks = [f"{grade}: {name}" for grade, name in enumerate(GRADE_NAMES)]
     axes.set_xticks(range(len(GRADE_NAMES)), ticks)
-    axes.set(title=title, xlabel="grade of diabetic retinopathy", ylabel="training images")
+    axes.set(title=title, xlabel="grade", ylabel="training images")
     axes.legend()
     with replacing(path) as written:
         figure.savefig(written)
