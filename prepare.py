@@ -110,6 +110,8 @@ def prepare(args, choices):
         "date": datetime.date.today().isoformat(),
         "worker_hospitals": worker_hospitals(sets),
     }
+    if val_hospitals(sets):
+        prepared["val_hospitals"] = val_hospitals(sets)
     doubtful = [
         (photo.path, folder / f"{photo.name}.png", doubts[photo.name])
         for photo in readable
@@ -535,6 +537,17 @@ def worker_hospitals(sets):
     return {worker: " and ".join(sorted(names)) for worker, names in at.items() if names != {""}}
 
 
+def val_hospitals(sets):
+    """The hospital of each record of val_set.pkl, in its order; [] where none is known."""
+    names = [photo.hospital for photo in in_order(sets.get("val_set", []))]
+    return names if any(names) else []
+
+
+def in_order(chosen):
+    """Photos as an index has them: by name."""
+    return sorted(chosen, key=lambda photo: photo.name)
+
+
 def opaque_patients(found, seed):
     """{patient: "p0017"}: numbers in random order, which tell nothing of the patient."""
     patients = sorted({photo.patient for photo in found})
@@ -543,9 +556,9 @@ def opaque_patients(found, seed):
 
 
 def records_of(chosen, folder, patients):
-    """Photos as the records of an index, ordered by name."""
+    """Photos as the records of an index."""
     records = []
-    for photo in sorted(chosen, key=lambda photo: photo.name):
+    for photo in in_order(chosen):
         record = {
             "picture": f"{photo.name}.png",
             "label": photo.grade,

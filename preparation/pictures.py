@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,15 +98,18 @@ def doubt_in(path):
 def run_jobs(jobs):
     """Run make_picture on every job, with a bar on a terminal. Yields what it returns."""
     if len(jobs) < FEWEST_FOR_PROCESSES:
-        pool = ThreadPoolExecutor(1)
-    else:
-        pool = ProcessPoolExecutor(
-            # "spawn": a forked process would inherit this one's locks and threads.
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=end_with_parent,
-        )
-    with pool:
-        yield from progress(pool.map(make_picture, jobs, chunksize=8), "pictures made", len(jobs))
+        yield from progress(map(make_picture, jobs), "pictures made", len(jobs))
+        return
+    # multiprocessing frees what a stopped script leaves behind, and would warn of it.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
+    # "spawn": a forked process would inherit this one's locks and threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=context, initializer=end_with_parent) as pool:
+        # The processes, which begin here, inherit that Ctrl-C is not for them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        results = pool.map(make_picture, jobs, chunksize=8)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        yield from progress(results, "pictures made", len(jobs))
 
 
 def progress(items, what, total, stderr=False):
@@ -122,12 +125,11 @@ def progress(items, what, total, stderr=False):
 
 
 def end_with_parent():
-    """In a process of the pool: leave Ctrl-C to the parent, and end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a process of the pool: end when the parent is gone, also if that was killed."""
     parent = multiprocessing.parent_process()
 
     def wait_and_exit():
-        parent.join()  # also returns if the parent was killed
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait_and_exit, daemon=True).start()

@@ -104,6 +104,7 @@ def test_the_synthetic_set_is_what_the_index_says(capsys):
     # The picture of a patient is that of its hospital: of patients, and by a camera of its own.
     names = [hospital.name for hospital in synthetic.HOSPITALS]
     assert list(made()["worker_hospitals"].values()) == names
+    assert made()["val_hospitals"] == [names[number_of(each) // 4] for each in sets["val_set"]]
     record = sets["worker2"][0]
     rng = np.random.default_rng([0, 0, number_of(record)])
     image, _ = synthetic.draw(record["label"], rng, 32, hospital=synthetic.HOSPITALS[1])
@@ -268,10 +269,11 @@ def test_stopped_at_any_instant_it_is_not_complete_leaves_no_process_and_goes_on
         while len(finished()) < 8:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
-        os.kill(process.pid, how)
+        # Ctrl-C goes to all processes of a terminal
+        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
         out = process.communicate(timeout=30)[0]
         assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how)
-        assert "Traceback" not in out
+        assert "Traceback" not in out and "warn" not in out
         while True:  # the processes of the pool end by themselves
             try:
                 os.killpg(process.pid, 0)
