@@ -26,6 +26,7 @@ from common.script import end_script, exit_on_signals, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
+    exit_on_signals("predict", "stopped")
 
 import numpy as np
 from PIL import Image
@@ -126,7 +127,7 @@ def parser():
         "sensitivity, specificity and AUC are told with 95 %% intervals",
     )
     datasets.add_flags(add, ("image", "label", "patient", "part"))
-    made.set_defaults(**{**datasets.TABLE_DEFAULTS, "labels": None})
+    made.set_defaults(hospital_column="none")
     return made
 
 
@@ -376,5 +377,4 @@ def plain_cell(cell):
 
 
 if __name__ == "__main__":
-    exit_on_signals("predict", "stopped")
     end_script(main())

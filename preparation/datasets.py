@@ -128,14 +128,6 @@ PUBLISHED = {
     ),
 }  # fmt: skip
 NAMES = (*PUBLISHED, "folder")
-# What a user can say of a table, by flags, and what it is where it is not said: see `add_flags`.
-TABLE_DEFAULTS = {
-    "labels": "",
-    **{f"{role}_column": "" for role in COLUMN_NAMES},
-    "hospital_column": "none",  # it is looked for where it is asked for: ""
-    "referable": False,
-    "grades_from": None,
-}
 
 
 def add_flags(add, roles=tuple(COLUMN_NAMES)):
@@ -144,6 +136,7 @@ def add_flags(add, roles=tuple(COLUMN_NAMES)):
         less = "" if role in ("image", "label") else "; none: there is none"
         add(
             f"--{role}-column",
+            default="",
             metavar="NAME",
             help=f"the table's column of the {role} (found by its name{less})",
         )
@@ -159,7 +152,7 @@ def add_flags(add, roles=tuple(COLUMN_NAMES)):
 def load(dataset, source, flags):
     """Find a data set by its name, one of NAMES, in the folder `source`: a DataSet.
 
-    flags: of "folder": an object with the attributes of TABLE_DEFAULTS.
+    flags: of "folder": an object with what `add_flags` adds, and `labels`, the table's name or "".
     Raises ValueError, one sentence, where something cannot be read as it is meant.
     """
     source = Path(source).expanduser()
@@ -249,7 +242,7 @@ def load_folder(source, flags):
         found.read.add(path)
         rows = rows_of_table(found, table, choose_columns(found, source, table, flags))
     else:
-        rows = rows_of_class_folders(source, flags)
+        rows = rows_of_class_folders(source)
         names = sorted({row["label"] for row in rows})
         found.notes.append(f"grades by the names of folders: {', '.join(names)}")
     grades = read_grades(path or source, rows, flags.grades_from, flags.referable)
@@ -373,7 +366,7 @@ def read_patient(cell):
 # --- folders of grades ---------------------------------------------------------------------------
 
 
-def rows_of_class_folders(source, flags):
+def rows_of_class_folders(source):
     """A dict {role: text} for each photograph that lies in a folder with the name of a grade.
 
     A folder above or below may be called train, val or test.
@@ -391,8 +384,7 @@ def rows_of_class_folders(source, flags):
                 rows.append(dict(zip(COLUMN_NAMES, row, strict=True)))
             else:
                 nameless["/".join(folders) or "."] += 1
-    given = [role for role in COLUMN_NAMES if fold(getattr(flags, f"{role}_column")) not in NOBODY]
-    if nameless or given or not rows:
+    if nameless or not rows:
         some = few([f"{folder!r} ({count} images)" for folder, count in nameless.items()])
         raise ValueError(
             f"{source} has no table (.csv, .tsv), and folders without the name of one grade: "

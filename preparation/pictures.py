@@ -12,9 +12,7 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -79,9 +77,7 @@ def make_pictures(found, made_with):
         else:
             doubts[photo.name] = doubt
     print(f"{folder}: {len(doubts)} pictures are there, {len(jobs)} to make", flush=True)
-    for job, (problem, doubt, sentences) in zip(jobs, run_jobs(jobs), strict=True):
-        for sentence in sentences:
-            print(f"warning: {sentence}", file=sys.stderr)
+    for job, (problem, doubt) in zip(jobs, run_jobs(jobs), strict=True):
         (problems if problem else doubts)[job.photo.name] = problem or doubt
     return problems, {name: doubt for name, doubt in doubts.items() if doubt}
 
@@ -136,40 +132,30 @@ def end_with_parent():
 
 
 def make_picture(job):
-    """Make one picture.
-
-    Returns (what is wrong with the photograph or "", why it may be no fundus or "", sentences of
-    Pillow).
-    """
+    """Make one picture: (what is wrong with the photograph, why it may be no fundus), each or ""."""
     photo, made_with = job.photo, job.made_with
     doubt = ""
-    with warnings.catch_warnings(record=True) as caught:
-        # Pillow warns of odd files; whoever reads it must know of which.
-        warnings.simplefilter("always")
-        try:
-            if photo.path is None:
-                rng = np.random.default_rng([made_with["seed"], 0, job.number])
-                hospital = synthetic.hospital_of(photo.hospital)
-                image, _ = synthetic.draw(
-                    photo.grade, rng, made_with["image_size"], hospital=hospital
-                )
-            elif made_with["channels"]:
-                image = import_picture(photo.path, made_with["channels"])
-            else:
-                image, doubt = photos.prepare_photograph(
-                    photo.path, made_with["image_size"], made_with["preprocessing"]
-                )
-        except ValueError as error:
-            return str(error), "", ()
+    try:
+        if photo.path is None:
+            rng = np.random.default_rng([made_with["seed"], 0, job.number])
+            hospital = synthetic.hospital_of(photo.hospital)
+            image, _ = synthetic.draw(photo.grade, rng, made_with["image_size"], hospital=hospital)
+        elif "channels" in made_with:
+            image = import_picture(photo.path, made_with["channels"])
+        else:
+            image, doubt = photos.prepare_photograph(
+                photo.path, made_with["image_size"], made_with["preprocessing"]
+            )
+    except ValueError as error:
+        return str(error), ""
     if image is None:
-        return f"{photo.path}: {doubt}", "", ()
-    sentences = tuple(dict.fromkeys(f"{photo.path}: {each.message}" for each in caught))
+        return f"{photo.path}: {doubt}", ""
     text = PngInfo()
     if doubt:
         text.add_text(DOUBT, doubt)
     with replacing(job.target) as written:
         Image.fromarray(image).save(written, pnginfo=text)
-    return "", doubt, sentences
+    return "", doubt
 
 
 def import_picture(path, channels):
