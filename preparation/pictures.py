@@ -132,7 +132,7 @@ def end_with_parent():
 
 
 def make_picture(job):
-    """Make one picture: (what is wrong with the photograph, why it may be no fundus), each or ""."""
+    """Make one picture: (what is wrong with it, why it may be no fundus), "" where nothing is."""
     photo, made_with = job.photo, job.made_with
     doubt = ""
     try:
