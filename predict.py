@@ -179,9 +179,8 @@ def read_graded(args):
     found = datasets.load("folder", folder, args)
     for note in found.notes:
         say("predict", note)
-    for what, names in (("ungradable", found.ungradable), ("not there", found.missing)):
-        if names:
-            say("predict", f"{args.labels}: {len(names):,} photographs are {what}")
+    for why, images in found.left_out.items():
+        say("predict", f"{args.labels}: {len(images):,} images {why}")
     say("predict", f"patients: {found.patients_sentence}")
     return {str(photo.path): photo for photo in found.photos}
 

@@ -63,7 +63,7 @@ def prepare(args):
     """Find the photographs, make the pictures, choose who gets which, write the indexes."""
     found, indexes = find_photos(args)
     tell(found)
-    leave_out(args, faults_of(found, args.source))
+    leave_out(args, faults_of(found))
     usable = settle(found, args)
     choose_indexes(usable, indexes, args)  # if that cannot be, it is better said before the work
     made_with = made_with_of(args)
@@ -366,16 +366,13 @@ def tell(found):
     print(f"patients: {found.patients_sentence}; {count}", flush=True)
 
 
-def faults_of(found, source):
+def faults_of(found):
     """Sentences that count what is ungradable, missing or not clear."""
-    total = sum(map(len, (found.photos, found.ungradable, found.missing, found.ambiguous)))
-    ungradable = [f"{image!r} ({cell or 'blank'})" for image, cell in found.ungradable]
-    faults = (
-        (f"of {total:,} images are ungradable", ungradable),
-        (f"of {total:,} images are not in {source}", list(map(repr, found.missing))),
-        ("names fit several files each", list(map(repr, found.ambiguous))),
-    )
-    return [f"{len(names):,} {what}: {few(names)}" for what, names in faults if names]
+    total = len(found.photos) + sum(map(len, found.left_out.values()))
+    return [
+        f"{len(images):,} of {total:,} images {why}: {few(images)}"
+        for why, images in found.left_out.items()
+    ]
 
 
 def leave_out(args, sentences):
