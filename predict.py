@@ -1,7 +1,7 @@
 """DR scores (0 healthy ... 1 DR) of new photographs, prepared as the training images were.
 
     python3 predict.py eye1.jpg eye2.png
-    python3 predict.py --csv scores.csv photographs/ 'others/*_left.jpg'
+    python3 predict.py --csv scores.csv photographs/ others/*_left.jpg
     python3 predict.py --weights somewhere/server_weight.h5 eye1.jpg
     python3 predict.py --labels graded/labels.csv --sensitivity 0.9 photographs/
 
@@ -13,13 +13,11 @@ should have been.
 
 import argparse
 import csv
-import glob
 import io
 import json
-import multiprocessing
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +26,14 @@ from common.script import end_script, exit_on_signals, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
+    exit_on_signals("predict", "stopped")
 
 import numpy as np
 from PIL import Image
 
 import model
 from common import files
-from preparation import datasets, field, photos, pictures, synthetic
+from preparation import datasets, photos, pictures, synthetic
 from reporting import card as cards
 from reporting import metrics
 from reporting.metrics import TASK
@@ -64,6 +63,7 @@ def main(argv=None):
         check_writable(args.csv)
         weights = args.weights or weights_here()
         card = cards.read(weights)
+        check_kinds(card, paths)
         model.configure(seed=0)
         network = model.build(card["arch"], card["image_size"])
         model.load(network, weights)
@@ -71,8 +71,8 @@ def main(argv=None):
         return fail("predict", error)
     sha256 = card["weights_sha256"][:12]
     say("predict", f"model: {weights}, of round {card['round']}, SHA-256 {sha256}...")
-    for warning in warnings_of(card, paths):
-        warn("predict", f"warning: {warning}")
+    if card["warning"]:
+        warn("predict", f"warning: this model must not be used: {card['warning']}")
     scored = score_all(network, card, paths)
     results = list(pictures.progress(scored, "photographs scored", len(paths), stderr=True))
     threshold, table = judge(results, graded, args, cards.threshold_of(card))
@@ -98,8 +98,8 @@ def parser():
         "images",
         nargs="*",
         metavar="IMAGE",
-        help="a JPEG, PNG, TIFF, BMP, WebP or DICOM file; a folder (all images in it and below "
-        "it); or a pattern. A picture in preprocessed/ is prepared already",
+        help="a JPEG, PNG, TIFF, BMP, WebP or DICOM file, or a folder (all images in it and below "
+        "it). A picture in preprocessed/ is prepared already",
     )
     add(
         "--weights",
@@ -126,7 +126,7 @@ def parser():
         "sensitivity, specificity and AUC are told with 95 %% intervals",
     )
     datasets.add_flags(add, ("image", "label", "patient", "part"))
-    made.set_defaults(**{**datasets.TABLE_DEFAULTS, "labels": None})
+    made.set_defaults(hospital_column="none")
     return made
 
 
@@ -148,22 +148,17 @@ def parse(argv):
 
 
 def find_images(arguments):
-    """(paths of all images, each once; paths that were skipped) of files, folders and patterns.
+    """(paths of all images, each once; paths that were skipped) of files and folders.
 
-    Raises ValueError for a folder or a pattern in which there is no image. A file that is missing
-    stays in the list: it gets its own sentence when it is opened.
+    Raises ValueError for a folder in which there is no image. A file that is missing stays in the
+    list: it gets its own sentence when it is opened.
     """
     images, skipped = [], []
     for argument in arguments:
-        found = [Path(argument)]
-        if found[0].is_dir():
-            found = list(datasets.walk(argument))
-        elif not found[0].exists() and glob.has_magic(argument):
-            matches = map(Path, sorted(glob.glob(argument, recursive=True)))
-            found = [path for path in matches if path.is_file()]
-        else:
+        if not Path(argument).is_dir():
             images.append(argument)
             continue
+        found = list(datasets.walk(argument))
         fitting = [path for path in found if path.suffix.lower() in photos.SUFFIXES]
         if not fitting:
             raise ValueError(f"{argument} has no image ({', '.join(photos.SUFFIXES)})")
@@ -183,9 +178,8 @@ def read_graded(args):
     found = datasets.load("folder", folder, args)
     for note in found.notes:
         say("predict", note)
-    for what, names in (("ungradable", found.ungradable), ("not there", found.missing)):
-        if names:
-            say("predict", f"{args.labels}: {len(names):,} photographs are {what}")
+    for why, images in found.left_out.items():
+        say("predict", f"{args.labels}: {len(images):,} images {why}")
     say("predict", f"patients: {found.patients_sentence}")
     return {str(photo.path): photo for photo in found.photos}
 
@@ -215,28 +209,30 @@ def kind_of_pictures(path):
         return None
 
 
-def warnings_of(card, paths):
-    """What must be said once, before any score: sentences."""
-    sentences = []
-    if card["warning"]:
-        sentences.append(f"this model must not be used: {card['warning']}")
+def check_kinds(card, paths):
+    """Raise ValueError where the model was trained on another kind of pictures: no score is meant.
+
+    Of a model whose pictures are of a kind that nobody knows, imported ones say, that is only told.
+    """
     trained_on = card["preprocessing"]
     kinds = {kind_of_pictures(path) for path in paths}
     if None in kinds and trained_on == synthetic.KIND:
-        sentences.append(
-            "the model was trained on synthetic images: its score of a photograph says nothing"
+        raise ValueError(
+            "the model was trained on synthetic eyes, and its score of a photograph would say "
+            "nothing: give it pictures in preprocessed/, or --weights of a model for photographs"
         )
-    elif None in kinds and trained_on not in photos.PREPROCESSINGS:
-        sentences.append(
-            f"how the model's training images were prepared is not known ({trained_on}): these "
-            "are prepared as prepare.py prepares photographs by itself (graham)"
+    if trained_on not in cards.KINDS_OF_PICTURES:
+        warn(
+            "predict",
+            "warning: how the model's training images were prepared is not known "
+            f"({trained_on}): photographs are prepared as prepare.py does by itself (graham)",
         )
-    for kind in sorted(kinds - {None, trained_on}):
-        sentences.append(
+        return
+    for kind in sorted(kinds & set(cards.KINDS_OF_PICTURES) - {trained_on}):
+        raise ValueError(
             f"some pictures were made by {kind!r}, those that the model was trained on by "
-            f"{trained_on!r}: a score of them says nothing"
+            f"{trained_on!r}: its score of them would say nothing"
         )
-    return sentences
 
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -244,57 +240,42 @@ def warnings_of(card, paths):
 
 def score_all(network, card, paths):
     """Yields a Result for each path, in order."""
-    jobs = [
-        (path, card["preprocessing"], card["prepared_image_size"], card["image_size"])
-        for path in paths
-    ]
-    # Decoding a photograph takes longer than scoring it, so several processes share that.
-    if len(jobs) < pictures.FEWEST_FOR_PROCESSES:
-        yield from score_jobs(network, jobs, map)
-        return
-    # "spawn": a fork of this process would inherit the locks of TensorFlow's threads
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(mp_context=context, initializer=pictures.end_with_parent) as pool:
-        yield from score_jobs(network, jobs, pool.map)
+    # Decoding takes longer than scoring, and Pillow decodes in several threads at once.
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), AT_ONCE):  # so that memory does not follow their number
+            chosen = paths[start : start + AT_ONCE]
+            prepared = list(pool.map(prepare, chosen, [card] * len(chosen)))
+            pixels = [image for _, image in prepared if image is not None]
+            scores = iter(1 - model.predict(network, np.stack(pixels)) if pixels else ())
+            for result, image in prepared:
+                if image is not None:
+                    result.score = float(next(scores))
+                    if np.isnan(result.score):
+                        result.score = None
+                        result.verdict, result.reason = "not scored", "the model answers NaN"
+                yield result
 
 
-def score_jobs(network, jobs, run):
-    for start in range(0, len(jobs), AT_ONCE):  # so that memory does not follow their number
-        prepared = list(run(prepare, jobs[start : start + AT_ONCE]))
-        pixels = [image for _, image in prepared if image is not None]
-        scores = iter(1 - model.predict(network, np.stack(pixels)) if pixels else ())
-        for result, image in prepared:
-            if image is not None:
-                result.score = float(next(scores))
-                if np.isnan(result.score):
-                    result.score = None
-                    result.verdict, result.reason = "not scored", "the model answers NaN"
-            yield result
-
-
-def prepare(job):
+def prepare(path, card):
     """(Result without a score, uint8 (size, size, 3), or None where it cannot be scored)."""
-    path, preprocessing, prepared_image_size, image_size = job
     result = Result(path)
     try:
         if kind_of_pictures(path):
             image = photos.open_image(path)  # it was judged when it was made
             doubt = pictures.doubt_in(path)
-        elif preprocessing == synthetic.KIND:
-            image = photos.open_image(path)
-            doubt = field.why_no_fundus(image, field.find_field(image), image.width)
         else:
             # The function that made the training images, so that the score is of the same picture.
-            known = preprocessing if preprocessing in photos.PREPROCESSINGS else "graham"
-            made, doubt = photos.prepare_photograph(path, prepared_image_size, known)
-            image = Image.fromarray(made)
+            trained_on = card["preprocessing"]
+            known = trained_on if trained_on in photos.PREPROCESSINGS else "graham"
+            made, doubt = photos.prepare_photograph(path, card["prepared_image_size"], known)
+            image = made if made is None else Image.fromarray(made)
     except ValueError as error:
         result.verdict, result.reason = "not readable", str(error)
         return result, None
     if doubt:
         result.verdict, result.reason = NOT_GRADABLE, doubt
         return result, None
-    return result, np.asarray(image.resize((image_size, image_size)))
+    return result, np.asarray(image.resize((card["image_size"], card["image_size"])))
 
 
 def judge(results, graded, args, threshold):
@@ -394,5 +375,4 @@ def plain_cell(cell):
 
 
 if __name__ == "__main__":
-    exit_on_signals("predict", "stopped")
     end_script(main())

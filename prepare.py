@@ -27,12 +27,13 @@ from common.script import at_least, end_script, exit_on_signals, pixels, start_s
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
+    exit_on_signals("prepare.py", "stopped; the finished pictures are kept for the next start")
 
 import numpy as np
 from PIL import Image
 
 import data
-from common.files import alone_in, clean, first_free, publish_text, sha256_of
+from common.files import alone_in, clean, move_aside, publish_text, sha256_of
 from preparation import datasets, field, overview, photos, pictures, splits, synthetic, thesis
 from preparation.tables import few
 
@@ -40,54 +41,32 @@ INDEX = Path("index")
 PREPARED = INDEX / "prepared.json"
 # What is written there.
 WRITTEN = re.compile(
-    r"(worker\d+|train_set|val_set)\.pkl|prepared\.json|(split|contact_sheet|check_these)\.png"
+    r"(worker\d+|train_set|val_set)\.pkl|prepared\.json|(contact_sheet|check_these)\.png"
 )
 # --check found that index/ was made from other choices, or is not complete.
 EXIT_NOT_MADE = 10
-# What a flag is where it is not given. Which ones were given must be known: one that would have no
-# effect is refused.
-DEFAULTS = {
-    "dataset": "synthetic",
-    "source": None,
-    "image_size": 128,
-    "seed": 0,
-    "num_train": 450,
-    "num_val": 300,
-    "num_clients": None,  # 3, or one for each hospital of --split column
-    "split": None,  # "hospitals" of synthetic images, else "iid"
-    "alpha": 0.5,
-    "share": 0,
-    "balanced": False,
-    "val_part": None,
-    "preprocessing": "graham",
-    **datasets.TABLE_DEFAULTS,
-    "index_from": None,
-}
-ACTIONS = {"skip_broken": False, "keep_channels": False, "remove_old": False, "check": False}
-OF_SYNTHETIC = ("num_train", "num_val")
 
 
 def main(argv=None):
     args = parse(argv)
+    if args.check:
+        return check(args)
     try:
-        choices = choices_of(args)
-        if args.check:
-            return check(args, choices)
         with alone_in(INDEX):
-            prepare(args, choices)
+            prepare(args)
     except (ValueError, OSError, BrokenProcessPool) as error:
         return fail("prepare.py", error)
     return 0
 
 
-def prepare(args, choices):
+def prepare(args):
     """Find the photographs, make the pictures, choose who gets which, write the indexes."""
     found, indexes = find_photos(args)
     tell(found)
-    leave_out(args, faults_of(found, args.source))
+    leave_out(args, faults_of(found))
     usable = settle(found, args)
     choose_indexes(usable, indexes, args)  # if that cannot be, it is better said before the work
-    made_with = made_with_of(args, choices)
+    made_with = made_with_of(args)
     problems, doubts = pictures.make_pictures(usable, made_with)
     for name, sentence in problems.items():
         print(f"unreadable: {name}: {sentence}", file=sys.stderr)
@@ -98,26 +77,21 @@ def prepare(args, choices):
     folder = pictures.folder_of(made_with)
     patients = opaque_patients(readable, args.seed) if found.patients else {}
     records = {name: records_of(chosen, folder, patients) for name, chosen in sets.items()}
-    skipped = [*found.missing, *found.ambiguous, *problems]
-    prepared = {
-        **choices,
-        "num_clients": len(workers_of(sets)),
-        "patients": found.patients,
-        "labels_sha256": digest_of(found.photos),
-        "skipped": sorted(skipped),
-        "ungradable": len(found.ungradable),
-        "indexes": {name: len(own) for name, own in records.items()},
-        "date": datetime.date.today().isoformat(),
-        "worker_hospitals": worker_hospitals(sets),
-    }
     doubtful = [
         (photo.path, folder / f"{photo.name}.png", doubts[photo.name])
         for photo in readable
         if photo.name in doubts
     ]
     clear_index()
-    write_index(records, prepared, doubtful)
-    show(records, prepared, doubtful, len(readable))
+    write_index(args, records, doubtful, hospitals_of(sets))
+    print(overview.format_table(records))
+    if doubtful:
+        some = few([f"{path.name} ({why})" for path, _, why in doubtful])
+        print(
+            f"check these: {len(doubtful):,} of {len(readable):,} photographs may be none of a "
+            f"fundus: {some}; they are used as they are graded"
+        )
+    print(f"look at {' and '.join(map(str, sorted(INDEX.glob('*.png'))))}")
     pictures.tell_other_folders(folder, args.remove_old)
 
 
@@ -136,23 +110,33 @@ def number_from(least, most):
 
 
 def parser():
-    """The argparse.ArgumentParser of the flags; what is not given is not in its result."""
+    """The argparse.ArgumentParser of this script's flags."""
     made = argparse.ArgumentParser(
         description="Prepare a data set: pictures in preprocessed/, indexes in index/.",
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     add = made.add_argument_group("what there is").add_argument
     add(
         "--dataset",
         choices=("synthetic", *datasets.NAMES),
+        default="synthetic",
         help="synthetic eyes (the default), a published data set, or any folder of photographs",
     )
     add("--source", metavar="DIR", help="folder of the photographs, as unpacked")
-    add("--num-train", type=at_least(10), metavar="N", help="synthetic: to train on (450)")
-    add("--num-val", type=at_least(10), metavar="N", help="synthetic: to validate on (300)")
-    add("--labels", metavar="NAME", help="folder: its table, where there are several")
+    add(
+        "--skip-broken",
+        action="store_true",
+        help="leave missing, ungradable and unreadable images out instead of stopping",
+    )
+    add = made.add_argument_group("synthetic eyes").add_argument
+    add("--num-train", type=at_least(10), default=450, metavar="N", help="to train on (450)")
+    add("--num-val", type=at_least(10), default=300, metavar="N", help="to validate on (300)")
+    add = made.add_argument_group("any folder of photographs, --dataset folder").add_argument
+    add("--labels", default="", metavar="NAME", help="its table, where there are several")
     datasets.add_flags(add)
+    add = made.add_argument_group(
+        "indexes and pictures of the thesis, taken as they are (other flags change nothing)"
+    ).add_argument
     add(
         "--index-from",
         nargs="+",
@@ -163,18 +147,16 @@ def parser():
     add(
         "--keep-channels",
         action="store_true",
-        help="--index-from: leave red and blue as they are; the thesis stored them exchanged",
-    )
-    add(
-        "--skip-broken",
-        action="store_true",
-        help="leave missing, ungradable and unreadable images out instead of stopping",
+        help="leave red and blue as they are; the thesis stored them exchanged",
     )
     add = made.add_argument_group("the pictures").add_argument
-    add("--image-size", type=pixels, metavar="PIXELS", help="a side of a picture (128)")
+    add(
+        "--image-size", type=pixels, default=128, metavar="PIXELS", help="a side of a picture (128)"
+    )
     add(
         "--preprocessing",
         choices=photos.PREPROCESSINGS,
+        default="graham",
         help="of photographs: less their local average, as the thesis did (graham, the "
         "default), or in their colours, which is better for lite0 (colour)",
     )
@@ -203,16 +185,23 @@ def parser():
     add(
         "--alpha",
         type=number_from(0.001, 1000),
+        default=0.5,
         metavar="A",
         help="dirichlet: the smaller, the more unequal (0.5)",
     )
-    add("--share", type=at_least(0), metavar="N", help="training images that every client gets (0)")
+    add(
+        "--share",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="training images that every client gets (0)",
+    )
     add(
         "--balanced",
         action="store_true",
         help="ddr: the thesis's draw of 10,000 to train on, 2,522 to validate",
     )
-    add("--seed", type=at_least(0), metavar="N", help="of all that is random (0)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of all that is random (0)")
     add(
         "--check",
         action="store_true",
@@ -224,96 +213,76 @@ def parser():
 def parse(argv):
     """The flags, an argparse.Namespace; ends with a usage error where they do not fit together."""
     known = parser()
-    given = vars(known.parse_args(argv))
-    args = argparse.Namespace(**{**DEFAULTS, **ACTIONS, **given})
+    args = known.parse_args(argv)
+    is_synthetic = args.dataset == "synthetic" and not args.index_from
     if args.split is None:
-        args.split = "hospitals" if args.dataset == "synthetic" else "iid"
+        args.split = "hospitals" if is_synthetic else "iid"
     if args.num_clients is None and args.split != "column":
         args.num_clients = 3
-    for holds, useless, beside in without_effect(args):
-        flags = [f"--{name.replace('_', '-')}" for name in useless if name in given]
-        if holds and flags:
-            known.error(f"{' and '.join(flags)} would have no effect beside {beside}")
-    if args.dataset != "synthetic" and not args.source and not args.index_from:
-        known.error(f"--dataset {args.dataset} needs --source, the folder of the photographs")
-    if args.balanced and args.dataset != "ddr":
-        known.error(f"--balanced is the thesis's draw from ddr, not from {args.dataset}")
-    if args.balanced and args.val_part is not None:
-        known.error("--balanced says itself what validates: leave --val-part out")
     of_kind = {"hospitals": "synthetic", "column": "folder"}.get(args.split, args.dataset)
-    if args.dataset != of_kind:
-        known.error(
-            f"--split {args.split} is of --dataset {of_kind}, not of {args.dataset}: use iid, "
-            "noniid or dirichlet"
-        )
-    if args.split == "noniid" and args.num_clients != 3:
-        known.error(
-            f"--split noniid is for 3 clients, found {args.num_clients}: use --split dirichlet"
-        )
-    if args.split == "column" and "hospital_column" not in given:
-        args.hospital_column = ""
+    needs_source = not is_synthetic and not args.index_from
+    # What would end in another result than the user means, and not be seen.
+    wrong = {
+        "--source is a folder of photographs: say by --dataset which": (
+            is_synthetic and args.source
+        ),
+        f"--dataset {args.dataset} needs --source, the folder of the photographs": (
+            needs_source and not args.source
+        ),
+        f"--balanced is the thesis's draw from ddr, not from {args.dataset}": (
+            args.balanced and args.dataset != "ddr"
+        ),
+        f"--split {args.split} is of --dataset {of_kind}, not of {args.dataset}: use iid, noniid "
+        "or dirichlet": args.dataset != of_kind,
+        f"--split noniid is for 3 clients, found {args.num_clients}: use --split dirichlet": (
+            args.split == "noniid" and args.num_clients != 3
+        ),
+        "--hospital-column is of --split column: each client is then a hospital": (
+            args.hospital_column and args.split != "column"
+        ),
+    }
+    for sentence, holds in wrong.items():
+        if holds:
+            known.error(sentence)
+    if args.split != "column":
+        args.hospital_column = "none"
+    if is_synthetic:
+        args.preprocessing = synthetic.KIND
+    if args.index_from:
+        args.dataset = args.preprocessing = args.split = "imported"
+        args.index_from = [os.path.abspath(file) for file in args.index_from]
+    if args.source:
+        args.source = str(Path(args.source).expanduser().resolve())
     return args
 
 
-def without_effect(args):
-    """[(whether it is so, names of flags that would change nothing then, beside what)]."""
-    imports = bool(args.index_from)
-    is_synthetic = args.dataset == "synthetic" and not imports
-    of_photographs = ("source", "val_part", "preprocessing", *datasets.TABLE_DEFAULTS)
-    # The imported indexes and pictures have all of it already.
-    of_indexes = [name for name in DEFAULTS if name not in ("index_from", "source")]
-    return (
-        (imports, of_indexes, "--index-from, whose files have it"),
-        (not imports, ["keep_channels"], "a data set: it is of --index-from"),
-        (is_synthetic, of_photographs, "--dataset synthetic"),
-        (not is_synthetic, OF_SYNTHETIC, f"--dataset {args.dataset}"),
-        (args.dataset != "folder", datasets.TABLE_DEFAULTS, f"--dataset {args.dataset}"),
-        (args.split != "column", ["hospital_column"], f"--split {args.split}: it is of column"),
-        (args.split != "dirichlet", ["alpha"], f"--split {args.split}: it is of dirichlet"),
-    )
-
-
 def choices_of(args):
-    """All that decides the result, as a dict: prepared.json keeps it, --check compares with it.
-
-    image_size and num_clients are None where they are not chosen, but found.
-    """
-    choices = {name: getattr(args, name) for name in DEFAULTS}
-    choices["source"] = str(Path(args.source).expanduser().resolve()) if args.source else None
-    choices["channels"] = None
-    if args.split != "dirichlet":
-        choices["alpha"] = None
-    if args.val_part == 1:
-        choices["num_clients"] = 0
-    if args.dataset == "synthetic":
-        choices["preprocessing"] = synthetic.KIND
-    if args.index_from:
-        choices = {"source": choices["source"], "image_size": None}
-        choices["dataset"] = choices["preprocessing"] = "imported"
-        choices["index_from"] = [str(Path(file).resolve()) for file in args.index_from]
-        choices["channels"] = "kept" if args.keep_channels else "exchanged"
-    # With other code the pictures are other pictures, too.
-    modules = (synthetic,) if choices["preprocessing"] == synthetic.KIND else (photos, field)
-    choices["code"] = "".join(sha256_of(module.__file__)[:8] for module in modules)
+    """All that decides the result, as a dict: prepared.json keeps it, --check compares with it."""
+    choices = vars(args).copy()
+    for action in ("check", "remove_old"):
+        del choices[action]
     return choices
 
 
-def made_with_of(args, choices):
-    """Those of the choices that decide what a picture looks like; not who gets it."""
-    names = ("dataset", "preprocessing", "image_size", "channels", "code")
-    made_with = {name: choices[name] for name in names}
-    if choices["preprocessing"] == synthetic.KIND:
+def made_with_of(args):
+    """What decides how a picture looks; not who gets it. Other code makes other pictures, too."""
+    made_with = {name: getattr(args, name) for name in ("dataset", "preprocessing", "image_size")}
+    if args.preprocessing == synthetic.KIND:
         made_with |= {"seed": args.seed, "hospitals": args.split == "hospitals"}
+    if args.index_from:
+        made_with["channels"] = "kept" if args.keep_channels else "exchanged"
+    modules = (synthetic,) if args.preprocessing == synthetic.KIND else (photos, field)
+    made_with["code"] = "".join(sha256_of(module.__file__)[:8] for module in modules)
     return made_with
 
 
 # --- is index/ made from it? ---------------------------------------------------------------------
 
 
-def check(args, choices):
+def check(args):
     """The exit code: 0 where index/ was made from the choices and is whole; else 10, and a line."""
     try:
-        problem = first_problem(args, choices)
+        problem = first_problem(choices_of(args))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"it is not complete ({error})"
     if not problem:
@@ -322,32 +291,18 @@ def check(args, choices):
     return EXIT_NOT_MADE
 
 
-def first_problem(args, choices):
+def first_problem(choices):
     """Why index/ has to be made anew, or ""; raises nearly anything where prepared.json is bad."""
     prepared = json.loads(PREPARED.read_text(encoding="utf-8"))
     for name, value in choices.items():
-        is_found = value is None and name in ("image_size", "num_clients")
-        if prepared.get(name) != value and not is_found:
-            return f"it was made with {name} {prepared.get(name)}, not {value}"
-    left_out = len(prepared["skipped"]) + prepared["ungradable"]
-    if left_out and not args.skip_broken:
-        return f"{left_out} unreadable or ungradable images were left out"
+        made_from = prepared["choices"].get(name)
+        if made_from != value:
+            return f"it was made with {name} {made_from}, not {value}"
     for name in prepared["indexes"]:
         for record in data.read_index(INDEX / f"{name}.pkl"):
             if not os.path.exists(record["dir"]):
                 return f"{record['dir']} is missing"
-    # The photographs may be away, as on a disk that is not mounted; the pictures are here.
-    if args.source and os.path.exists(choices["source"]):
-        found, _ = find_photos(args)
-        if digest_of(found.photos) != prepared["labels_sha256"]:
-            return "the labels have changed"
     return ""
-
-
-def digest_of(found):
-    """SHA-256 of names, grades, patients, parts and hospitals of a list of Photo."""
-    rows = sorted(photo._replace(path="") for photo in found)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 # --- what there is -------------------------------------------------------------------------------
@@ -357,9 +312,7 @@ def find_photos(args):
     """(DataSet, imported indexes): what is to be made, or what there is; of the latter {} else."""
     if args.index_from:
         found, indexes = thesis.load(args.index_from, args.source)
-        if args.keep_channels:
-            found.notes.append("red and blue stay as they are in the files (--keep-channels)")
-        else:
+        if not args.keep_channels:
             found.notes.append(
                 "red and blue are put right: the thesis stored them exchanged (--keep-channels if "
                 "these pictures are right)"
@@ -413,16 +366,13 @@ def tell(found):
     print(f"patients: {found.patients_sentence}; {count}", flush=True)
 
 
-def faults_of(found, source):
+def faults_of(found):
     """Sentences that count what is ungradable, missing or not clear."""
-    total = sum(map(len, (found.photos, found.ungradable, found.missing, found.ambiguous)))
-    ungradable = [f"{image!r} ({cell or 'blank'})" for image, cell in found.ungradable]
-    faults = (
-        (f"of {total:,} images are ungradable", ungradable),
-        (f"of {total:,} images are not in {source}", list(map(repr, found.missing))),
-        ("names fit several files each", list(map(repr, found.ambiguous))),
-    )
-    return [f"{len(names):,} {what}: {few(names)}" for what, names in faults if names]
+    total = len(found.photos) + sum(map(len, found.left_out.values()))
+    return [
+        f"{len(images):,} of {total:,} images {why}: {few(images)}"
+        for why, images in found.left_out.items()
+    ]
 
 
 def leave_out(args, sentences):
@@ -483,13 +433,10 @@ def settle(found, args):
 
 def digest_of_photo(photo, number):
     """What tells a photo's picture from others: SHA-256 of its file, or of what makes it."""
-    if photo.path is None:
-        made_from = json.dumps([number, photo.grade, photo.hospital])
-        return hashlib.sha256(made_from.encode()).hexdigest()
-    try:
+    if photo.path:
         return sha256_of(photo.path)
-    except OSError:  # whoever prepares it will say why
-        return hashlib.sha256(os.fsencode(photo.path)).hexdigest()
+    made_from = json.dumps([number, photo.grade, photo.hospital])
+    return hashlib.sha256(made_from.encode()).hexdigest()
 
 
 # --- who gets which ------------------------------------------------------------------------------
@@ -521,18 +468,27 @@ def choose_indexes(found, indexes, args):
     if not all(sets.values()):
         empty = " and ".join(name for name in sets if not sets[name])
         raise ValueError(f"{empty} would be without images")
-    return sets
+    # as an index has them
+    return {name: sorted(own, key=lambda photo: photo.name) for name, own in sets.items()}
 
 
-def workers_of(sets):
-    """The names of the workers' indexes among `sets`."""
-    return [name for name in sets if name.startswith("worker")]
+def hospitals_of(sets):
+    """Entries of prepared.json, where hospitals are known, else {}.
 
-
-def worker_hospitals(sets):
-    """{"worker1": "screening centre", ...} where hospitals are known, else {}."""
-    at = {worker: {photo.hospital for photo in sets[worker]} for worker in workers_of(sets)}
-    return {worker: " and ".join(sorted(names)) for worker, names in at.items() if names != {""}}
+    worker_hospitals: {"worker1": "screening centre", ...}; val_hospitals: the hospital of each
+    record of val_set.pkl, in its order.
+    """
+    names = {name: [photo.hospital for photo in chosen] for name, chosen in sets.items()}
+    if not any(map(any, names.values())):
+        return {}
+    val = {"val_hospitals": names["val_set"]} if "val_set" in names else {}
+    return val | {
+        "worker_hospitals": {
+            name: " and ".join(sorted(set(own)))
+            for name, own in names.items()
+            if name.startswith("worker")
+        }
+    }
 
 
 def opaque_patients(found, seed):
@@ -543,9 +499,9 @@ def opaque_patients(found, seed):
 
 
 def records_of(chosen, folder, patients):
-    """Photos as the records of an index, ordered by name."""
+    """Photos as the records of an index."""
     records = []
-    for photo in sorted(chosen, key=lambda photo: photo.name):
+    for photo in chosen:
         record = {
             "picture": f"{photo.name}.png",
             "label": photo.grade,
@@ -571,65 +527,43 @@ def clear_index():
     in_the_way = [path for path in sorted(INDEX.iterdir()) if WRITTEN.fullmatch(path.name)]
     if ours:
         PREPARED.unlink()  # first: without it, what is left is no index
-        in_the_way.remove(PREPARED)
-    moved = []
-    aside = first_free(INDEX, "old-{}")
     for path in in_the_way:
         if path.is_file() and sha256_of(path) == ours.get(path.name):
             path.unlink()
-        else:
-            aside.mkdir(exist_ok=True)
-            path.rename(aside / path.name)
-            moved.append(path.name)
-    if moved:
-        print(f"{aside}: {len(moved)} files that prepare.py did not write are here: {few(moved)}")
+    others = [path for path in in_the_way if path.exists()]
+    aside = move_aside(INDEX, others)
+    if aside:
+        names = few([path.name for path in others])
+        print(f"{aside}: {len(others)} files that prepare.py did not write are here: {names}")
 
 
-def write_index(records, prepared, doubtful):
+def write_index(args, records, doubtful, hospitals):
     """The indexes and the sheets; then prepared.json, which declares them complete."""
     for name, own in records.items():
         data.write_index(INDEX / f"{name}.pkl", own)
-    dataset = f"data set {prepared['dataset']}"
     pictured = records.get("train_set", []) + records.get("val_set", [])
-    title = f"Prepared pictures: {dataset}, preprocessing {prepared['preprocessing']}"
-    overview.save_contact_sheet(INDEX / "contact_sheet.png", pictured, title)
+    overview.save_contact_sheet(INDEX / "contact_sheet.png", pictured)
     if doubtful:
         overview.save_check_sheet(INDEX / "check_these.png", doubtful)
-    hospitals = prepared["worker_hospitals"]
-    workers = {
-        f"{name} ({hospitals[name]})" if name in hospitals else name: records[name]
-        for name in workers_of(records)
-    }
-    if workers:
-        title = f"Who trains on what: {dataset}"
-        if "split" in prepared:  # an import is split already
-            title += f", split {prepared['split']}"
-        overview.save_split_figure(INDEX / "split.png", workers, title)
     # Imported pictures have a size of their own.
     with Image.open(pictured[0]["dir"]) as picture:
-        prepared["image_size"] = picture.width
+        image_size = picture.width
     written = [path for path in INDEX.iterdir() if WRITTEN.fullmatch(path.name)]
-    prepared["files"] = {path.name: sha256_of(path) for path in sorted(written)}
+    prepared = {
+        "choices": choices_of(args),
+        "dataset": args.dataset,
+        "split": args.split,
+        "preprocessing": args.preprocessing,
+        "referable": args.referable,
+        "image_size": image_size,
+        "num_clients": sum(name.startswith("worker") for name in records),
+        "indexes": {name: len(own) for name, own in records.items()},
+        **hospitals,
+        "date": datetime.date.today().isoformat(),
+        "files": {path.name: sha256_of(path) for path in sorted(written)},
+    }
     publish_text(PREPARED, json.dumps(prepared, indent=1) + "\n")
 
 
-def show(records, prepared, doubtful, num_photos):
-    """A table of who got what, and where to look."""
-    print(overview.format_table(records))
-    for worker, hospital in prepared["worker_hospitals"].items():
-        print(f"{worker}: {hospital}")
-    if doubtful:
-        some = few([f"{path.name} ({why})" for path, _, why in doubtful])
-        print(
-            f"check these: {len(doubtful):,} of {num_photos:,} photographs may be none of a "
-            f"fundus: {some}; they are used as they are graded"
-        )
-    sheets = [str(INDEX / name) for name in prepared["files"] if name.endswith(".png")]
-    print(f"look at {' and '.join(sheets)}")
-    if workers_of(records) and "split.png" not in prepared["files"]:
-        print(f"{INDEX / 'split.png'} needs matplotlib and was not made")
-
-
 if __name__ == "__main__":
-    exit_on_signals("prepare.py", "stopped; the finished pictures are kept for the next start")
     end_script(main())

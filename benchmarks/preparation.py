@@ -1,6 +1,6 @@
 """How many photographs a second prepare.py prepares.
 
-    python3 benchmarks/preparation.py                     # drawn photographs, 4000 x 3000, JPEG
+    python3 benchmarks/preparation.py                     # synthetic photographs, 4000 x 3000, JPEG
     python3 benchmarks/preparation.py --idrid DIR         # the photographs of IDRiD
     python3 benchmarks/preparation.py --against CHECKOUT  # in turn with another commit: their ratio
 
@@ -25,7 +25,7 @@ from PIL import Image
 from preparation import synthetic
 
 SIZE = (4000, 3000)  # pixels, of a usual fundus camera
-NUM_DRAWN = 60
+NUM_PHOTOGRAPHS = 60
 
 
 def main(argv=None):
@@ -53,9 +53,9 @@ def main(argv=None):
 
 
 def draw_photographs(folder):
-    """NUM_DRAWN JPEGs of SIZE with a labels.csv: an eye on black, with the noise of a sensor."""
+    """JPEGs of SIZE with a labels.csv: an eye on black, with the noise of a sensor."""
     rows = ["image,label"]
-    for number in range(NUM_DRAWN):
+    for number in range(NUM_PHOTOGRAPHS):
         rng = np.random.default_rng(number)
         eye, _ = synthetic.draw(number % 5, rng, 750)
         large = Image.fromarray(eye).resize((SIZE[1], SIZE[1]), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""What federation brings on the drawn hospitals: federated, central, and each hospital alone.
+"""What federation brings on the synthetic hospitals: federated, central, and each hospital alone.
 
     python3 benchmarks/story.py            # seeds 0, 1, 2: a quarter of an hour on two cores
     python3 benchmarks/story.py --seeds 0 --by-round

@@ -74,11 +74,9 @@ class DataSet:
     photos: list = field(default_factory=list)  # of Photo
     patients: str | None = None  # what tells the patients apart; None: nothing does
     patients_sentence: str = ""  # the same as a sentence for the user
-    ungradable: list = field(default_factory=list)  # (image, cell of its grade)
-    missing: list = field(default_factory=list)  # names without a file
-    ambiguous: list = field(default_factory=list)  # names that fit several files
+    left_out: dict = field(default_factory=dict)  # why -> images, as a sentence names them
     notes: list = field(default_factory=list)  # other lines for the user
-    read: set = field(default_factory=set)  # paths of what was looked at besides the photos
+    read: set = field(default_factory=set)  # paths of what was looked at
 
 
 class Published(NamedTuple):
@@ -90,7 +88,7 @@ class Published(NamedTuple):
     layout: dict = {}  # of tables without a line of names: what read_table needs
     folder: str = ""  # where tables and folders lie, or in the source itself
     side: str = ""  # a pattern: what a name has behind the patient; "": names tell no patient
-    ungradable: str = ""  # a grade of the published set that means ungradable
+    ungradable: str | None = None  # a grade of the published set that means ungradable
 
 
 PUBLISHED = {
@@ -128,14 +126,6 @@ PUBLISHED = {
     ),
 }  # fmt: skip
 NAMES = (*PUBLISHED, "folder")
-# What a user can say of a table, by flags, and what it is where it is not said: see `add_flags`.
-TABLE_DEFAULTS = {
-    "labels": "",
-    **{f"{role}_column": "" for role in COLUMN_NAMES},
-    "hospital_column": "none",  # it is looked for where it is asked for: ""
-    "referable": False,
-    "grades_from": None,
-}
 
 
 def add_flags(add, roles=tuple(COLUMN_NAMES)):
@@ -144,6 +134,7 @@ def add_flags(add, roles=tuple(COLUMN_NAMES)):
         less = "" if role in ("image", "label") else "; none: there is none"
         add(
             f"--{role}-column",
+            default="",
             metavar="NAME",
             help=f"the table's column of the {role} (found by its name{less})",
         )
@@ -159,7 +150,7 @@ def add_flags(add, roles=tuple(COLUMN_NAMES)):
 def load(dataset, source, flags):
     """Find a data set by its name, one of NAMES, in the folder `source`: a DataSet.
 
-    flags: of "folder": an object with the attributes of TABLE_DEFAULTS.
+    flags: of "folder": an object with what `add_flags` adds, and `labels`, the table's name or "".
     Raises ValueError, one sentence, where something cannot be read as it is meant.
     """
     source = Path(source).expanduser()
@@ -170,10 +161,10 @@ def load(dataset, source, flags):
     else:
         found = load_published(dataset, source, PUBLISHED[dataset])
     if not found.photos:
-        ungradable = f" but {len(found.ungradable)} ungradable ones" if found.ungradable else ""
+        counts = [f"{len(images)} {why}" for why, images in found.left_out.items()]
         raise ValueError(
-            f"{source} has no graded image{ungradable}: is it the folder of the data set "
-            f"{dataset!r}, fully unpacked?"
+            f"{source} has no graded image ({', '.join(counts) or 'it names none'}): is it the "
+            f"folder of the data set {dataset!r}, fully unpacked?"
         )
     counts = Counter(photo.path for photo in found.photos)
     repeated = [f"{path} twice" for path, count in counts.items() if count > 1]
@@ -185,8 +176,7 @@ def load(dataset, source, flags):
             "expected several: give another --patient-column, or --patient-column none if nothing "
             "tells the patients"
         )
-    read = found.read | {photo.path for photo in found.photos}
-    found.notes += count_kinds("not read", walk(source, read))
+    found.notes += count_kinds("not read", walk(source, found.read))
     return found
 
 
@@ -225,13 +215,13 @@ def load_published(dataset, source, published):
         rows = [
             dict(zip(COLUMN_NAMES, (*row, part, ""), strict=True))
             for row in zip(images, grades, patients, strict=True)
+            if row[1] != published.ungradable
         ]
+        if len(rows) < len(images):  # a class of the published set, no fault of its table
+            found.notes.append(
+                f"{table.path.name}: {len(images) - len(rows):,} ungradable images are left out"
+            )
         add_photos(found, rows, read_grades(table.path, rows, 0), root / folder)
-    # A class of the published set is no fault of its table.
-    of_class = [each for each in found.ungradable if each[1] == published.ungradable]
-    if of_class:
-        found.ungradable = [each for each in found.ungradable if each not in of_class]
-        found.notes.append(f"{len(of_class):,} ungradable images are left out")
     if published.side:
         found.patients = "the file name"
         found.patients_sentence = "by the file name: 10_left and 10_right are of patient 10"
@@ -249,7 +239,7 @@ def load_folder(source, flags):
         found.read.add(path)
         rows = rows_of_table(found, table, choose_columns(found, source, table, flags))
     else:
-        rows = rows_of_class_folders(source, flags)
+        rows = rows_of_class_folders(source)
         names = sorted({row["label"] for row in rows})
         found.notes.append(f"grades by the names of folders: {', '.join(names)}")
     grades = read_grades(path or source, rows, flags.grades_from, flags.referable)
@@ -373,7 +363,7 @@ def read_patient(cell):
 # --- folders of grades ---------------------------------------------------------------------------
 
 
-def rows_of_class_folders(source, flags):
+def rows_of_class_folders(source):
     """A dict {role: text} for each photograph that lies in a folder with the name of a grade.
 
     A folder above or below may be called train, val or test.
@@ -391,8 +381,7 @@ def rows_of_class_folders(source, flags):
                 rows.append(dict(zip(COLUMN_NAMES, row, strict=True)))
             else:
                 nameless["/".join(folders) or "."] += 1
-    given = [role for role in COLUMN_NAMES if fold(getattr(flags, f"{role}_column")) not in NOBODY]
-    if nameless or given or not rows:
+    if nameless or not rows:
         some = few([f"{folder!r} ({count} images)" for folder, count in nameless.items()])
         raise ValueError(
             f"{source} has no table (.csv, .tsv), and folders without the name of one grade: "
@@ -473,9 +462,11 @@ def add_photos(found, rows, grades, folder):
         part = PARTS.get(fold(row["part"]), "")
         if row["part"] and not part:
             wrong_parts.append(f"{row['image']!r} the part {row['part']!r}")
+        if len(fitting) == 1:
+            found.read.add(fitting[0])
         if grade is None:
-            found.ungradable.append((row["image"], row["label"]))
-            found.read.update(fitting)
+            why, image = "are ungradable", f"{row['image']!r} ({row['label'] or 'blank'})"
+            found.left_out.setdefault(why, []).append(image)
         elif len(fitting) == 1:
             # The prefixes keep a patient "7" and an image "7" apart.
             patient = (
@@ -484,7 +475,8 @@ def add_photos(found, rows, grades, folder):
             photo = Photo(fitting[0], grade, patient, part, row["image"], row["hospital"])
             found.photos.append(photo)
         else:
-            (found.ambiguous if fitting else found.missing).append(row["image"])
+            why = "have names that fit several files" if fitting else f"are not in {folder}"
+            found.left_out.setdefault(why, []).append(repr(row["image"]))
     if wrong_parts:
         raise ValueError(
             f"the table gives {few(wrong_parts)}, expected train, val or test; --part-column none "

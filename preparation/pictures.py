@@ -12,10 +12,8 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
-import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,9 +77,7 @@ def make_pictures(found, made_with):
         else:
             doubts[photo.name] = doubt
     print(f"{folder}: {len(doubts)} pictures are there, {len(jobs)} to make", flush=True)
-    for job, (problem, doubt, sentences) in zip(jobs, run_jobs(jobs), strict=True):
-        for sentence in sentences:
-            print(f"warning: {sentence}", file=sys.stderr)
+    for job, (problem, doubt) in zip(jobs, run_jobs(jobs), strict=True):
         (problems if problem else doubts)[job.photo.name] = problem or doubt
     return problems, {name: doubt for name, doubt in doubts.items() if doubt}
 
@@ -98,15 +94,18 @@ def doubt_in(path):
 def run_jobs(jobs):
     """Run make_picture on every job, with a bar on a terminal. Yields what it returns."""
     if len(jobs) < FEWEST_FOR_PROCESSES:
-        pool = ThreadPoolExecutor(1)
-    else:
-        pool = ProcessPoolExecutor(
-            # "spawn": a forked process would inherit this one's locks and threads.
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=end_with_parent,
-        )
-    with pool:
-        yield from progress(pool.map(make_picture, jobs, chunksize=8), "pictures made", len(jobs))
+        yield from progress(map(make_picture, jobs), "pictures made", len(jobs))
+        return
+    # multiprocessing frees what a stopped script leaves behind, and would warn of it.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
+    # "spawn": a forked process would inherit this one's locks and threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=context, initializer=end_with_parent) as pool:
+        # The processes, which begin here, inherit that Ctrl-C is not for them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        results = pool.map(make_picture, jobs, chunksize=8)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        yield from progress(results, "pictures made", len(jobs))
 
 
 def progress(items, what, total, stderr=False):
@@ -122,52 +121,41 @@ def progress(items, what, total, stderr=False):
 
 
 def end_with_parent():
-    """In a process of the pool: leave Ctrl-C to the parent, and end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a process of the pool: end when the parent is gone, also if that was killed."""
     parent = multiprocessing.parent_process()
 
     def wait_and_exit():
-        parent.join()  # also returns if the parent was killed
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
 def make_picture(job):
-    """Make one picture.
-
-    Returns (what is wrong with the photograph or "", why it may be no fundus or "", sentences of
-    Pillow).
-    """
+    """Make one picture: (what is wrong with it, why it may be no fundus), "" where nothing is."""
     photo, made_with = job.photo, job.made_with
     doubt = ""
-    with warnings.catch_warnings(record=True) as caught:
-        # Pillow warns of odd files; whoever reads it must know of which.
-        warnings.simplefilter("always")
-        try:
-            if photo.path is None:
-                rng = np.random.default_rng([made_with["seed"], 0, job.number])
-                hospital = synthetic.hospital_of(photo.hospital)
-                image, _ = synthetic.draw(
-                    photo.grade, rng, made_with["image_size"], hospital=hospital
-                )
-            elif made_with["channels"]:
-                image = import_picture(photo.path, made_with["channels"])
-            else:
-                image, doubt = photos.prepare_photograph(
-                    photo.path, made_with["image_size"], made_with["preprocessing"]
-                )
-        except ValueError as error:
-            return str(error), "", ()
+    try:
+        if photo.path is None:
+            rng = np.random.default_rng([made_with["seed"], 0, job.number])
+            hospital = synthetic.hospital_of(photo.hospital)
+            image, _ = synthetic.draw(photo.grade, rng, made_with["image_size"], hospital=hospital)
+        elif "channels" in made_with:
+            image = import_picture(photo.path, made_with["channels"])
+        else:
+            image, doubt = photos.prepare_photograph(
+                photo.path, made_with["image_size"], made_with["preprocessing"]
+            )
+    except ValueError as error:
+        return str(error), ""
     if image is None:
-        return f"{photo.path}: {doubt}", "", ()
-    sentences = tuple(dict.fromkeys(f"{photo.path}: {each.message}" for each in caught))
+        return f"{photo.path}: {doubt}", ""
     text = PngInfo()
     if doubt:
         text.add_text(DOUBT, doubt)
     with replacing(job.target) as written:
         Image.fromarray(image).save(written, pnginfo=text)
-    return "", doubt, sentences
+    return "", doubt
 
 
 def import_picture(path, channels):

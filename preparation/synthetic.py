@@ -26,8 +26,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-# What prepared.json, model cards and the wire call these pictures: a word of theirs, which stays.
-KIND = "drawn"
+# What prepared.json, model cards and the wire call these pictures.
+KIND = "synthetic"
 
 # The shares of grades 0 to 4, as in OIA-DDR (Li et al., Information Sciences 501, 2019).
 GRADE_SHARES = (0.50, 0.05, 0.36, 0.02, 0.07)

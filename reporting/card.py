@@ -53,7 +53,7 @@ NEEDED = {
 ROUND_METRICS = ("auc", "sensitivity", "specificity")  # what a card keeps of each round
 # What is told of the images, where prepared.json says it.
 # Pictures of these kinds do not mix. Imported ones, or such of which nothing is known, may be any.
-KINDS_OF_PICTURES = ("drawn", "graham", "colour")
+KINDS_OF_PICTURES = ("synthetic", "graham", "colour")
 UNKNOWN_DATA = {"dataset": "unknown", "split": "unknown", "preprocessing": "unknown"}
 
 

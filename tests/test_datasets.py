@@ -55,7 +55,7 @@ def test_ddr_leaves_its_ungradable_class_out_and_says_so(tmp_path):
         photograph(tmp_path / name / f"{name}-2.jpg")
     found = load("ddr", tmp_path, None)
     assert [photo.part for photo in found.photos] == ["train", "val", "test"]
-    assert found.ungradable == [] and "3 ungradable images are left out" in found.notes
+    assert not found.left_out and "test.txt: 1 ungradable images are left out" in found.notes
 
 
 def test_eyepacs_knows_both_eyes_of_a_patient(tmp_path):
@@ -66,7 +66,7 @@ def test_eyepacs_knows_both_eyes_of_a_patient(tmp_path):
     found = load("eyepacs", tmp_path, None)
     first, second, other = (photo.patient for photo in found.photos)
     assert first == second != other and found.patients == "the file name"
-    assert found.missing == ["15_left"]
+    assert found.left_out == {f"are not in {tmp_path / 'train'}": ["'15_left'"]}
 
 
 def test_aptos(tmp_path):
@@ -125,7 +125,7 @@ def test_a_flag_answers(tmp_path, given, grades):
     text = "file,bad,edema,shifted,binary\na,0,1,1,0\nb,2,0,5,1\nc,3,2,3,1\n"
     found = load("folder", folder_of(tmp_path, text), flags(**given))
     assert [photo.grade for photo in found.photos] == grades
-    assert len(found.ungradable) == 3 - len(grades)
+    assert len(found.left_out.get("are ungradable", [])) == 3 - len(grades)
 
 
 def test_of_several_tables_it_asks_which(tmp_path):
@@ -161,7 +161,7 @@ def test_names_are_found_where_only_one_file_fits(tmp_path):
     rows = "set a\\eye1,0\neye2,1\ne\u0301,2\nSet B/eye2.png,3\nabsent,4\n"
     found = load("folder", folder_of(tmp_path, f"image,label\n{rows}", *names), flags())
     assert sorted(photo.grade for photo in found.photos) == [0, 2, 3]
-    assert (found.ambiguous, found.missing) == (["eye2"], ["absent"])
+    assert list(found.left_out.values()) == [["'eye2'"], ["'absent'"]]
 
 
 # --- folders of grades, DICOM ---------------------------------------------------------------------

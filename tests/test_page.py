@@ -19,7 +19,7 @@ from reporting.page import Page
 GRADES = np.repeat([0, 1, 2, 3, 4], [90, 20, 50, 20, 20])
 PREPARED = {
     "dataset": "synthetic",
-    "preprocessing": "drawn",
+    "preprocessing": "synthetic",
     "split": "hospitals",
     "worker_hospitals": {"worker1": "screening <centre>"},
     "val_hospitals": ["screening <centre>", "the other"] * 100,

@@ -1,6 +1,7 @@
 """photos: reading what cameras and archives write, and the picture that comes of it."""
 
 import struct
+import warnings
 from io import BytesIO
 
 import numpy as np
@@ -73,6 +74,12 @@ def test_a_photograph_is_turned_as_its_exif_says_also_beside_an_odd_tag(tmp_path
     eye().transpose(TURNED).save(tmp_path / "odd.png", exif=b"Exif\0\0" + odd)
     for name in ("plain.png", "odd.png"):
         assert (pixels(tmp_path / name) == np.asarray(eye())).all()
+
+
+def test_odd_tags_are_no_line(tmp_path):
+    eye().save(tmp_path / "eye.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    with warnings.catch_warnings(action="error"):
+        photos.open_image(tmp_path / "eye.jpg")
 
 
 def test_what_is_transparent_is_black(tmp_path):

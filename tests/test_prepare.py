@@ -104,14 +104,13 @@ def test_the_synthetic_set_is_what_the_index_says(capsys):
     # The picture of a patient is that of its hospital: of patients, and by a camera of its own.
     names = [hospital.name for hospital in synthetic.HOSPITALS]
     assert list(made()["worker_hospitals"].values()) == names
+    assert made()["val_hospitals"] == [names[number_of(each) // 4] for each in sets["val_set"]]
     record = sets["worker2"][0]
     rng = np.random.default_rng([0, 0, number_of(record)])
     image, _ = synthetic.draw(record["label"], rng, 32, hospital=synthetic.HOSPITALS[1])
     assert (np.asarray(Image.open(record["dir"])) == image).all()
     out = capsys.readouterr().out
-    assert f"worker2: {names[1]}" in out
-    for sheet in ("index/contact_sheet.png", "index/split.png"):
-        assert sheet in out and Image.open(sheet).size[0] > 300
+    assert "index/contact_sheet.png" in out and Path("index/contact_sheet.png").exists()
 
 
 @pytest.mark.parametrize("positions_of_workers", [
@@ -191,8 +190,6 @@ def test_check_tells_whether_the_index_is_of_these_choices(capsys, photographs):
     choices = photographs()
     prepare.main(choices)
     assert check(*choices)[0] == 0
-    photographs(patient="Q{2}")
-    assert "the labels have changed" in check(*choices)[1]
     photographs.source.rename(photographs.source.with_name("not mounted"))
     assert check(*choices)[0] == 0
 
@@ -268,10 +265,11 @@ def test_stopped_at_any_instant_it_is_not_complete_leaves_no_process_and_goes_on
         while len(finished()) < 8:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
-        os.kill(process.pid, how)
+        # Ctrl-C goes to all processes of a terminal
+        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
         out = process.communicate(timeout=30)[0]
         assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how)
-        assert "Traceback" not in out
+        assert "Traceback" not in out and "warn" not in out
         while True:  # the processes of the pool end by themselves
             try:
                 os.killpg(process.pid, 0)
@@ -307,14 +305,13 @@ def test_photographs_are_split_by_patient_whom_the_index_does_not_name(photograp
             assert re.fullmatch(r"p\d{4}", record["patient"])
     picture = np.asarray(Image.open(sets["val_set"][0]["dir"]))
     assert picture.shape == (24, 24, 3) and 110 < picture.mean() < 150
-    assert made()["preprocessing"] == "graham" and made()["patients"] == "column 'patient'"
+    assert made()["preprocessing"] == "graham"
     assert made()["indexes"]["worker1"] == 8
 
 
 def test_where_nobody_knows_the_patients_the_index_tells_none(photographs):
     assert prepare.main([*photographs(), "--patient-column", "none"]) == 0
     assert not data.knows_patients(data.read_index("index/train_set.pkl"))
-    assert made()["patients"] is None
 
 
 def test_a_photograph_that_was_exported_again_or_in_colour_is_another_picture(photographs, capsys):
@@ -343,7 +340,6 @@ def test_broken_photographs_are_named_and_stop_it_unless_they_may_be_skipped(pho
     for name, reason in (("eye03", "cannot be read"), ("eye07", "brighter than grey level 7")):
         assert any(name in line and reason in line for line in err.splitlines()), err
     assert len(indexes()["train_set"] + indexes()["val_set"]) == 17
-    assert len(made()["skipped"]) == 3
     assert prepare.main([*choices, "--check"]) == 10
     assert prepare.main([*choices, "--skip-broken", "--check"]) == 0
 
@@ -381,8 +377,6 @@ def test_a_hospital_trains_on_all_it_has_and_a_server_validates_on_all(photograp
     assert {name: len(own) for name, own in indexes().items()} == {"train_set": 20, "worker1": 20}
     assert prepare.main([*photographs(), "--val-part", "1"]) == 0
     assert {name: len(own) for name, own in indexes().items()} == {"val_set": 20}
-    assert prepare.main([*photographs(), "--val-part", "1", "--check"]) == 0
-    assert prepare.main([*photographs(), "--check"]) == 10
 
 
 def test_each_worker_is_a_hospital_of_the_table(photographs, capsys):
@@ -408,17 +402,6 @@ def test_what_may_be_no_fundus_is_listed_at_every_start_with_a_sheet(photographs
         assert "index/check_these.png" in out and Path("index/check_these.png").exists()
 
 
-def test_a_warning_of_pillow_carries_the_name_of_its_file(photographs, capsys):
-    choices = photographs()
-    path = photographs.source / "eye06.png"
-    with Image.open(path) as photograph:
-        photograph.load()
-    photograph.save(path, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
-    assert prepare.main(choices) == 0
-    err = capsys.readouterr().err
-    assert err.startswith("warning: ") and "eye06.png: " in err
-
-
 @pytest.mark.parametrize("argv, sentence", [
     (["--dataset", "ddr"], "--dataset ddr needs --source"),
     (["--balanced"], "--balanced is the thesis's draw from ddr, not from synthetic"),
@@ -431,17 +414,11 @@ def test_a_warning_of_pillow_carries_the_name_of_its_file(photographs, capsys):
     (["--num-client", "3"], "unrecognized arguments: --num-client"),
     (["--dataset", "messidor"], "invalid choice: 'messidor'"),
     (["--val-part", "1.5"], "expected a number from 0 to 1"),
-    (["--source", "photos"], "--source would have no effect beside --dataset synthetic"),
-    (["--val-part", "0"], "--val-part would have no effect beside --dataset synthetic"),
-    (["--preprocessing", "colour"], "--preprocessing would have no effect"),
-    (["--alpha", "0.3"], "--alpha would have no effect beside --split hospitals"),
-    (["--dataset", "aptos", "--source", ".", "--num-train", "10"], "--num-train would have no"),
-    (["--dataset", "aptos", "--source", ".", "--patient-column", "x"], "--patient-column would"),
-    (["--dataset", "folder", "--source", ".", "--hospital-column", "x"], "it is of column"),
-    (["--keep-channels"], "--keep-channels would have no effect beside"),
-    (["--index-from", "x", "--share", "3", "--num-clients", "3"], "--num-clients and --share w"),
-    (["--index-from", "x.pkl", "--image-size", "64"], "--image-size would have no effect"),
-    (["--index-from", "x.pkl", "--preprocessing", "colour"], "--preprocessing would have no"),
+    (["--source", "photos"], "--source is a folder of photographs: say by --dataset which"),
+    (
+        ["--dataset", "folder", "--source", ".", "--hospital-column", "x"],
+        "--hospital-column is of --split column",
+    ),
 ])  # fmt: skip
 def test_wrong_usage_ends_with_2(argv, sentence, capsys):
     with pytest.raises(SystemExit) as caught:

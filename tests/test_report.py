@@ -38,7 +38,12 @@ def finished_run(folder):
             grade = 3
         record.update(label=grade, new_label=str(grade == 0))
     data.write_index(val_path, val)
-    prepared = {"dataset": "synthetic", "split": "iid", "preprocessing": "drawn", "image_size": 32}
+    prepared = {
+        "dataset": "synthetic",
+        "split": "iid",
+        "preprocessing": "synthetic",
+        "image_size": 32,
+    }
     prepared["worker_hospitals"] = {"worker1": "screening centre"}
     (folder / "index" / "prepared.json").write_text(json.dumps(prepared))
     pixels = np.stack([np.asarray(Image.open(folder / record["dir"])) for record in val])

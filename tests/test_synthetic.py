@@ -8,7 +8,7 @@ from preparation import synthetic
 from reporting import metrics
 
 
-def drawn_set(count, seed, image_size=128, lesions=True, hospitals=(synthetic.EQUAL_HOSPITAL,)):
+def synthetic_set(count, seed, image_size=128, lesions=True, hospitals=(synthetic.EQUAL_HOSPITAL,)):
     """`count` images, of each hospital in turn: uint8 (n, size, size, 3), and grades int (n,)."""
     rng = np.random.default_rng(seed)
     images = []
@@ -155,7 +155,7 @@ def fit_logistic_regression(features, target, penalty):
 def test_colour_thumbnails_do_not_tell_the_grade(count, size, hospitals):
     """8 x 8 pixels are too few to see a lesion: who can tell the grade there has seen something
     else that should not be there."""
-    images, grades = drawn_set(count, 1, size, hospitals=hospitals)
+    images, grades = synthetic_set(count, 1, size, hospitals=hospitals)
     fitting = count * 2 // 3  # the rest is to test with
     blocks = images.reshape(count, 8, size // 8, 8, size // 8, 3)
     thumbnails = blocks.mean(axis=(2, 4)).reshape(count, -1)
@@ -170,12 +170,12 @@ def test_colour_thumbnails_do_not_tell_the_grade(count, size, hospitals):
 
 @pytest.mark.slow
 def test_a_network_learns_the_lesions_and_nothing_else():
-    """Trained on the drawn set, drcnn tells the grades; without lesions, it can only guess."""
+    """Trained on the synthetic set, drcnn tells the grades; without lesions, it can only guess."""
     import data
 
     model.configure(seed=0)
     network = model.build("drcnn", 128, seed=0)
-    images, grades = drawn_set(900, seed=0)
+    images, grades = synthetic_set(900, seed=0)
     records = [{"new_label": str(grade == 0)} for grade in grades]
     batches = data.TrainingBatches(
         images, data.healthy(records), batch_size=16, seed=0, client="central"
@@ -184,7 +184,7 @@ def test_a_network_learns_the_lesions_and_nothing_else():
         model.train(network, batches, round_number, 1, lambda row: None)
 
     def auc(lesions):
-        images, grades = drawn_set(400, seed=99, lesions=lesions)
+        images, grades = synthetic_set(400, seed=99, lesions=lesions)
         return metrics.auc(1 - model.predict(network, images), grades > 0)
 
     assert auc(lesions=True) >= 0.95
