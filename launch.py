@@ -41,6 +41,7 @@ import todoServer
 from federation import status
 from federation.state import RunState
 from reporting import card as cards
+from reporting.metrics import TASK
 
 WHO = "run_local"
 PROJECT = Path(__file__).resolve().parent
@@ -71,7 +72,6 @@ SAID_HERE = {  # where a flag means something else here than in its script
     "val_index": "held-out images, on which each client scores each model that it fetches",
 }
 SCORED = 4  # how often a model without federation is scored; that costs as much as a pass
-TASK = "referable DR"
 MEASURED = ("AUC", "sensitivity", "specificity")
 
 STATE = Path("server/state.json")

@@ -175,7 +175,11 @@ def load_client(args):
     federated = answers.of("federated", "federated", weights, card)
     thresholds = {task: cards.threshold_of(card, task) for task in metrics.TASKS}
     assessed = metrics.assess(federated.p_healthy, answers.val, thresholds)
-    federated.card = {**card, **assessed, "warning": card["warning"] or assessed["warning"]}
+    # Of a few patients at home nothing can be said against a model; the verdict says how few.
+    num_with_it = assessed["tasks"][metrics.TASK]["num_positive"]
+    fewest = min(num_with_it, assessed["num_reporting_images"] - num_with_it)
+    own_warning = assessed["warning"] if fewest >= metrics.FEWEST_PATIENTS else ""
+    federated.card = {**card, **assessed, "warning": card["warning"] or own_warning}
     federated.card["by_round"] = [cards.round_of(federated.card)]
     prepared = cards.read_prepared(args.index_dir)
     run = Run(federated, answers.val, prepared, home=cards.name_of(client, prepared))

@@ -288,6 +288,7 @@ def test_the_chapter_works_to_the_letter(tmp_path):
         assert trained == ["lite0", 224, "imagenet"] and card["preprocessing"] == "colour"
         page = (own / "report.html").read_text(encoding="utf-8")
         assert f"held-out patients of {hospital.name}" in page and "fine-tuned here" in page
+        assert "There are too few patients" in page  # and not: the model must not be used
         scored = list(csv.DictReader((hospital.folder / "scores.csv").open(encoding="utf-8-sig")))
         assert len(scored) == NUM_NEW and all(row["score"] for row in scored)
 
