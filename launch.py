@@ -371,7 +371,7 @@ def federate(processes, console, given, names, num_shown):
             for row in card.get("by_round", [])[num_shown:]:
                 num_shown = row["round"]
                 scores = "  ".join(f"{each} {shown(row[TASK][each.lower()])}" for each in MEASURED)
-                console.print(f"  round {num_shown}/{card['rounds']}: {scores}")
+                console.print(f"round {num_shown}/{card['rounds']}: {scores}")
             if STATUS.exists():
                 live.update(status.draw(*status.read(STATUS), 0, names), refresh=True)
 
