@@ -19,7 +19,6 @@ import json
 import os
 import re
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from common.log import fail
@@ -54,7 +53,7 @@ def main(argv=None):
     try:
         with alone_in(INDEX):
             prepare(args)
-    except (ValueError, OSError, BrokenProcessPool) as error:
+    except (ValueError, OSError) as error:
         return fail("prepare.py", error)
     return 0
 
