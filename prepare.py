@@ -82,8 +82,9 @@ def prepare(args):
         if photo.name in doubts
     ]
     clear_index()
-    write_index(args, records, doubtful, hospitals_of(sets))
-    print(overview.format_table(records))
+    hospitals = hospitals_of(sets)
+    write_index(args, records, doubtful, hospitals)
+    print(overview.format_table(records, hospitals.get("worker_hospitals", {})))
     if doubtful:
         some = few([f"{path.name} ({why})" for path, _, why in doubtful])
         print(
