@@ -339,6 +339,7 @@ def test_what_may_be_no_fundus_is_listed_at_every_start_with_a_sheet(photographs
 
 @pytest.mark.parametrize("argv, sentence", [
     (["--dataset", "ddr"], "--dataset ddr needs --source"),
+    (["--index-from", "worker1.pkl"], "--index-from needs --source"),
     (["--balanced"], "--balanced is the thesis's draw from ddr, not from synthetic"),
     (["--dataset", "folder", "--source", ".", "--split", "hospitals"], "is of --dataset synthetic"),
     (["--split", "column"], "--split column is of --dataset folder"),
@@ -404,10 +405,10 @@ def thesis(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("source", ["", ".", "preprocessed", "assign_noniid/../preprocessed"])
+@pytest.mark.parametrize("source", [".", "preprocessed"])
 def test_the_thesis_s_own_layout_is_taken_with_red_and_blue_put_right(thesis, source, capsys):
     files = [*thesis.noniid, thesis("index/iid_valid.pkl", [0, 1, 2])]
-    choices = ["--index-from", *files, *(["--source", str(thesis.root / source)] if source else [])]
+    choices = ["--index-from", *files, "--source", str(thesis.root / source)]
     assert prepare.main(choices) == 0
     assert {name: {number_of(each) for each in own} for name, own in indexes().items()} == {
         "worker1": {3, 4, 5, 6},  # with the shared images
@@ -428,7 +429,7 @@ def test_the_thesis_s_own_layout_is_taken_with_red_and_blue_put_right(thesis, so
 
 
 def test_without_a_validation_set_that_is_said(thesis, capsys):
-    assert prepare.main(["--index-from", *thesis.noniid]) == 0
+    assert prepare.main(["--index-from", *thesis.noniid, "--source", str(thesis.root)]) == 0
     assert "no val_set.pkl (iid_valid.pkl) was given" in capsys.readouterr().out
     assert "val_set" not in indexes()
 
@@ -450,12 +451,12 @@ def test_an_import_that_does_not_fit_is_one_sentence(thesis, tmp_path, capsys):
         ("train_set would be without images", thesis("e/worker1.pkl", []), val),
         ("is no DataFrame with the columns picture", str(tmp_path / "worker1.pkl"), val),
     ):
-        assert prepare.main(["--index-from", *files]) == 1
+        assert prepare.main(["--index-from", *files, "--source", str(thesis.root)]) == 1
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
 
 
 def test_without_pandas_the_sentence_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    assert prepare.main(["--index-from", "worker1.pkl"]) == 1
+    assert prepare.main(["--index-from", "worker1.pkl", "--source", "."]) == 1
     assert "needs pandas: pip install pandas" in capsys.readouterr().err

@@ -101,23 +101,6 @@ def test_iid_gives_every_client_the_same_grades():
     assert [grades_of(client) for client in clients] == [[150, 15, 108, 6, 21]] * 3
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=20, max_size=90), st.integers(1, 7), st.integers(0, 9))
-def test_every_image_goes_to_one_client_and_the_shared_ones_to_all(grades, num_clients, share):
-    photos = [Photo(None, grade, str(i), "", str(i)) for i, grade in enumerate(grades)]
-    clients = splits.split(photos, "iid", num_clients, rng(), share=share)
-    sizes = [len(client) for client in clients]
-    assert max(sizes) - min(sizes) <= 1
-    assert sum(sizes) == len(photos) + share * (num_clients - 1)
-    everywhere = set.intersection(*({photo.name for photo in client} for client in clients))
-    assert len(everywhere) == (share if num_clients > 1 else len(photos))
-    assert set().union(*({photo.name for photo in client} for client in clients)) == {
-        photo.name for photo in photos
-    }
-    for client in clients:
-        assert len({photo.name for photo in client}) == len(client)
-
-
 def test_the_shared_images_have_the_grades_proportions():
     clients = splits.split(make_photos([450, 45, 324, 18, 63]), "noniid", 3, rng(), share=100)
     shared = set.intersection(*(set(client) for client in clients))
