@@ -286,10 +286,9 @@ def check(args):
         problem = first_problem(choices_of(args))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"it is not complete ({error})"
-    if not problem:
-        return 0
-    print(f"index/ has to be made anew: {problem}")
-    return EXIT_NOT_MADE
+    if problem:
+        print(f"index/ has to be made anew: {problem}")
+    return EXIT_NOT_MADE if problem else 0
 
 
 def first_problem(choices):

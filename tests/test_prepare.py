@@ -359,12 +359,6 @@ def test_wrong_usage_ends_with_2(argv, sentence, capsys):
     assert caught.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_too_many_clients_for_the_images_is_one_sentence(capsys):
-    assert prepare.main([*SMALL, "--num-clients", "30"]) == 1
-    sentence = "24 training images are too few for 0 shared ones and 30 clients"
-    assert sentence in capsys.readouterr().err
-
-
 # --- --index-from: the thesis's pickled DataFrames -----------------------------------------------
 
 
