@@ -139,8 +139,8 @@ def main(argv=None):
         return fail(arguments.name, error, error.exit_code)
     except ValueError as error:
         return fail(arguments.name, error)
-    except OSError as error:  # of this machine, as a full disk
-        return fail(arguments.name, error, 4)
+    except OSError as error:  # a full disk may have room again: its unit may start this again
+        return fail(arguments.name, error, 4 if error.errno in files.NO_ROOM else 1)
 
 
 def federate(site):

@@ -20,6 +20,7 @@ from pathlib import Path
 from common import log
 
 STATE_VERSION = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit of this process
 
 
 # --- publishing ----------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+        if error.errno in NO_ROOM and error.filename is None:
             error.filename = str(path)
         raise
 
