@@ -518,25 +518,21 @@ class Rounds:
         if client in self.scores:
             new["scores"] = self.scores[client]
         old = self.uploads.get(client)
-        same_bytes = old is not None and file_sha256_of(old) == file_sha256_of(new)
-        if same_bytes:
+        is_same = old is not None and file_sha256_of(old) == file_sha256_of(new)
+        if is_same:
             new = {**old, **new}  # what it measured was told once, maybe to a server before this
-        listed = [new]
-        if old is not None and not same_bytes:
-            listed = [old, new]
-        self._save(uploads={**self.state.uploads, client: listed})
-        if not same_bytes:
-            try:
-                publish(upload.file, self.upload_path(client))
-            except BaseException:
-                # The rename may be done although a later step failed: look which upload is there.
-                # Where that fails, too, none counts until the client sends it again.
-                self.uploads.pop(client, None)
-                self.uploads = self._uploads_on_disk()
-                raise
+        self._save(uploads={**self.state.uploads, client: [old, new] if old else [new]})
+        try:
+            publish(upload.file, self.upload_path(client))
+        except BaseException:
+            # The rename may be done although a later step failed: look which upload is there.
+            # Where that fails, too, none counts until the client sends it again.
+            self.uploads.pop(client, None)
+            self.uploads = self._uploads_on_disk()
+            raise
         self.uploads[client] = new
         again = ""
-        if same_bytes:
+        if is_same:
             again = " again, the same weights"
         elif old is not None:
             again = " again, replacing its earlier upload"
