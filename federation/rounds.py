@@ -125,13 +125,13 @@ class Rounds:
     state            a RunState: a new run's, or the one that state.json holds
     merge            merge(paths, num_examples) -> SHA-256: publishes server_weight.h5
     evaluate         evaluate() -> dict: metrics of server_weight.h5
-    publish_result   publish_result(state, row) -> dict: publishes what is known of the evaluated
-                     round `row`, and the model if it is the best; what RunState.best says then
+    publish_result   publish_result(state, row) -> (dict, text): publishes what is known of the
+                     evaluated round `row`, and the model if it is the best; what RunState.best says
+                     then, and the scores in words, for the round's line in the log
     min_clients      how many uploads are enough once the time limit is over; None: all
     round_timeout_s  the time limit of a round; 0: none
     say              say(line): the server's log
     after_round      after_round(row): called once a round is committed
-    scores_in_words  scores_in_words(row) -> text, for the round's line in the log
     """
 
     def __init__(
@@ -143,9 +143,8 @@ class Rounds:
         min_clients=None,
         round_timeout_s=0,
         say=print,
-        publish_result=lambda state, row: None,
+        publish_result=lambda state, row: (None, f"AUC {row['auc']:.3f}"),
         after_round=lambda row: None,
-        scores_in_words=lambda row: f"AUC {row['auc']:.3f}",
     ):
         self.folder = folder
         self.state = state
@@ -153,7 +152,6 @@ class Rounds:
         self.evaluate = evaluate
         self.publish_result = publish_result
         self.after_round = after_round
-        self.scores_in_words = scores_in_words
         self.given_min_clients = min_clients
         self.round_timeout_s = round_timeout_s
         self.say = say
@@ -403,11 +401,11 @@ class Rounds:
         row["evaluate_seconds"] = now - started
         row["seconds"] = now - self.opened
         history = [*self.state.history, row]
-        best = self.publish_result(self.state, row)
+        best, scores = self.publish_result(self.state, row)
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, history)
         with self.changed:
             self._save(history=history, best=best)
-            self.say(self._round_line(row))
+            self.say(self._round_line(row, scores))
             self.changed.notify_all()
         self.after_round(row)
 
@@ -436,12 +434,12 @@ class Rounds:
         if new:
             publish_rows(path, status.SCORES_COLUMNS, [*there, *new])
 
-    def _round_line(self, row):
+    def _round_line(self, row, scores):
         without = ""
         if row["missing"]:
             without = f", without {row['missing']}"
         return (
-            f"round {row['round']}/{self.state.rounds}: {self.scores_in_words(row)}  "
+            f"round {row['round']}/{self.state.rounds}: {scores}  "
             f"({row['clients']} clients{without}, {row['num_examples']} examples, "
             f"{row['seconds']:.1f} s)"
         )

@@ -423,7 +423,7 @@ def test_the_best_round_is_published_before_the_history_and_kept(make_run):
     def publish_result(state, row):
         rows = len(rows_of(run.folder / "history.csv"))
         seen.append((row["round"], state.evaluated, rows, state.best))
-        return {"round": row["round"], "auc": 0.5, "sha256": state.weights_sha256}
+        return {"round": row["round"], "auc": 0.5, "sha256": state.weights_sha256}, "AUC 0.5"
 
     run.rounds.publish_result = publish_result
     all_deliver(run, client001=1)
