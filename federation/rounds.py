@@ -162,7 +162,7 @@ class Rounds:
         self.changed = threading.Condition()
         self.uploads = self._uploads_on_disk()  # client -> its accepted upload for the open round
         self.waiting = {}  # client -> a token of its newest waiting call: only that one is answered
-        self.clients = status.Clients(state.clients)  # who is where
+        self.client_table = status.Clients(state.clients)  # who is where
         self.scores = {}  # client -> what it measured, for its upload of the open round
         self.done_clients = set()  # that have the result, or all that they can use of it
         self.stop_reason = None  # a Refused for everyone, once no round can be closed any more
@@ -255,7 +255,7 @@ class Rounds:
         stay = {name: each for name, each in self.state.uploads.items() if name in names}
         self._save(clients=names, uploads=stay)
         self.uploads = {name: each for name, each in self.uploads.items() if name in names}
-        self.clients = status.Clients(names)
+        self.client_table = status.Clients(names)
         self.say(f"from round {self.state.round} on the clients are {', '.join(names)}")
 
     def run(self):
@@ -356,7 +356,7 @@ class Rounds:
         have = "no uploads yet"
         if self.uploads:
             have = f"have {', '.join(sorted(self.uploads))}"
-        waiting_for = [f"{name} ({self.clients.where(name)})" for name in missing]
+        waiting_for = [f"{name} ({self.client_table.where(name)})" for name in missing]
         return f"{have}; waiting for {'; '.join(waiting_for)}"
 
     def _merge_and_commit(self):
@@ -390,7 +390,7 @@ class Rounds:
             )
             self.uploads = {}
             self.scores = {}
-            self.clients.begin_round()
+            self.client_table.begin_round()
             self.changed.notify_all()
 
     def _evaluate(self):
@@ -474,7 +474,7 @@ class Rounds:
                 self.changed.wait()
             self._check_running()
             if client is not None:
-                self.clients.note_fetch(client)
+                self.client_table.note_fetch(client)
             return self.state.round, self.state.weights_sha256, open(self.weights_path, "rb")
 
     def deliver(self, upload, alive):
@@ -566,7 +566,7 @@ class Rounds:
         """
         with self.changed:
             self.last_progress_at = time.monotonic()
-            self.clients.note_told(client, where)
+            self.client_table.note_told(client, where)
             is_result = self.state.is_over and round_number > self.state.rounds
             if run == self.state.run and is_result:
                 if where["phase"] == "done":

@@ -281,7 +281,7 @@ class Service:
             sentence = sentence[:SENTENCE_CHARACTERS] + " ..."
         if not self.rounds.stop_reason:  # a server that stops says the same to everyone
             name = dict(context.invocation_metadata()).get("fedml-client")
-            known = name if name in self.rounds.clients.rows else "unnamed"
+            known = name if name in self.rounds.client_table.rows else "unnamed"
             self.rounds.say_of((known, code), f"refused: {log.plain(sentence)} ({code})")
         context.abort(grpc.StatusCode[code], sentence)
 
@@ -327,7 +327,7 @@ class Service:
                 f"client {client[:80]!r} is not one of this run's: expected "
                 f"{', '.join(self.rounds.state.clients)} (--clients)",
             )
-        self.rounds.clients.note(client)
+        self.rounds.client_table.note(client)
 
     # --- what is moving --------------------------------------------------------------------------
 
@@ -469,7 +469,7 @@ class Service:
         context.add_callback(self.rounds.wake)
         try:
             with self.moving(client, "upload", context) as transfer:
-                messages = self.counted(itertools.chain([first], requests), transfer)
+                messages = self.limited(itertools.chain([first], requests), transfer)
                 sha256, file_sha256 = self.store(client, messages, path, announced, context)
             yield Upload(client, first.clientsize, run, round_number, sha256, path, file_sha256)
         finally:
@@ -494,7 +494,7 @@ class Service:
             )
         return client
 
-    def counted(self, messages, transfer):
+    def limited(self, messages, transfer):
         """The same messages; those with content are progress. Raises ValueError for too many."""
         for number, message in enumerate(messages):
             if number >= self.max_messages:

@@ -47,7 +47,7 @@ def test_a_client_that_trains_is_seen_training(served, client_main, often, monke
 
     def train(network, batches, round_number, epochs, report, progress=None):
         progress(2, 5, 10, 0.5)
-        until(lambda: run.rounds.clients.rows["client001"].get("epoch") == 2, "it is told")
+        until(lambda: run.rounds.client_table.rows["client001"].get("epoch") == 2, "it is told")
         status.StatusFile(run.rounds).write()
         found, _ = status.read(run.folder / "status.json")
         seen.append(found["clients"][0])
