@@ -311,6 +311,15 @@ class Rounds:
                 next_event = min(reported + REPORT_EVERY_S, limit)
                 self.changed.wait(max(0.01, next_event - now))
 
+    def _check_enough_clients(self):
+        """Raises TooFewClients where the time limit is over without --min-clients uploads."""
+        if len(self.uploads) < self.min_clients:
+            raise TooFewClients(
+                f"round {self.state.round}: {self.describe()}; {len(self.uploads)} of at least "
+                f"{self.min_clients} clients after {self.round_timeout_s:g} s: the server stops, "
+                "its state is kept"
+            )
+
     def _retry_when_out_of_files(self, step):
         """step(), and once more where this machine is out of open files, until they come back.
 
@@ -337,15 +346,6 @@ class Rounds:
                 frozen=sorted(self.uploads),
                 # Of a replaced upload only the entry that holds is kept.
                 uploads={client: [upload] for client, upload in self.uploads.items()},
-            )
-
-    def _check_enough_clients(self):
-        """Raises TooFewClients where the time limit is over without --min-clients uploads."""
-        if len(self.uploads) < self.min_clients:
-            raise TooFewClients(
-                f"round {self.state.round}: {self.describe()}; {len(self.uploads)} of at least "
-                f"{self.min_clients} clients after {self.round_timeout_s:g} s: the server stops, "
-                "its state is kept"
             )
 
     def describe(self):
