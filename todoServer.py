@@ -87,6 +87,7 @@ def main(argv=None):
             state = resume(arguments, evaluator) or begin(arguments, evaluator)
             clients = arguments.clients or state.clients
             check_min_clients(arguments, clients)
+            # Also those who leave: what they delivered for the open round is moved aside.
             for client in sorted({*clients, *state.clients}):
                 locks.enter_context(files.alone_in(arguments.server_dir / client))
                 files.clean(arguments.server_dir / client)

@@ -166,7 +166,7 @@ class Rounds:
         self.scores = {}  # client -> what it measured, for its upload of the open round
         self.done_clients = set()  # that have the result, or all that they can use of it
         self.stop_reason = None  # a Refused for everyone, once no round can be closed any more
-        self.opened = time.monotonic()  # when the round opened, or the server started again
+        self.opened_at = time.monotonic()  # when the round opened, or the server started again
         self.last_progress_at = time.monotonic()  # when a client last made progress
 
     @property
@@ -290,11 +290,11 @@ class Rounds:
 
     def _wait_for_clients(self):
         """Wait for all clients, or for enough of them at the time limit."""
-        self.opened = time.monotonic()
-        reported = self.opened
+        self.opened_at = time.monotonic()
+        reported = self.opened_at
         limit = float("inf")
         if self.round_timeout_s:
-            limit = self.opened + self.round_timeout_s
+            limit = self.opened_at + self.round_timeout_s
         with self.changed:
             while len(self.uploads) < len(self.state.clients):
                 self._check_running()
@@ -305,7 +305,7 @@ class Rounds:
                 if now - reported >= REPORT_EVERY_S:
                     self.say(
                         f"round {self.state.round}: {self.describe()}; waiting for "
-                        f"{now - self.opened:.0f} s"
+                        f"{now - self.opened_at:.0f} s"
                     )
                     reported = now
                 next_event = min(reported + REPORT_EVERY_S, limit)
@@ -374,7 +374,7 @@ class Rounds:
                 "clients": len(names),
                 "missing": " ".join(sorted(set(self.state.clients) - set(names))),
                 "num_examples": sum(num_examples),
-                "wait_seconds": started - self.opened,
+                "wait_seconds": started - self.opened_at,
                 "merge_seconds": time.monotonic() - started,
             }
             counted = dict(self.state.counted)
@@ -399,7 +399,7 @@ class Rounds:
         row = {**self.state.merged, **self.evaluate()}
         now = time.monotonic()
         row["evaluate_seconds"] = now - started
-        row["seconds"] = now - self.opened
+        row["seconds"] = now - self.opened_at
         history = [*self.state.history, row]
         best, scores = self.publish_result(self.state, row)
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, history)

@@ -271,7 +271,7 @@ class Service:
             sentence = f"the server could not read or store a file: {reason}; try again"
             self.refuse(context, "INTERNAL", sentence)
         except grpc.RpcError:
-            raise
+            raise  # the caller is gone: there is nobody to tell
         except Exception as error:  # a mistake of ours, which gRPC would tell nobody
             sentence = f"a fault of the server: {type(error).__name__}: {error}; try again"
             self.refuse(context, "INTERNAL", sentence)
@@ -297,9 +297,8 @@ class Service:
         name = metadata.get("fedml-client")
         certified = certified_names(context)
         if certified is not None:
-            if name is None:
-                own = [each for each in certified if self.is_known(each)]
-                name = [*own, *certified, ""][0]
+            if name is None:  # of several in a certificate the one that this run knows
+                name = max(certified, key=self.is_known, default="")
             if name not in certified:
                 raise Refused(
                     "PERMISSION_DENIED",

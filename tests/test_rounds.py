@@ -252,7 +252,7 @@ def test_at_the_limit_those_who_are_there_are_merged_and_the_missing_named(make_
     assert any(f"without {B}" in line for line in run.said)
 
     # The limit begins anew with the next round.
-    until(lambda: run.rounds.opened == clock.now, "round 2 is open")
+    until(lambda: run.rounds.opened_at == clock.now, "round 2 is open")
     calls = [run.delivered(A, 5), run.delivered(B, 6)]
     clock.move(59, run)
     assert all(map(still_waits, calls))
