@@ -660,7 +660,7 @@ def finish(site, task):
         site.say(f"the result on this site's own held-out images: {in_words(measured)}")
     site.reporter.task = None  # `done` is the last word
     if task["run"]:  # the thesis demo's server knows no such call
-        tell(site, task, {"phase": "done"}, measured)
+        site.reporter.tell(task, {"phase": "done"}, measured)
     return (
         f"the run is over after {task['rounds']} rounds; its result is {site.result_path}, "
         f"{with_card}"
@@ -678,7 +678,7 @@ def ClientsendWeight(stub, site):
     title = f"round {state['round']}/{state['rounds']}"
     site.reporter.begin(state, "waiting")
     if state["trained"].get("scores"):
-        tell(site, state, {"phase": "waiting"}, state["trained"]["scores"])
+        site.reporter.tell(state, {"phase": "waiting"}, state["trained"]["scores"])
     messages, request_metadata = upload_of(site)
     call = stub.sendWeight.future(messages, metadata=request_metadata)
     try:
@@ -838,25 +838,6 @@ def connect(site):
     return tls.channel(site.arguments, options)
 
 
-def tell(site, task, where, scores=None):
-    """Tell the server where this client is. Returns the open round's number, None if unanswered.
-
-    On a connection of its own each time: routers and proxies drop silent ones.
-    """
-    status = todo_pb2.clientStatus(run=task["run"], round=task["round"], scores=scores, **where)
-    try:
-        with site.reporter.telling, connect(site) as channel:
-            stub = todo_pb2_grpc.FedMLStub(channel)
-            metadata = (("fedml-client", site.name),)
-            answer = stub.tell(status, metadata=metadata, timeout=TELL_TIMEOUT_S)
-        return answer.round if answer.run == task["run"] else task["round"]
-    except (tls.FilesNotReady, RuntimeError):  # the second: no thread to be had
-        return None
-    except grpc.RpcError as error:
-        # A server that refuses, or is of another commit and knows no `tell`, answers all the same.
-        return None if error.code() in UNANSWERED else task["round"]
-
-
 class ProgressReporter:
     """Says where this client is, in a thread of its own: to the server, and to who looks on.
 
@@ -874,7 +855,7 @@ class ProgressReporter:
         self.answered_at = self.waits_since = time.monotonic()
         self.wait = None  # (what, the call) while this client waits
         self.changed = threading.Event()
-        self.telling = threading.Lock()  # the server ends a client's older report for a newer one
+        self.telling = threading.Lock()  # held while one report is on its way
         threading.Thread(target=self._run, daemon=True).start()
 
     def begin(self, task, phase):
@@ -904,12 +885,31 @@ class ProgressReporter:
         finally:
             self.wait = None
 
+    def tell(self, task, where, scores=None):
+        """Tell the server where this client is. Returns the open round's number, None: no answer.
+
+        On a connection of its own each time: routers and proxies drop silent ones. One at a time:
+        the server ends a client's older report for a newer one.
+        """
+        status = todo_pb2.clientStatus(run=task["run"], round=task["round"], scores=scores, **where)
+        try:
+            with self.telling, connect(self.site) as channel:
+                stub = todo_pb2_grpc.FedMLStub(channel)
+                metadata = (("fedml-client", self.site.name),)
+                answer = stub.tell(status, metadata=metadata, timeout=TELL_TIMEOUT_S)
+            return answer.round if answer.run == task["run"] else task["round"]
+        except (tls.FilesNotReady, RuntimeError):  # the second: no thread to be had
+            return None
+        except grpc.RpcError as error:
+            # A server that refuses, or is of another commit and knows no `tell`, answers, too.
+            return None if error.code() in UNANSWERED else task["round"]
+
     def _run(self):
         last_line = time.monotonic()
         while True:
             self.changed.wait(TELL_EVERY_S)
             self.changed.clear()
-            self._tell()
+            self._tell_where()
             now = time.monotonic()
             wait = self.wait  # once: it may end here
             if wait is None:
@@ -919,11 +919,11 @@ class ProgressReporter:
                 self.site.say(f"{wait[0]} for {now - self.waits_since:.0f} s")
             time.sleep(SHORTEST_PAUSE_S)
 
-    def _tell(self):
+    def _tell_where(self):
         task, wait = self.task, self.wait
         if task is None:
             return
-        open_round = tell(self.site, task, self.where)
+        open_round = self.tell(task, self.where)
         if open_round is not None:
             self.answered_at = time.monotonic()
             if task is self.task and open_round > task["round"]:

@@ -203,7 +203,6 @@ class Transfer:
     def __init__(self, client, what, context, stall_s, total_s):
         self.client = client
         self.what = what
-        self.key = (client, what)
         self.context = context
         self.stall_s = stall_s
         self.ends_at = time.monotonic() + total_s
@@ -254,8 +253,12 @@ class Service:
 
         A client holds four at most: an upload, a complete upload that waits, a download, a report.
         """
-        known = set(self.rounds.state.clients) | set(self.rounds.state.counted)
-        return 4 * len(known) + self.max_unnamed + 4
+        return 4 * len(self.known_clients) + self.max_unnamed + 4
+
+    @property
+    def known_clients(self):
+        """Who takes part, and who did: who has left may still ask for its last answer."""
+        return {*self.rounds.state.clients, *self.rounds.state.counted}
 
     # --- how a call is refused -------------------------------------------------------------------
 
@@ -298,7 +301,8 @@ class Service:
         certified = certified_names(context)
         if certified is not None:
             if name is None:  # of several in a certificate the one that this run knows
-                name = max(certified, key=self.is_known, default="")
+                known = [each for each in certified if each in self.known_clients]
+                name = next(iter(known or certified), "")
             if name not in certified:
                 raise Refused(
                     "PERMISSION_DENIED",
@@ -315,12 +319,8 @@ class Service:
             )
         return Caller(name, metadata, context.peer())
 
-    def is_known(self, client):
-        """Whether it takes part, or did: who has left may still ask for its last answer."""
-        return client in self.rounds.state.clients or client in self.rounds.state.counted
-
     def check_known(self, client):
-        if not self.is_known(client):
+        if client not in self.known_clients:
             raise Refused(
                 "PERMISSION_DENIED",
                 f"client {client[:80]!r} is not one of this run's: expected "
@@ -344,7 +344,11 @@ class Service:
                 f"{self.max_unnamed} peers that name nobody are here already: try again later",
             )
         with self.lock:
-            older = [each for each in self.transfers if client and each.key == transfer.key]
+            older = [
+                each
+                for each in self.transfers
+                if client and (each.client, each.what) == (client, what)
+            ]
             self.transfers.add(transfer)
         for each in older:
             self.end(each, f"{client} began a new {what}: its unfinished one is ended")
@@ -357,7 +361,7 @@ class Service:
                 self.unnamed.release()
 
     def end(self, transfer, why):
-        self.rounds.say_of((*transfer.key, "ended"), why)
+        self.rounds.say_of((transfer.client, transfer.what, "ended"), why)
         transfer.context.cancel()
 
     def run_watchdog(self):
@@ -561,9 +565,11 @@ class Service:
         scores, more_problems = status.within(
             dict(itertools.islice(told.scores.items(), len(status.SCORES))), status.SCORES
         )
-        for problem in [*problems, *more_problems][:3]:
+        problems += more_problems
+        if problems:
             self.rounds.say_of(
-                (caller.client, "said"), f"{caller.client} says what is left out here: {problem}"
+                (caller.client, "said"),
+                f"{caller.client} says what is left out here: {'; '.join(problems[:3])}",
             )
         round_number = self.rounds.hear(caller.client, told.run, told.round, where, scores)
         return todo_pb2.openRound(run=self.rounds.state.run, round=round_number)

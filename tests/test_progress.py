@@ -101,7 +101,7 @@ def test_reports_of_a_client_do_not_end_each_other(client_main, monkeypatch):
     monkeypatch.setattr(todoClient.todo_pb2_grpc, "FedMLStub", lambda channel: stub)
     site = todoClient.Site(todoClient.parse(["--name", "client001"]))
     with site.reporter.telling:  # as its thread does
-        call = Call(todoClient.tell, site, {"run": "run0", "round": 1}, {"phase": "done"})
+        call = Call(site.reporter.tell, {"run": "run0", "round": 1}, {"phase": "done"})
         call.thread.join(0.3)
         assert not call.ended and told == []
     call.result()
