@@ -646,7 +646,7 @@ def finish(site, task):
     threshold = 0.5  # as of every round: while the run goes on, nobody has chosen one
     with_card = "without a model card"
     if card_path.exists():
-        threshold = cards.used_threshold(cards.read(site.result_path), "any DR")
+        threshold = cards.used_threshold(cards.read(site.result_path), metrics.LEARNT)
         with_card = (
             f"with its model card {card_path}: predict.py --weights {site.result_path} scores "
             "photographs with it"
