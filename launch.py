@@ -228,8 +228,13 @@ def words_for(script, given):
 # --- processes ------------------------------------------------------------------------------------
 
 
-def end_with_launcher():
-    """In a new process: the kernel ends it when the launcher is gone, be it by kill -9."""
+def belong_to_launcher():
+    """In a new process: the kernel ends it when the launcher is gone, be it by kill -9.
+
+    A Ctrl-C in the terminal is for the launcher, which passes it on: in the imports of this one it
+    would be a traceback.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -258,7 +263,7 @@ class Processes:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            preexec_fn=end_with_launcher,
+            preexec_fn=belong_to_launcher,
         )
 
     def until_ended(self):
@@ -334,7 +339,9 @@ def prepare_images(processes, given, is_new):
         processes.run("prepare.py", *words)
         return
     command = [sys.executable, "prepare.py", "--check", *words]
-    checked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    checked = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=belong_to_launcher
+    )
     if checked.returncode:
         raise ValueError(
             f"server/ holds an unfinished run, but {checked.stdout.strip()}; resume it with the "
@@ -364,7 +371,7 @@ def federate(processes, console, given, names, num_shown):
             for row in card.get("by_round", [])[num_shown:]:
                 num_shown = row["round"]
                 scores = "  ".join(f"{each} {shown(row[TASK][each.lower()])}" for each in MEASURED)
-                console.print(f"  round {num_shown}/{card['rounds']}: {scores}")
+                console.print(f"round {num_shown}/{card['rounds']}: {scores}")
             if STATUS.exists():
                 live.update(status.draw(*status.read(STATUS), 0, names), refresh=True)
 

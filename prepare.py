@@ -19,7 +19,6 @@ import json
 import os
 import re
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from common.log import fail
@@ -54,7 +53,7 @@ def main(argv=None):
     try:
         with alone_in(INDEX):
             prepare(args)
-    except (ValueError, OSError, BrokenProcessPool) as error:
+    except (ValueError, OSError) as error:
         return fail("prepare.py", error)
     return 0
 
@@ -83,8 +82,9 @@ def prepare(args):
         if photo.name in doubts
     ]
     clear_index()
-    write_index(args, records, doubtful, hospitals_of(sets))
-    print(overview.format_table(records))
+    hospitals = hospitals_of(sets)
+    write_index(args, records, doubtful, hospitals)
+    print(overview.format_table(records, hospitals.get("worker_hospitals", {})))
     if doubtful:
         some = few([f"{path.name} ({why})" for path, _, why in doubtful])
         print(
@@ -214,20 +214,24 @@ def parse(argv):
     """The flags, an argparse.Namespace; ends with a usage error where they do not fit together."""
     known = parser()
     args = known.parse_args(argv)
-    is_synthetic = args.dataset == "synthetic" and not args.index_from
+    what = f"--dataset {args.dataset}"
+    if args.index_from:
+        what = "--index-from"
+        args.dataset = args.preprocessing = args.split = "imported"
+        args.index_from = [os.path.abspath(file) for file in args.index_from]
+    is_synthetic = args.dataset == "synthetic"
     if args.split is None:
         args.split = "hospitals" if is_synthetic else "iid"
     if args.num_clients is None and args.split != "column":
         args.num_clients = 3
     of_kind = {"hospitals": "synthetic", "column": "folder"}.get(args.split, args.dataset)
-    needs_source = not is_synthetic and not args.index_from
     # What would end in another result than the user means, and not be seen.
     wrong = {
         "--source is a folder of photographs: say by --dataset which": (
             is_synthetic and args.source
         ),
-        f"--dataset {args.dataset} needs --source, the folder of the photographs": (
-            needs_source and not args.source
+        f"{what} needs --source, the folder of the photographs": (
+            not is_synthetic and not args.source
         ),
         f"--balanced is the thesis's draw from ddr, not from {args.dataset}": (
             args.balanced and args.dataset != "ddr"
@@ -248,9 +252,6 @@ def parse(argv):
         args.hospital_column = "none"
     if is_synthetic:
         args.preprocessing = synthetic.KIND
-    if args.index_from:
-        args.dataset = args.preprocessing = args.split = "imported"
-        args.index_from = [os.path.abspath(file) for file in args.index_from]
     if args.source:
         args.source = str(Path(args.source).expanduser().resolve())
     return args
@@ -285,10 +286,9 @@ def check(args):
         problem = first_problem(choices_of(args))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"it is not complete ({error})"
-    if not problem:
-        return 0
-    print(f"index/ has to be made anew: {problem}")
-    return EXIT_NOT_MADE
+    if problem:
+        print(f"index/ has to be made anew: {problem}")
+    return EXIT_NOT_MADE if problem else 0
 
 
 def first_problem(choices):

@@ -110,8 +110,6 @@ REFUSALS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
-
-
 # Those of a server that does not answer.
 UNANSWERED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 
@@ -139,8 +137,8 @@ def main(argv=None):
         return fail(arguments.name, error, error.exit_code)
     except ValueError as error:
         return fail(arguments.name, error)
-    except OSError as error:  # of this machine, as a full disk
-        return fail(arguments.name, error, 4)
+    except OSError as error:  # a full disk may have room again: its unit may start this again
+        return fail(arguments.name, error, 4 if error.errno in files.NO_ROOM else 1)
 
 
 def federate(site):
@@ -155,8 +153,8 @@ def federate(site):
         is_last = keep_trying(ClientsendWeight, site)  # 4: send the weights, wait for the answer
         if is_last:
             return (
-                f"the run is over; {site.weights} is this site's last; the merged model is the "
-                "server's"
+                f"the run is over; {site.weights_path} is this site's last; the merged model is "
+                "the server's"
             )
         # 5: next round
 
@@ -262,9 +260,9 @@ def parse(argv):
 class Site:
     """What one hospital has: its images, its network and its state file.
 
-    weights   client_weights.h5: fetched, then trained
-    result    server_weight.h5: the merged model of the last round, once the run is over
-    layout    of the weight files of this run, once one was fetched
+    weights_path  of client_weights.h5: fetched, then trained
+    result_path   of server_weight.h5: the merged model of the last round, once the run is over
+    layout        of the weight files of this run, once one was fetched
 
     state["trained"] says for which settings client_weights.h5 was trained, and its SHA-256, as long
     as it is not delivered; None otherwise. A client that finds it when it starts delivers that file
@@ -275,8 +273,8 @@ class Site:
         self.arguments = arguments
         self.name = arguments.name
         self.folder = arguments.client_dir
-        self.weights = self.folder / "client_weights.h5"
-        self.result = self.folder / "server_weight.h5"
+        self.weights_path = self.folder / "client_weights.h5"
+        self.result_path = self.folder / "server_weight.h5"
         files.clean(self.folder)
         self.records = data.read_index(arguments.index)
         self.held_out = data.read_index(arguments.val_index) if arguments.val_index else []
@@ -320,7 +318,7 @@ class Site:
     def has_trained_weights(self):
         """Whether client_weights.h5 is trained, not delivered, and by the settings of now."""
         trained = self.state["trained"]
-        if trained is None or trained.get("sha256") != files.sha256_of(self.weights):
+        if trained is None or trained.get("sha256") != files.sha256_of(self.weights_path):
             return False
         changed = [
             f"{name} was {trained.get(name)}, is {value}"
@@ -450,7 +448,7 @@ def ClientgetWeight(stub, site):
         else:
             task = next_seed_task(site)
         is_result = task["round"] > task["rounds"]
-        path = site.result if is_result else site.weights
+        path = site.result_path if is_result else site.weights_path
         with files.replacing(path) as written:
             sha256 = weights.spool(call, written, MAX_WEIGHTS_BYTES)
             announced = initial_metadata.get("fedml-sha256", sha256)
@@ -484,7 +482,7 @@ def layout_of(path, earlier):
 
 def save_card(site, text, sha256):
     """Publish the model card of the result beside it, where the server sent one that is good."""
-    cards.path_of(site.result).unlink(missing_ok=True)  # of the result of fewer rounds
+    cards.path_of(site.result_path).unlink(missing_ok=True)  # of the result of fewer rounds
     if text is None:
         return
     try:
@@ -494,7 +492,7 @@ def save_card(site, text, sha256):
     except ValueError as error:
         site.say(f"the server's model card is left out: {plain(error)}")
         return
-    cards.publish(site.result, card)
+    cards.publish(site.result_path, card)
 
 
 def task_from(initial_metadata):
@@ -539,7 +537,7 @@ def train(site, task):
     title = f"round {task['round']}/{task['rounds']}"
     site.reporter.begin(task, "loading")
     site.prepare(task)
-    model.load(site.network, site.weights, site.layout.tensors)
+    model.load(site.network, site.weights_path, site.layout.tensors)
     measured = {}
     if site.held_out:
         site.reporter.at("scoring")
@@ -556,7 +554,7 @@ def train(site, task):
     try:
         # The numbers go into the file that was fetched: outside its tensors an upload is then the
         # server's own file, which the server can check without opening HDF5 from outside.
-        digest = weights.write_tensors(site.weights, site.layout, model.tensors(site.network))
+        digest = weights.write_tensors(site.weights_path, site.layout, model.tensors(site.network))
     except weights.NotFinite as error:
         raise not_finite(site, f"{title}, epoch {site.arguments.epochs}: {error}") from None
     held_out = {f"held_out_{name}": value for name, value in measured.items()}
@@ -644,36 +642,29 @@ def not_finite(site, what):
 
 def finish(site, task):
     """Score the result on the held-out images, tell the server that it is here. Returns words."""
+    card_path = cards.path_of(site.result_path)
+    threshold = 0.5  # as of every round: while the run goes on, nobody has chosen one
+    with_card = "without a model card"
+    if card_path.exists():
+        threshold = cards.used_threshold(cards.read(site.result_path), metrics.LEARNT)
+        with_card = (
+            f"with its model card {card_path}: predict.py --weights {site.result_path} scores "
+            "photographs with it"
+        )
     measured = {}
     if site.held_out:
         site.reporter.begin(task, "scoring")
         site.prepare(task)
-        model.load(site.network, site.result, site.layout.tensors)
-        measured = site.scores(threshold_of_result(site))
+        model.load(site.network, site.result_path, site.layout.tensors)
+        measured = site.scores(threshold)
         site.say(f"the result on this site's own held-out images: {in_words(measured)}")
     site.reporter.task = None  # `done` is the last word
     if task["run"]:  # the thesis demo's server knows no such call
-        tell(site, task, {"phase": "done"}, measured)
-    card_path = cards.path_of(site.result)
-    with_card = "without a model card"
-    if card_path.exists():
-        with_card = (
-            f"with its model card {card_path}: predict.py --weights {site.result} scores "
-            "photographs with it"
-        )
+        site.reporter.tell(task, {"phase": "done"}, measured)
     return (
-        f"the run is over after {task['rounds']} rounds; its result is {site.result}, {with_card}"
+        f"the run is over after {task['rounds']} rounds; its result is {site.result_path}, "
+        f"{with_card}"
     )
-
-
-def threshold_of_result(site):
-    """The threshold of what the network learns, on the result's model card; 0.5 where it has none.
-
-    While the run goes on, nobody has chosen one: a round is scored at 0.5.
-    """
-    if not cards.path_of(site.result).exists():
-        return 0.5
-    return cards.used_threshold(cards.read(site.result), metrics.LEARNT)
 
 
 def ClientsendWeight(stub, site):
@@ -687,7 +678,7 @@ def ClientsendWeight(stub, site):
     title = f"round {state['round']}/{state['rounds']}"
     site.reporter.begin(state, "waiting")
     if state["trained"].get("scores"):
-        tell(site, state, {"phase": "waiting"}, state["trained"]["scores"])
+        site.reporter.tell(state, {"phase": "waiting"}, state["trained"]["scores"])
     messages, request_metadata = upload_of(site)
     call = stub.sendWeight.future(messages, metadata=request_metadata)
     try:
@@ -726,7 +717,7 @@ def upload_of(site):
     state = site.state
     num_examples = state["trained"]["num_examples"]
     if state["run"]:
-        messages = weights.blob_messages(site.weights, site.name, num_examples)
+        messages = weights.blob_messages(site.weights_path, site.name, num_examples)
         request_metadata = (
             ("fedml-client", site.name),
             ("fedml-run", state["run"]),
@@ -735,7 +726,7 @@ def upload_of(site):
         )
     else:  # the thesis demo's server knows base64 only, and takes the client's name from a path
         path_on_server = f"{site.name}/{weights.SEED_FILE_NAME}"
-        messages = weights.base64_messages(site.weights, path_on_server, num_examples)
+        messages = weights.base64_messages(site.weights_path, path_on_server, num_examples)
         request_metadata = ()
 
     def noting_the_end():
@@ -847,25 +838,6 @@ def connect(site):
     return tls.channel(site.arguments, options)
 
 
-def tell(site, task, where, scores=None):
-    """Tell the server where this client is. Returns the open round's number, None if unanswered.
-
-    On a connection of its own each time: routers and proxies drop silent ones.
-    """
-    status = todo_pb2.clientStatus(run=task["run"], round=task["round"], scores=scores, **where)
-    try:
-        with site.reporter.telling, connect(site) as channel:
-            stub = todo_pb2_grpc.FedMLStub(channel)
-            metadata = (("fedml-client", site.name),)
-            answer = stub.tell(status, metadata=metadata, timeout=TELL_TIMEOUT_S)
-        return answer.round if answer.run == task["run"] else task["round"]
-    except (tls.FilesNotReady, RuntimeError):  # the second: no thread to be had
-        return None
-    except grpc.RpcError as error:
-        # A server that refuses, or is of another commit and knows no `tell`, answers all the same.
-        return None if error.code() in UNANSWERED else task["round"]
-
-
 class ProgressReporter:
     """Says where this client is, in a thread of its own: to the server, and to who looks on.
 
@@ -883,7 +855,7 @@ class ProgressReporter:
         self.answered_at = self.waits_since = time.monotonic()
         self.wait = None  # (what, the call) while this client waits
         self.changed = threading.Event()
-        self.telling = threading.Lock()  # the server ends a client's older report for a newer one
+        self.telling = threading.Lock()  # held while one report is on its way
         threading.Thread(target=self._run, daemon=True).start()
 
     def begin(self, task, phase):
@@ -913,12 +885,31 @@ class ProgressReporter:
         finally:
             self.wait = None
 
+    def tell(self, task, where, scores=None):
+        """Tell the server where this client is. Returns the open round's number, None: no answer.
+
+        On a connection of its own each time: routers and proxies drop silent ones. One at a time:
+        the server ends a client's older report for a newer one.
+        """
+        status = todo_pb2.clientStatus(run=task["run"], round=task["round"], scores=scores, **where)
+        try:
+            with self.telling, connect(self.site) as channel:
+                stub = todo_pb2_grpc.FedMLStub(channel)
+                metadata = (("fedml-client", self.site.name),)
+                answer = stub.tell(status, metadata=metadata, timeout=TELL_TIMEOUT_S)
+            return answer.round if answer.run == task["run"] else task["round"]
+        except (tls.FilesNotReady, RuntimeError):  # the second: no thread to be had
+            return None
+        except grpc.RpcError as error:
+            # A server that refuses, or is of another commit and knows no `tell`, answers, too.
+            return None if error.code() in UNANSWERED else task["round"]
+
     def _run(self):
         last_line = time.monotonic()
         while True:
             self.changed.wait(TELL_EVERY_S)
             self.changed.clear()
-            self._tell()
+            self._tell_where()
             now = time.monotonic()
             wait = self.wait  # once: it may end here
             if wait is None:
@@ -928,11 +919,11 @@ class ProgressReporter:
                 self.site.say(f"{wait[0]} for {now - self.waits_since:.0f} s")
             time.sleep(SHORTEST_PAUSE_S)
 
-    def _tell(self):
+    def _tell_where(self):
         task, wait = self.task, self.wait
         if task is None:
             return
-        open_round = tell(self.site, task, self.where)
+        open_round = self.tell(task, self.where)
         if open_round is not None:
             self.answered_at = time.monotonic()
             if task is self.task and open_round > task["round"]:

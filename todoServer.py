@@ -87,6 +87,7 @@ def main(argv=None):
             state = resume(arguments, evaluator) or begin(arguments, evaluator)
             clients = arguments.clients or state.clients
             check_min_clients(arguments, clients)
+            # Also those who leave: what they delivered for the open round is moved aside.
             for client in sorted({*clients, *state.clients}):
                 locks.enter_context(files.alone_in(arguments.server_dir / client))
                 files.clean(arguments.server_dir / client)
@@ -303,11 +304,8 @@ def resume(arguments, evaluator):
 
 def begin(arguments, evaluator):
     """Step 1 of the thesis: initialize the model. Publishes its weights, then a new run's state."""
-    choices = dict(NEW_RUN)
-    for name in NEW_RUN:
-        given = getattr(arguments, name)
-        if given is not None:
-            choices[name] = given
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    choices = {name: given.get(name, default) for name, default in NEW_RUN.items()}
     arch = model.ARCHS[choices["arch"]]
     choices["image_size"] = choices["image_size"] or arch.image_size
     choices["weights"] = choices["weights"] or arch.weights
@@ -391,7 +389,6 @@ def open_rounds(arguments, state, evaluator):
         say,
         evaluator.publish_result,
         after_round,
-        evaluator.scores_in_words,
     )
     rounds.open()
     return rounds
@@ -456,23 +453,20 @@ class Evaluator:
     def publish_result(self, state, row):
         """Publish the card of the evaluated round, and its model if it is the best so far.
 
-        Returns what RunState.best says then. Called again after a crash, it publishes the same.
+        Returns what RunState.best says then, and the scores in words, as on the page: a model has
+        one number wherever a person reads it. Called again after a crash, it publishes the same.
         """
         card = cards.make(state, row, self.prepared, self.validation_sha256, self.assessed)
         cards.publish(self.weights_path, card)
-        self.card = card
         area = self.assessed["choosing_auc"]
         if not is_better(area, state.best):
-            return state.best
+            return state.best, cards.summary(card)
         # The weights first: until its card is there too, the pair is refused by whoever reads it.
         with files.replacing(self.best_path) as written:
             shutil.copyfile(self.weights_path, written)
         cards.publish(self.best_path, card)
-        return {"round": row["round"], "auc": area, "sha256": state.weights_sha256}
-
-    def scores_in_words(self, row):
-        """The round's scores, as on the page: a model has one number wherever a person reads it."""
-        return cards.summary(self.card)
+        best = {"round": row["round"], "auc": area, "sha256": state.weights_sha256}
+        return best, cards.summary(card)
 
     def card_text(self):
         """The card of server_weight.h5 as fedml-card sends it; "" where its file is gone."""

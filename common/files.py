@@ -20,6 +20,7 @@ from pathlib import Path
 from common import log
 
 STATE_VERSION = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit of this process
 
 
 # --- publishing ----------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+        if error.errno in NO_ROOM and error.filename is None:
             error.filename = str(path)
         raise
 
@@ -155,19 +156,16 @@ def load_state(path, kinds, remedy="move it away"):
             f"{path} has version {str(version)[:20]}, this program writes {STATE_VERSION}: finish "
             f"the run with the program that began it, or {remedy}"
         )
-    differing = set(state) ^ set(kinds)
-    wrong = [
-        name
-        for name in set(state) & set(kinds)
-        if not isinstance(state[name], kinds[name])
-        or (
-            isinstance(state[name], bool) and kinds[name] is not bool
-        )  # to Python, a bool is an int
-    ]
-    if differing or wrong:
+    wrong = set(state) ^ set(kinds)
+    for name in set(state) & set(kinds):
+        # to Python, a bool is an int
+        is_bool_for_int = isinstance(state[name], bool) and kinds[name] is not bool
+        if is_bool_for_int or not isinstance(state[name], kinds[name]):
+            wrong.add(name)
+    if wrong:
         raise ValueError(
             f"{path} is not a state file of this program (look at "
-            f"{', '.join(sorted([*differing, *wrong]))[:200]}): {remedy}"
+            f"{', '.join(sorted(wrong))[:200]}): {remedy}"
         )
     return state
 

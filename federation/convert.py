@@ -39,6 +39,10 @@ MEMORY_BYTES = 256 << 20  # and twice the file, beside what the imports take
 LOOK_EVERY_S = 0.25  # whether somebody still waits
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT}
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+TOO_EXPENSIVE = (
+    "the file cannot be read within the time and the memory that a file of its size may take: "
+    "send it as plain Keras weights, or write the numbers into the file that was fetched"
+)
 
 PLACES = threading.Semaphore(MOST_PROCESSES)
 # The kernel ends the process when the *thread* that started it ends, and gRPC's threads come and
@@ -74,7 +78,7 @@ def tensors_of(path, is_awaited=lambda: True):
     if -code in CRASHES:
         raise ValueError("not a whole HDF5 weight file (the library that reads it crashed, twice)")
     if code == -signal.SIGXCPU:
-        raise ValueError(too_expensive())
+        raise ValueError(TOO_EXPENSIVE)
     if code != 0:
         raise ChildProcessError(f"the process that reads it ended with exit code {code}")
     try:
@@ -140,13 +144,6 @@ def _start():
     )
 
 
-def too_expensive():
-    return (
-        "the file cannot be read within the time and the memory that a file of its size may take: "
-        "send it as plain Keras weights, or write the numbers into the file that was fetched"
-    )
-
-
 # --- the process --------------------------------------------------------------------------------
 
 
@@ -161,7 +158,7 @@ def main():
     except ValueError as error:
         problem = str(error)
     except MemoryError:
-        problem = too_expensive()
+        problem = TOO_EXPENSIVE
     print(json.dumps({"tensors": tensors, "problem": problem}))
 
 

@@ -125,13 +125,13 @@ class Rounds:
     state            a RunState: a new run's, or the one that state.json holds
     merge            merge(paths, num_examples) -> SHA-256: publishes server_weight.h5
     evaluate         evaluate() -> dict: metrics of server_weight.h5
-    publish_result   publish_result(state, row) -> dict: publishes what is known of the evaluated
-                     round `row`, and the model if it is the best; what RunState.best says then
+    publish_result   publish_result(state, row) -> (dict, text): publishes what is known of the
+                     evaluated round `row`, and the model if it is the best; what RunState.best says
+                     then, and the scores in words, for the round's line in the log
     min_clients      how many uploads are enough once the time limit is over; None: all
     round_timeout_s  the time limit of a round; 0: none
     say              say(line): the server's log
     after_round      after_round(row): called once a round is committed
-    scores_in_words  scores_in_words(row) -> text, for the round's line in the log
     """
 
     def __init__(
@@ -143,9 +143,8 @@ class Rounds:
         min_clients=None,
         round_timeout_s=0,
         say=print,
-        publish_result=lambda state, row: None,
+        publish_result=lambda state, row: (None, f"AUC {row['auc']:.3f}"),
         after_round=lambda row: None,
-        scores_in_words=lambda row: f"AUC {row['auc']:.3f}",
     ):
         self.folder = folder
         self.state = state
@@ -153,7 +152,6 @@ class Rounds:
         self.evaluate = evaluate
         self.publish_result = publish_result
         self.after_round = after_round
-        self.scores_in_words = scores_in_words
         self.given_min_clients = min_clients
         self.round_timeout_s = round_timeout_s
         self.say = say
@@ -164,11 +162,11 @@ class Rounds:
         self.changed = threading.Condition()
         self.uploads = self._uploads_on_disk()  # client -> its accepted upload for the open round
         self.waiting = {}  # client -> a token of its newest waiting call: only that one is answered
-        self.clients = status.Clients(state.clients)  # who is where
+        self.client_table = status.Clients(state.clients)  # who is where
         self.scores = {}  # client -> what it measured, for its upload of the open round
         self.done_clients = set()  # that have the result, or all that they can use of it
         self.stop_reason = None  # a Refused for everyone, once no round can be closed any more
-        self.opened = time.monotonic()  # when the round opened, or the server started again
+        self.opened_at = time.monotonic()  # when the round opened, or the server started again
         self.last_progress_at = time.monotonic()  # when a client last made progress
 
     @property
@@ -257,7 +255,7 @@ class Rounds:
         stay = {name: each for name, each in self.state.uploads.items() if name in names}
         self._save(clients=names, uploads=stay)
         self.uploads = {name: each for name, each in self.uploads.items() if name in names}
-        self.clients = status.Clients(names)
+        self.client_table = status.Clients(names)
         self.say(f"from round {self.state.round} on the clients are {', '.join(names)}")
 
     def run(self):
@@ -292,11 +290,11 @@ class Rounds:
 
     def _wait_for_clients(self):
         """Wait for all clients, or for enough of them at the time limit."""
-        self.opened = time.monotonic()
-        reported = self.opened
+        self.opened_at = time.monotonic()
+        reported = self.opened_at
         limit = float("inf")
         if self.round_timeout_s:
-            limit = self.opened + self.round_timeout_s
+            limit = self.opened_at + self.round_timeout_s
         with self.changed:
             while len(self.uploads) < len(self.state.clients):
                 self._check_running()
@@ -307,11 +305,20 @@ class Rounds:
                 if now - reported >= REPORT_EVERY_S:
                     self.say(
                         f"round {self.state.round}: {self.describe()}; waiting for "
-                        f"{now - self.opened:.0f} s"
+                        f"{now - self.opened_at:.0f} s"
                     )
                     reported = now
                 next_event = min(reported + REPORT_EVERY_S, limit)
                 self.changed.wait(max(0.01, next_event - now))
+
+    def _check_enough_clients(self):
+        """Raises TooFewClients where the time limit is over without --min-clients uploads."""
+        if len(self.uploads) < self.min_clients:
+            raise TooFewClients(
+                f"round {self.state.round}: {self.describe()}; {len(self.uploads)} of at least "
+                f"{self.min_clients} clients after {self.round_timeout_s:g} s: the server stops, "
+                "its state is kept"
+            )
 
     def _retry_when_out_of_files(self, step):
         """step(), and once more where this machine is out of open files, until they come back.
@@ -341,15 +348,6 @@ class Rounds:
                 uploads={client: [upload] for client, upload in self.uploads.items()},
             )
 
-    def _check_enough_clients(self):
-        """Raises TooFewClients where the time limit is over without --min-clients uploads."""
-        if len(self.uploads) < self.min_clients:
-            raise TooFewClients(
-                f"round {self.state.round}: {self.describe()}; {len(self.uploads)} of at least "
-                f"{self.min_clients} clients after {self.round_timeout_s:g} s: the server stops, "
-                "its state is kept"
-            )
-
     def describe(self):
         """'have client001; waiting for client002 (working, fetched 14 s ago)', or 'have all'."""
         missing = [client for client in self.state.clients if client not in self.uploads]
@@ -358,7 +356,7 @@ class Rounds:
         have = "no uploads yet"
         if self.uploads:
             have = f"have {', '.join(sorted(self.uploads))}"
-        waiting_for = [f"{name} ({self.clients.where(name)})" for name in missing]
+        waiting_for = [f"{name} ({self.client_table.where(name)})" for name in missing]
         return f"{have}; waiting for {'; '.join(waiting_for)}"
 
     def _merge_and_commit(self):
@@ -376,7 +374,7 @@ class Rounds:
                 "clients": len(names),
                 "missing": " ".join(sorted(set(self.state.clients) - set(names))),
                 "num_examples": sum(num_examples),
-                "wait_seconds": started - self.opened,
+                "wait_seconds": started - self.opened_at,
                 "merge_seconds": time.monotonic() - started,
             }
             counted = dict(self.state.counted)
@@ -392,7 +390,7 @@ class Rounds:
             )
             self.uploads = {}
             self.scores = {}
-            self.clients.begin_round()
+            self.client_table.begin_round()
             self.changed.notify_all()
 
     def _evaluate(self):
@@ -401,13 +399,13 @@ class Rounds:
         row = {**self.state.merged, **self.evaluate()}
         now = time.monotonic()
         row["evaluate_seconds"] = now - started
-        row["seconds"] = now - self.opened
+        row["seconds"] = now - self.opened_at
         history = [*self.state.history, row]
-        best = self.publish_result(self.state, row)
+        best, scores = self.publish_result(self.state, row)
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, history)
         with self.changed:
             self._save(history=history, best=best)
-            self.say(self._round_line(row))
+            self.say(self._round_line(row, scores))
             self.changed.notify_all()
         self.after_round(row)
 
@@ -436,12 +434,12 @@ class Rounds:
         if new:
             publish_rows(path, status.SCORES_COLUMNS, [*there, *new])
 
-    def _round_line(self, row):
+    def _round_line(self, row, scores):
         without = ""
         if row["missing"]:
             without = f", without {row['missing']}"
         return (
-            f"round {row['round']}/{self.state.rounds}: {self.scores_in_words(row)}  "
+            f"round {row['round']}/{self.state.rounds}: {scores}  "
             f"({row['clients']} clients{without}, {row['num_examples']} examples, "
             f"{row['seconds']:.1f} s)"
         )
@@ -476,7 +474,7 @@ class Rounds:
                 self.changed.wait()
             self._check_running()
             if client is not None:
-                self.clients.note_fetch(client)
+                self.client_table.note_fetch(client)
             return self.state.round, self.state.weights_sha256, open(self.weights_path, "rb")
 
     def deliver(self, upload, alive):
@@ -518,25 +516,21 @@ class Rounds:
         if client in self.scores:
             new["scores"] = self.scores[client]
         old = self.uploads.get(client)
-        same_bytes = old is not None and file_sha256_of(old) == file_sha256_of(new)
-        if same_bytes:
+        is_same = old is not None and file_sha256_of(old) == file_sha256_of(new)
+        if is_same:
             new = {**old, **new}  # what it measured was told once, maybe to a server before this
-        listed = [new]
-        if old is not None and not same_bytes:
-            listed = [old, new]
-        self._save(uploads={**self.state.uploads, client: listed})
-        if not same_bytes:
-            try:
-                publish(upload.file, self.upload_path(client))
-            except BaseException:
-                # The rename may be done although a later step failed: look which upload is there.
-                # Where that fails, too, none counts until the client sends it again.
-                self.uploads.pop(client, None)
-                self.uploads = self._uploads_on_disk()
-                raise
+        self._save(uploads={**self.state.uploads, client: [old, new] if old else [new]})
+        try:
+            publish(upload.file, self.upload_path(client))
+        except BaseException:
+            # The rename may be done although a later step failed: look which upload is there.
+            # Where that fails, too, none counts until the client sends it again.
+            self.uploads.pop(client, None)
+            self.uploads = self._uploads_on_disk()
+            raise
         self.uploads[client] = new
         again = ""
-        if same_bytes:
+        if is_same:
             again = " again, the same weights"
         elif old is not None:
             again = " again, replacing its earlier upload"
@@ -572,7 +566,7 @@ class Rounds:
         """
         with self.changed:
             self.last_progress_at = time.monotonic()
-            self.clients.note_told(client, where)
+            self.client_table.note_told(client, where)
             is_result = self.state.is_over and round_number > self.state.rounds
             if run == self.state.run and is_result:
                 if where["phase"] == "done":

@@ -203,7 +203,6 @@ class Transfer:
     def __init__(self, client, what, context, stall_s, total_s):
         self.client = client
         self.what = what
-        self.key = (client, what)
         self.context = context
         self.stall_s = stall_s
         self.ends_at = time.monotonic() + total_s
@@ -254,8 +253,12 @@ class Service:
 
         A client holds four at most: an upload, a complete upload that waits, a download, a report.
         """
-        known = set(self.rounds.state.clients) | set(self.rounds.state.counted)
-        return 4 * len(known) + self.max_unnamed + 4
+        return 4 * len(self.known_clients) + self.max_unnamed + 4
+
+    @property
+    def known_clients(self):
+        """Who takes part, and who did: who has left may still ask for its last answer."""
+        return {*self.rounds.state.clients, *self.rounds.state.counted}
 
     # --- how a call is refused -------------------------------------------------------------------
 
@@ -271,7 +274,7 @@ class Service:
             sentence = f"the server could not read or store a file: {reason}; try again"
             self.refuse(context, "INTERNAL", sentence)
         except grpc.RpcError:
-            raise
+            raise  # the caller is gone: there is nobody to tell
         except Exception as error:  # a mistake of ours, which gRPC would tell nobody
             sentence = f"a fault of the server: {type(error).__name__}: {error}; try again"
             self.refuse(context, "INTERNAL", sentence)
@@ -281,7 +284,7 @@ class Service:
             sentence = sentence[:SENTENCE_CHARACTERS] + " ..."
         if not self.rounds.stop_reason:  # a server that stops says the same to everyone
             name = dict(context.invocation_metadata()).get("fedml-client")
-            known = name if name in self.rounds.clients.rows else "unnamed"
+            known = name if name in self.rounds.client_table.rows else "unnamed"
             self.rounds.say_of((known, code), f"refused: {log.plain(sentence)} ({code})")
         context.abort(grpc.StatusCode[code], sentence)
 
@@ -297,9 +300,9 @@ class Service:
         name = metadata.get("fedml-client")
         certified = certified_names(context)
         if certified is not None:
-            if name is None:
-                own = [each for each in certified if self.is_known(each)]
-                name = [*own, *certified, ""][0]
+            if name is None:  # of several in a certificate the one that this run knows
+                known = [each for each in certified if each in self.known_clients]
+                name = next(iter(known or certified), "")
             if name not in certified:
                 raise Refused(
                     "PERMISSION_DENIED",
@@ -316,18 +319,14 @@ class Service:
             )
         return Caller(name, metadata, context.peer())
 
-    def is_known(self, client):
-        """Whether it takes part, or did: who has left may still ask for its last answer."""
-        return client in self.rounds.state.clients or client in self.rounds.state.counted
-
     def check_known(self, client):
-        if not self.is_known(client):
+        if client not in self.known_clients:
             raise Refused(
                 "PERMISSION_DENIED",
                 f"client {client[:80]!r} is not one of this run's: expected "
                 f"{', '.join(self.rounds.state.clients)} (--clients)",
             )
-        self.rounds.clients.note(client)
+        self.rounds.client_table.note(client)
 
     # --- what is moving --------------------------------------------------------------------------
 
@@ -345,7 +344,11 @@ class Service:
                 f"{self.max_unnamed} peers that name nobody are here already: try again later",
             )
         with self.lock:
-            older = [each for each in self.transfers if client and each.key == transfer.key]
+            older = [
+                each
+                for each in self.transfers
+                if client and (each.client, each.what) == (client, what)
+            ]
             self.transfers.add(transfer)
         for each in older:
             self.end(each, f"{client} began a new {what}: its unfinished one is ended")
@@ -358,7 +361,7 @@ class Service:
                 self.unnamed.release()
 
     def end(self, transfer, why):
-        self.rounds.say_of((*transfer.key, "ended"), why)
+        self.rounds.say_of((transfer.client, transfer.what, "ended"), why)
         transfer.context.cancel()
 
     def run_watchdog(self):
@@ -469,7 +472,7 @@ class Service:
         context.add_callback(self.rounds.wake)
         try:
             with self.moving(client, "upload", context) as transfer:
-                messages = self.counted(itertools.chain([first], requests), transfer)
+                messages = self.limited(itertools.chain([first], requests), transfer)
                 sha256, file_sha256 = self.store(client, messages, path, announced, context)
             yield Upload(client, first.clientsize, run, round_number, sha256, path, file_sha256)
         finally:
@@ -494,7 +497,7 @@ class Service:
             )
         return client
 
-    def counted(self, messages, transfer):
+    def limited(self, messages, transfer):
         """The same messages; those with content are progress. Raises ValueError for too many."""
         for number, message in enumerate(messages):
             if number >= self.max_messages:
@@ -562,9 +565,11 @@ class Service:
         scores, more_problems = status.within(
             dict(itertools.islice(told.scores.items(), len(status.SCORES))), status.SCORES
         )
-        for problem in [*problems, *more_problems][:3]:
+        problems += more_problems
+        if problems:
             self.rounds.say_of(
-                (caller.client, "said"), f"{caller.client} says what is left out here: {problem}"
+                (caller.client, "said"),
+                f"{caller.client} says what is left out here: {'; '.join(problems[:3])}",
             )
         round_number = self.rounds.hear(caller.client, told.run, told.round, where, scores)
         return todo_pb2.openRound(run=self.rounds.state.run, round=round_number)

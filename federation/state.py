@@ -172,7 +172,6 @@ MOST_EXAMPLES = 2**31 - 1  # that the wire can name
 def _problem_of(state):
     """What no state of a run can say, as text; None where all of it can be."""
     merged_and_not_evaluated = state.round - 1 - state.evaluated
-    uploads = [_list(listed) for listed in state.uploads.values()]
     checks = {
         "run": _is_name(state.run),
         "clients": state.clients
@@ -189,8 +188,13 @@ def _problem_of(state):
         "round": merged_and_not_evaluated in ((0, 1) if state.frozen is None else (0,)),
         "merged": not merged_and_not_evaluated
         or (_holds(state.merged, MERGED_KINDS) and state.merged["round"] == state.round - 1),
-        "uploads": all(name in state.clients for name in state.uploads)
-        and all(listed and all(map(_is_upload, listed)) for listed in uploads),
+        "uploads": all(
+            name in state.clients
+            and isinstance(listed, list)
+            and listed
+            and all(map(_is_upload, listed))
+            for name, listed in state.uploads.items()
+        ),
         "counted": all(map(_is_name, state.counted))
         and all(
             _is_upload(each) and each.get("round") in range(1, state.round)
@@ -225,7 +229,3 @@ def _holds(record, kinds):
 
 def _is_name(name):
     return type(name) is str and CLIENT_NAME.fullmatch(name) is not None
-
-
-def _list(value):
-    return value if isinstance(value, list) else []

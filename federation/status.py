@@ -134,7 +134,7 @@ def status_of(rounds):
                 "num_examples": rounds.uploads.get(name, {}).get("num_examples"),
                 "is_done": name in rounds.done_clients,
             }
-            for name, row in rounds.clients.rows.items()
+            for name, row in rounds.client_table.rows.items()
         ]
         return {
             "version": STATUS_VERSION,

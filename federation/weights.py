@@ -11,7 +11,6 @@ What is laid out otherwise goes through `convert.py`.
 """
 
 import base64
-import binascii
 import errno
 import hashlib
 import math
@@ -114,12 +113,10 @@ def spool(messages, path, max_bytes):
     Raises ValueError: another client or size within the stream, base64 and bytes mixed, bad base64,
     more than `max_bytes`, nothing at all.
     """
-    joiner = Joiner()
     digest = hashlib.sha256()
     written = 0
     with naming(path), open(path, "wb") as file:
-        for message in messages:
-            piece = joiner.bytes_of(message)
+        for piece in joined(messages):
             written += len(piece)
             if written > max_bytes:
                 raise ValueError(
@@ -128,76 +125,64 @@ def spool(messages, path, max_bytes):
                 )
             digest.update(piece)
             file.write(piece)
-            message = piece = None  # the next may be long in coming: hold no memory until then
-    joiner.finish()
+            del piece  # the next may be long in coming: hold no memory until then
     if not written:
         raise ValueError("the stream holds no weights (0 bytes)")
     return digest.hexdigest()
 
 
-class Joiner:
-    """Turns the messages of one stream into the bytes of its file, one message after the other.
+def joined(messages):
+    """Yields the bytes of the file that a stream of messages is, a piece for each message.
 
-    The first message says whose stream it is, and the first with content whether it is base64 or
-    bytes. One base64 text is cut anywhere, so a piece need not be decodable by itself: what is left
-    over of a group of 4 characters is kept for the next piece.
+    The first message says whose stream it is. One base64 text is cut anywhere, so a piece need not
+    be decodable by itself: what is left over of a group of 4 characters waits for the next piece.
+    Raises ValueError.
     """
-
-    def __init__(self):
-        self.sender = None  # (clientname, clientsize) of the first message
-        self.form = None  # "base64" or "bytes"
-        self.left_over = ""  # at most 3 characters
-        self.text_ended = False  # whether the padding ('=') that ends a base64 text was seen
-
-    def bytes_of(self, message):
-        """The next bytes of the file. Raises ValueError."""
-        self._check_sender(message)
-        self._check_form(message)
-        if message.model:
-            return self._decode(message.model)
-        return message.blob
-
-    def finish(self):
-        """Call after the last message. Raises ValueError where the stream must not end here."""
-        if self.left_over:
-            raise ValueError(
-                "the base64 text ends in the middle of a group of 4 "
-                f"({len(self.left_over)} characters left over)"
-            )
-
-    def _check_sender(self, message):
-        if self.sender is None:
-            self.sender = (message.clientname, message.clientsize)
-        name, size = self.sender
-        # a later message may leave both out
-        if message.clientname not in ("", name) or message.clientsize not in (0, size):
-            raise ValueError(
-                f"the stream began as {name[:80]!r} with {size} examples and goes on as "
-                f"{message.clientname[:80]!r} with {message.clientsize}: "
-                "one upload is of one client"
-            )
-
-    def _check_form(self, message):
-        if self.form is None and message.model:
-            self.form = "base64"
-        elif self.form is None and message.blob:
-            self.form = "bytes"
-        if (message.model and self.form == "bytes") or (message.blob and self.form == "base64"):
+    sender = None  # (clientname, clientsize) of the first message
+    has_text = has_bytes = False
+    left_over = ""  # at most 3 characters
+    text_ended = False  # whether the padding ('=') that ends a base64 text was seen
+    for message in messages:
+        sender = sender or (message.clientname, message.clientsize)
+        _check_sender(message, *sender)
+        has_text = has_text or bool(message.model)
+        has_bytes = has_bytes or bool(message.blob)
+        if has_text and has_bytes:
             raise ValueError("base64 and bytes are mixed in one stream")
+        piece = message.blob
+        if message.model:
+            if text_ended:
+                raise ValueError("the base64 text goes on behind its end ('=')")
+            piece, left_over, text_ended = _decoded(left_over + message.model)
+        del message
+        yield piece
+        del piece  # as in `spool`
+    if left_over:
+        raise ValueError(
+            "the base64 text ends in the middle of a group of 4 "
+            f"({len(left_over)} characters left over)"
+        )
 
-    def _decode(self, text):
-        if self.text_ended:
-            raise ValueError("the base64 text goes on behind its end ('=')")
-        text = self.left_over + text
-        whole = len(text) // 4 * 4
-        self.left_over = text[whole:]
-        text = text[:whole]
-        self.text_ended = text.endswith("=")
-        try:
-            # without validate=True, what is not base64 would be skipped in silence
-            return base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(f"the text is not base64: {error}") from None
+
+def _check_sender(message, name, size):
+    """Raises ValueError where a later message names another client; it may leave both out."""
+    if message.clientname not in ("", name) or message.clientsize not in (0, size):
+        raise ValueError(
+            f"the stream began as {name[:80]!r} with {size} examples and goes on as "
+            f"{message.clientname[:80]!r} with {message.clientsize}: "
+            "one upload is of one client"
+        )
+
+
+def _decoded(text):
+    """(bytes, what is left over of a group of 4 characters, whether padding ends the text)."""
+    whole = len(text) // 4 * 4
+    text, left_over = text[:whole], text[whole:]
+    try:
+        # without validate=True, what is not base64 would be skipped in silence
+        return base64.b64decode(text, validate=True), left_over, text.endswith("=")
+    except ValueError as error:  # of characters that are no ASCII, or its own binascii.Error
+        raise ValueError(f"the text is not base64: {error}") from None
 
 
 # --- what is in a file --------------------------------------------------------------------------

@@ -12,10 +12,10 @@ SHEET_CELL = 128  # ... and pixels a side of each
 CHECK_ROWS = 60  # on the sheet of those to be checked
 
 
-def format_table(sets):
+def format_table(sets, hospitals):
     """Text: a row for each of `sets`, a dict from a name to a list of records.
 
-    With the number of patients where the records tell them.
+    With the number of patients where the records tell them. hospitals: of the names that have one.
     """
     headings = [*GRADE_NAMES, WITH_IT, "total"]
     with_patients = all("patient" in record for records in sets.values() for record in records)
@@ -31,7 +31,7 @@ def format_table(sets):
             f"  {number:{max(5, len(heading))}}"
             for heading, number in zip(headings, numbers, strict=True)
         ]
-        lines.append(f"{name:9}" + "".join(cells))
+        lines.append(f"{name:9}" + "".join(cells) + f"  {hospitals.get(name, '')}".rstrip())
     return "\n".join(lines)
 
 

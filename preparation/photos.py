@@ -74,10 +74,6 @@ def open_image(path, shortest_side=None):
             return decode(image, shortest_side)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"{path} is too large, expected at most {Image.MAX_IMAGE_PIXELS} pixels"
-        ) from None
     except Refused as error:
         raise ValueError(f"{path} {error}") from None
     except Exception as error:  # decoders raise nearly anything
@@ -110,7 +106,7 @@ def decode(image, shortest_side=None):
 
 def refuse_too_large(width, height):
     if width * height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError
+        raise Refused(f"is too large, expected at most {Image.MAX_IMAGE_PIXELS} pixels")
 
 
 def upright(image):

@@ -8,12 +8,9 @@ with the pictures that are missing.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +27,6 @@ PREPROCESSED = Path("preprocessed")
 MADE_FROM = "pictures.json"  # says in each folder what its pictures were made with
 OURS = re.compile(r".+_[0-9a-f]{12}\.png")
 DOUBT = "doubt"  # the text in a PNG that says why its photograph may be none of a fundus
-# For fewer pictures than this, starting processes takes longer than it saves.
-FEWEST_FOR_PROCESSES = 51
 # Of fewer, a log need not say how far it is.
 FEWEST_TO_SAY = 500
 
@@ -77,8 +72,10 @@ def make_pictures(found, made_with):
         else:
             doubts[photo.name] = doubt
     print(f"{folder}: {len(doubts)} pictures are there, {len(jobs)} to make", flush=True)
-    for job, (problem, doubt) in zip(jobs, run_jobs(jobs), strict=True):
-        (problems if problem else doubts)[job.photo.name] = problem or doubt
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and NumPy work beside each other
+        made = progress(pool.map(make_picture, jobs), "pictures made", len(jobs))
+        for job, (problem, doubt) in zip(jobs, made, strict=True):
+            (problems if problem else doubts)[job.photo.name] = problem or doubt
     return problems, {name: doubt for name, doubt in doubts.items() if doubt}
 
 
@@ -91,23 +88,6 @@ def doubt_in(path):
         return None
 
 
-def run_jobs(jobs):
-    """Run make_picture on every job, with a bar on a terminal. Yields what it returns."""
-    if len(jobs) < FEWEST_FOR_PROCESSES:
-        yield from progress(map(make_picture, jobs), "pictures made", len(jobs))
-        return
-    # multiprocessing frees what a stopped script leaves behind, and would warn of it.
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
-    # "spawn": a forked process would inherit this one's locks and threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(mp_context=context, initializer=end_with_parent) as pool:
-        # The processes, which begin here, inherit that Ctrl-C is not for them.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        results = pool.map(make_picture, jobs, chunksize=8)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        yield from progress(results, "pictures made", len(jobs))
-
-
 def progress(items, what, total, stderr=False):
     """Yields the items; with a bar on a terminal, and in a log, of many, a line for each tenth."""
     bar = Terminal(stderr=stderr)
@@ -118,17 +98,6 @@ def progress(items, what, total, stderr=False):
         yield item
         if total >= FEWEST_TO_SAY and done * 10 // total > (done - 1) * 10 // total:
             print(f"  {done:,} of {total:,} {what}", file=bar.file, flush=True)
-
-
-def end_with_parent():
-    """In a process of the pool: end when the parent is gone, also if that was killed."""
-    parent = multiprocessing.parent_process()
-
-    def wait_and_exit():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
 def make_picture(job):

@@ -168,22 +168,18 @@ def split(photos, how, num_clients, rng, alpha=0.5, share=0):
 def deal_enough(patients, how, num_clients, rng, alpha):
     """What `deal` gives, if every client has enough of it; ValueError otherwise."""
     num_photos = len(photos_of(patients))
-    if how != "dirichlet":
-        clients = deal(patients, how, num_clients, rng, alpha)
-        if [] in clients:
-            raise ValueError(
-                f"worker{clients.index([]) + 1} would get none of {num_photos} images: take fewer "
-                "clients"
-            )
-        return clients
-    fewest = min(10, max(1, num_photos // (4 * num_clients)))
-    for _ in range(DIRICHLET_ATTEMPTS):
+    fewest, attempts = 1, 1
+    if how == "dirichlet":
+        fewest = min(10, max(1, num_photos // (4 * num_clients)))
+        attempts = DIRICHLET_ATTEMPTS
+    for _ in range(attempts):
         clients = deal(patients, how, num_clients, rng, alpha)
         if min(len(photos_of(client)) for client in clients) >= fewest:
             return clients
+    larger_alpha = " or a larger --alpha" if how == "dirichlet" else ""
     raise ValueError(
-        f"alpha {alpha} leaves a client with fewer than {fewest} images {DIRICHLET_ATTEMPTS} "
-        "times: take a larger one"
+        f"a client would get fewer than {fewest} of {num_photos} images: take fewer clients"
+        f"{larger_alpha}"
     )
 
 

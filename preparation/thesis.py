@@ -18,8 +18,8 @@ SAME_INDEX = {"iid_valid": "val_set"}
 def load(files, source):
     """Read index files, and find their pictures.
 
-    source: the folder of the pictures, or one above it; None where `dir` leads to them, from here
-    or from the folders above the index file. Returns (DataSet, {index: [names of its Photos]}).
+    source: the folder of the pictures, or the one from which `dir` leads to them. Returns (DataSet,
+    {index: [paths of its Photos]}).
     """
     try:
         import pandas
@@ -27,7 +27,6 @@ def load(files, source):
         raise ValueError(
             "--index-from reads pandas DataFrames and needs pandas: pip install pandas"
         ) from None
-    source = Path(source).expanduser() if source else None
     photos = {}  # by path: the same image is in several indexes
     indexes = {}
     missing = []
@@ -35,7 +34,7 @@ def load(files, source):
         indexes[name] = []
         for picture, grade, directory, healthy in read_rows(pandas, file):
             check_row(file, picture, grade, healthy)
-            path = find_picture(file, str(picture), str(directory), source)
+            path = find_picture(str(picture), str(directory), Path(source))
             if path is None:
                 missing.append(f"{directory} of {file}")
                 continue
@@ -92,7 +91,7 @@ def check_row(file, picture, grade, healthy):
         )
 
 
-def find_picture(file, picture, directory, source):
+def find_picture(picture, directory, source):
     """The path of a picture, or None.
 
     `directory` is like preprocessed/train/x.jpg, from the thesis's folder DR. A user may give that
@@ -100,13 +99,8 @@ def find_picture(file, picture, directory, source):
     """
     # Read as a Windows path, both kinds of slashes part the folders.
     parts = [part for part in PureWindowsPath(directory).parts if part not in ("/", "\\", "..")]
-    if source:
-        candidates = [source.joinpath(*parts[start:]) for start in range(len(parts))]
-        candidates.append(source / picture)
-    else:
-        bases = [Path(), *file.resolve().parents[:3]]
-        candidates = [Path(directory), *(base.joinpath(*parts) for base in bases)]
-    for path in candidates:
+    candidates = [source.joinpath(*parts[start:]) for start in range(len(parts))]
+    for path in [*candidates, source / picture]:
         if path.is_file():
             return path
     return None

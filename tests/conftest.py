@@ -185,9 +185,11 @@ class Run:
         # From here on the coordinator may freeze again.
         assert RunState.load(self.folder / "state.json").frozen is None
         self.rounds.change_clients(clients or state.clients)
-        self.rounds.opened = None
+        self.rounds.opened_at = None
         self.coordinator = Call(self.rounds.run)
-        until(lambda: self.rounds.opened is not None or self.coordinator.ended, "the round opens")
+        until(
+            lambda: self.rounds.opened_at is not None or self.coordinator.ended, "the round opens"
+        )
 
     def stop(self):
         """As after a kill: what is not on disk is forgotten."""

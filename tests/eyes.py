@@ -1,5 +1,7 @@
 """Photographs of eyes, and of what is none, for the tests: all made here, none of a patient."""
 
+from io import BytesIO
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -78,6 +80,13 @@ def two_eyes():
     return image
 
 
+def blurred_jpeg():
+    """A bad JPEG has detail of its own."""
+    file = BytesIO()
+    eye(480, 640, 560).filter(ImageFilter.GaussianBlur(16)).save(file, "JPEG", quality=50)
+    return Image.open(file).convert("RGB")
+
+
 def letter():
     image = Image.new("RGB", (600, 800), "white")
     pen = ImageDraw.Draw(image)
@@ -100,6 +109,7 @@ NO_FUNDUS = {
     "black": lambda: drawing("black"),
     "oct": oct_scan,
     "blurred": lambda: eye().filter(ImageFilter.GaussianBlur(8)),
+    "blurred, then a JPEG": blurred_jpeg,
     "tiny": lambda: eye().resize((20, 13)),
     "small": lambda: eye(180),
     "far away": lambda: eye(220, 1600, 1200),

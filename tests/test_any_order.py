@@ -444,7 +444,7 @@ class AnyOrder(RuleBasedStateMachine):
             20,
         )
         if oracle.waits:
-            until(lambda: run.rounds.opened == self.now, "the round is open", 20)
+            until(lambda: run.rounds.opened_at == self.now, "the round is open", 20)
         for delivery in list(self.deliveries):
             if delivery.replaced and at_once:  # aborted, or answered just before
                 delivery.call.thread.join(DEADLINE_S)

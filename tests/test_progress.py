@@ -47,7 +47,7 @@ def test_a_client_that_trains_is_seen_training(served, client_main, often, monke
 
     def train(network, batches, round_number, epochs, report, progress=None):
         progress(2, 5, 10, 0.5)
-        until(lambda: run.rounds.clients.rows["client001"].get("epoch") == 2, "it is told")
+        until(lambda: run.rounds.client_table.rows["client001"].get("epoch") == 2, "it is told")
         status.StatusFile(run.rounds).write()
         found, _ = status.read(run.folder / "status.json")
         seen.append(found["clients"][0])
@@ -101,7 +101,7 @@ def test_reports_of_a_client_do_not_end_each_other(client_main, monkeypatch):
     monkeypatch.setattr(todoClient.todo_pb2_grpc, "FedMLStub", lambda channel: stub)
     site = todoClient.Site(todoClient.parse(["--name", "client001"]))
     with site.reporter.telling:  # as its thread does
-        call = Call(todoClient.tell, site, {"run": "run0", "round": 1}, {"phase": "done"})
+        call = Call(site.reporter.tell, {"run": "run0", "round": 1}, {"phase": "done"})
         call.thread.join(0.3)
         assert not call.ended and told == []
     call.result()

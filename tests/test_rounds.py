@@ -252,7 +252,7 @@ def test_at_the_limit_those_who_are_there_are_merged_and_the_missing_named(make_
     assert any(f"without {B}" in line for line in run.said)
 
     # The limit begins anew with the next round.
-    until(lambda: run.rounds.opened == clock.now, "round 2 is open")
+    until(lambda: run.rounds.opened_at == clock.now, "round 2 is open")
     calls = [run.delivered(A, 5), run.delivered(B, 6)]
     clock.move(59, run)
     assert all(map(still_waits, calls))
@@ -423,7 +423,7 @@ def test_the_best_round_is_published_before_the_history_and_kept(make_run):
     def publish_result(state, row):
         rows = len(rows_of(run.folder / "history.csv"))
         seen.append((row["round"], state.evaluated, rows, state.best))
-        return {"round": row["round"], "auc": 0.5, "sha256": state.weights_sha256}
+        return {"round": row["round"], "auc": 0.5, "sha256": state.weights_sha256}, "AUC 0.5"
 
     run.rounds.publish_result = publish_result
     all_deliver(run, client001=1)

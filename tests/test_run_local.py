@@ -33,9 +33,7 @@ def run(project, *flags, script="./run_local.sh"):
 
 
 def round_lines(shown):
-    return re.findall(
-        r"^  round (\d+/\d+): AUC \S+  sensitivity \S+  specificity \S+$", shown, re.M
-    )
+    return re.findall(r"^round (\d+/\d+): AUC \S+  sensitivity \S+  specificity \S+$", shown, re.M)
 
 
 # --- real runs ------------------------------------------------------------------------------------

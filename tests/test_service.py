@@ -241,7 +241,7 @@ def test_a_peer_of_2020_is_warned_of_where_it_cannot_load_the_weights(served, mo
 
 
 def row(served, client="client001"):
-    return served.run.rounds.clients.rows[client]
+    return served.run.rounds.client_table.rows[client]
 
 
 def test_tell_is_noted_and_answered_with_the_open_round(served):
@@ -304,7 +304,7 @@ def test_a_stranger_and_a_peer_without_a_name_have_nothing_to_tell(served):
         metadata = [("fedml-client", client)] if client else None
         call = served.stub.tell.future(todo_pb2.clientStatus(), metadata=metadata, timeout=60)
         assert refusal(call)[0] == code
-    assert set(served.run.rounds.clients.rows) == {"client001", "client002"}
+    assert set(served.run.rounds.client_table.rows) == {"client001", "client002"}
 
 
 # --- how methods are registered ------------------------------------------------------------------

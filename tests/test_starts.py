@@ -192,8 +192,8 @@ def trained_in(folder):
     """A client's folder with weights that are trained and not delivered."""
     Path(folder).mkdir()
     site = todoClient.Site(todoClient.parse(["--name", "client001", "--client-dir", folder]))
-    write_weights(site.weights, 1)
-    trained = {**site.settings, "sha256": files.sha256_of(site.weights), "scores": {}}
+    write_weights(site.weights_path, 1)
+    trained = {**site.settings, "sha256": files.sha256_of(site.weights_path), "scores": {}}
     site.save(run="run0", round=1, rounds=2, trained=trained)
 
 
@@ -217,7 +217,7 @@ def test_what_was_trained_is_delivered_unless_by_other_settings(
     site = todoClient.Site(todoClient.parse(arguments))
     assert site.has_trained_weights() == (changed is None)
     assert (changed or "") in capsys.readouterr().out
-    write_weights(site.weights, 2)  # and never what is not what was trained
+    write_weights(site.weights_path, 2)  # and never what is not what was trained
     assert not site.has_trained_weights()
 
 

@@ -49,7 +49,7 @@ def copies_of_a_run(folder):
             shutil.copytree(run.folder, copies[-1])
 
     def publish_result(state, row):
-        return {"round": row["round"], "auc": 0.5, "sha256": state.weights_sha256}
+        return {"round": row["round"], "auc": 0.5, "sha256": state.weights_sha256}, "AUC 0.5"
 
     run = Run(folder / "run", ["client001", "client002"], 2, publish_result=publish_result)
     with pytest.MonkeyPatch.context() as patch:
