@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Is federation worth it? Central, federated and alone, with the same number of passes over the images.
-#   ./compare.sh                          ten rounds on the drawn hospitals
-#   ./compare.sh --help                   all flags
-exec python3 "$(dirname "$0")/launch.py" compare "$@"
+# Is federation worth it? As run_local.sh, and beside it one model of all images in one place.
+exec "$(dirname "$0")/run_local.sh" --central "$@"

@@ -1,17 +1,17 @@
-"""All of it on this machine: packages, images, a server, its clients, each hospital alone.
+"""All of it on this machine: images, a server, its clients, each hospital alone, the page.
 
-    python3 launch.py run --rounds 10       # what ./run_local.sh does: one federated run, its page
-    python3 launch.py compare --seed 1      # what ./compare.sh does: is federation worth it?
+    ./run_local.sh --rounds 10       # makes .venv, and starts this in it; ./compare.sh: --central
 
-It makes .venv and goes on inside it. A flag is declared in the script that it belongs to, and goes
-to every script that knows it. Nothing is trained, scored or written in here but the log.
+A flag is declared in the script that it belongs to, and goes to every script that knows it. Nothing
+is trained, scored or written in here but the log.
 """
 
 import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports is no traceback either
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # which run_local.sh has blocked
 
 import argparse
 import ctypes
@@ -26,266 +26,256 @@ from pathlib import Path
 from common import files, log
 from common.script import end_script, start_script
 
-PROJECT = Path(__file__).resolve().parent
-REQUIREMENTS = ["requirements.txt", "requirements-report.txt"]
-INSIDE = "FEDML_LAUNCHED"  # set where this script runs in the Python that has the packages
-ALONE = Path("alone")  # each client trained alone, for comparison
-LOG = "run_local.log"
-# On the synthetic images: ten rounds of one pass are too few to learn them.
-SYNTHETIC_EPOCHS = 2
-PHOTOGRAPHS_ROUNDS = 14  # of compare.sh
-SCORED = 4  # how often a hospital alone is scored: at each round that costs as much as training
-MEASURED = ("AUC", "sensitivity", "specificity")
-LOOK_EVERY_S = 0.5
-STOP_S = 10  # how long a process may take to end after SIGTERM, before it is killed
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# Flags of the scripts that the launcher sets itself: names, addresses, folders.
-SET_HERE = set(
-    "listen clients server_dir name server client_dir index val_index index_dir threads insecure "
-    "tls_ca tls_cert tls_key out like fine_tune score_every check".split()
-)
+if __name__ == "__main__":
+    start_script()  # before the packages, so that a missing one is a sentence
 
-ENDING = """\
-PYTHON=/path/to/python names an interpreter that has the packages, instead of .venv.
-Exit codes: 0 finished, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM; else of the process that failed."""
-RUN_HELP = """\
-The whole demo on this machine: packages, images, one server, its clients, each hospital alone,
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+import central
+import model
+import prepare
+import todoClient
+import todoServer
+from federation import status
+from federation.state import RunState
+from reporting import card as cards
+
+WHO = "run_local"
+PROJECT = Path(__file__).resolve().parent
+SCRIPTS = {
+    "prepare.py": prepare,
+    "todoServer.py": todoServer,
+    "todoClient.py": todoClient,
+    "central.py": central,
+}
+TITLES = {  # of --help, where a script has no titles of its own
+    "prepare.py": "the images",
+    "todoServer.py": "the run",
+    "todoClient.py": "the training in each hospital",
+}
+# Flags of the scripts that are chosen in here.
+CHOSEN_HERE = set(
+    "listen clients server_dir name server client_dir index index_dir threads out like "
+    "fine_tune score_every check insecure tls_ca tls_cert tls_key".split()
+)
+# On the synthetic images ten rounds of one pass are too few to learn them.
+SYNTHETIC_EPOCHS = 2
+SAID_HERE = {  # where a flag means something else here than in its script
+    "epochs": "passes over the images in a round (2 of synthetic images, 1 of photographs)",
+    "rounds": "of the whole run (10)",
+    "image_size": "a side of a picture (each network's own)",
+    "preprocessing": "of photographs: less their local average, as the thesis did (graham), or in "
+    "their colours (the default with lite0)",
+    "val_index": "held-out images, on which each client scores each model that it fetches",
+}
+SCORED = 4  # how often a model without federation is scored; that costs as much as a pass
+TASK = "referable DR"
+MEASURED = ("AUC", "sensitivity", "specificity")
+
+STATE = Path("server/state.json")
+CARD = Path("server/server_weight.json")
+PAGE = Path("server/report.html")
+STATUS = Path("server/status.json")
+ALONE = Path("alone")  # each client trained alone, for comparison
+LOG = Path("run_local.log")
+
+LOOK_EVERY_S = 0.3
+STOP_S = 10  # how long what was started may take to end, before it is killed
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+HELP = """\
+The whole demo on this machine: packages, images, one server, its clients, each hospital alone, and
 the page of the result.
 
   ./run_local.sh                                  ten rounds on synthetic images
   ./run_local.sh --rounds 20 --seed 1
   ./run_local.sh --dataset folder --source DIR --arch lite0     your own photographs
+  ./compare.sh                                    the same, and --central
 
 Run the same command again to resume an unfinished run. After a finished one it begins a new run."""
-COMPARE_HELP = """\
-Is federation worth it? The same number of passes over the images for each series. Of the synthetic
-hospitals: central, federated, and each hospital alone. Of photographs: central, federated on an
-IID and on a non-IID split, and each client of the non-IID split alone.
-
-  ./compare.sh                                    ten rounds on the synthetic hospitals
-  ./compare.sh --dataset idrid --source DIR --arch lite0 --rounds 20
-
-It works in compare-SEED/; server/ and index/ stay as they are. It always begins afresh."""
+ENDING = """\
+PYTHON=/path/to/python names an interpreter that has the packages, instead of .venv.
+Exit codes: 0 finished, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM; else of the process that failed."""
 
 
 class Failed(Exception):
-    """A process ended with an exit code that is not 0."""
-
-    def __init__(self, name, code):
-        super().__init__(name)
-        self.name = name
-        self.code = code
+    """Failed(name, exit code): a process ended with another exit code than 0."""
 
 
 def main():
     """Runs the command. Returns the exit code."""
-    command, words = sys.argv[1:2], sys.argv[2:]
-    if command not in (["run"], ["compare"]):
-        return log.fail("launch", "expected `launch.py run ...` or `launch.py compare ...`", 2)
-    if INSIDE not in os.environ:
-        go_inside()
-    who = "run_local" if command == ["run"] else "compare"
     processes = Processes()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, stop_at)
+            signal.signal(number, stop)
+    argparse.ArgumentParser.error = refuse  # every script's, and in the name of this command
     try:
-        given, scripts = parse(who, words)
+        given = parse(sys.argv[1:])
         os.chdir(PROJECT)
-        {"run_local": run, "compare": compare}[who](processes, given, scripts)
-        return 0
+        with files.alone_in(PROJECT):
+            run(processes, given)
     except Failed as error:
-        print("\n".join(processes.last_words(error.name)))
-        return log.fail(who, f"{error.name} ended with {error.code}; all is in {LOG}", error.code)
+        name, code = error.args
+        print(*last_words(name), sep="\n")
+        return log.fail(WHO, f"{name} ended with {code}; all that was said is in {LOG}", code)
     except (ValueError, OSError) as error:
-        return log.fail(who, error)
+        return log.fail(WHO, error)
+    except KeyboardInterrupt as error:
+        log.say(WHO, "stopping; the same command goes on with the run")
+        return error.args[0]
     finally:
         processes.stop()
 
 
-def stop_at(number, frame):
-    sys.exit(128 + number)
-
-
-def go_inside():
-    """Make .venv with all packages, and go on as the same process in its Python."""
-    python = os.environ.get("PYTHON")
-    if python is None:
-        print("1/4 packages", flush=True)
-        done = subprocess.run(["bash", "setup.sh", *REQUIREMENTS], cwd=PROJECT)
-        if done.returncode:
-            sys.exit(done.returncode)
-        python = PROJECT / ".venv" / "bin" / "python"
-    elif shutil.which(python) is None:
-        sys.exit(log.fail("launch", f"PYTHON={python} is no program: give an interpreter's path"))
-    python = shutil.which(python)
-    os.environ[INSIDE] = "1"
-    os.execv(python, [python, str(Path(__file__).resolve()), *sys.argv[1:]])
+def stop(number, frame):
+    """A signal handler."""
+    raise KeyboardInterrupt(128 + number)
 
 
 # --- flags ----------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that answers wrong usage with one line."""
-
-    def error(self, message):
-        sys.exit(
-            log.fail(Path(self.prog).stem, f"{message}; {self.prog} --help names the flags", 2)
-        )
+def refuse(parser, message):
+    """In place of an argparse parser's own, which shows a screen of usage first."""
+    sys.exit(log.fail(WHO, f"{message}; ./run_local.sh --help names the flags", 2))
 
 
-def parse(who, words):
-    """({flag's name: value} of what was given, {script's name: its parser})."""
-    import central
-    import prepare
-    import todoClient
-    import todoServer
-
-    modules = {"prepare": prepare, "server": todoServer, "client": todoClient, "central": central}
-    scripts = {name: module.parser() for name, module in modules.items()}
-    parser = Parser(
-        prog=f"./{who}.sh",
-        usage=f"./{who}.sh [flags]",
-        description=RUN_HELP if who == "run_local" else COMPARE_HELP,
+def all_flags():
+    """A parser that knows the flags of every script, with the words of the first that has it."""
+    parser = argparse.ArgumentParser(
+        usage="./run_local.sh [flags]",
+        description=HELP,
         epilog=ENDING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # of their own: argparse takes a flag of several scripts away from all but the last
-        parents=[module.parser() for module in modules.values()],
-        conflict_handler="resolve",
         allow_abbrev=False,
     )
+    own = parser.add_argument_group("beside the federation")
+    own.add_argument(
+        "--no-alone", action="store_true", help="do not train each hospital alone, to compare with"
+    )
+    own.add_argument(
+        "--central",
+        action="store_true",
+        help="also train on the images of all hospitals in one place",
+    )
+    known = {"help"}
+    for script, module in SCRIPTS.items():
+        for group in module.parser()._action_groups:
+            new = [action for action in group._group_actions if action.dest not in known]
+            title = TITLES.get(script) if group.title == "options" else group.title
+            shown = parser.add_argument_group(title)
+            for action in new:
+                known.add(action.dest)
+                action.required = False
+                action.help = SAID_HERE.get(action.dest, action.help)
+                if action.dest in CHOSEN_HERE:
+                    action.help = argparse.SUPPRESS
+                shown._add_action(action)
+    return parser
+
+
+def parse(words):
+    """{flag's name: value} of what the user says, and of what follows from it."""
+    parser = all_flags()
+    # argparse fills in no default where there is a value already
+    nothing = argparse.Namespace(**{action.dest: None for action in parser._actions})
+    given = {
+        name: value
+        for name, value in vars(parser.parse_args(words, nothing)).items()
+        if value is not None
+    }
     for action in parser._actions:
-        action.required = False
-        action.default = argparse.SUPPRESS  # a flag that was not given is not passed on
-        if action.dest in SET_HERE:
-            action.help = argparse.SUPPRESS
-    parser._defaults.clear()
-    if who == "run_local":
-        parser.add_argument(
-            "--no-alone",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="do not train each client alone after the run, for comparison",
-        )
-    given = vars(parser.parse_args(words))
-    for name in SET_HERE & set(given):
-        parser.error(f"--{name.replace('_', '-')} is set by this command itself")
-    for name, value in given.items():
-        if isinstance(value, Path):  # relative to where the user is
-            given[name] = value.expanduser().absolute()
-    if Path(str(given.get("weights"))).is_file():
-        given["weights"] = Path(given["weights"]).absolute()
-    complete(given)
-    scripts["prepare"].parse_args(words_for(scripts["prepare"], given))  # refused before any work
-    return given, scripts
-
-
-def complete(given):
-    """What follows from the user's flags."""
-    import model
-
-    is_synthetic = given.get("dataset", "synthetic") == "synthetic"
+        if action.dest in given and action.dest in CHOSEN_HERE:
+            parser.error(f"{action.option_strings[0]} is chosen by this command itself")
+        if action.dest in given and re.search("DIR|FILE", action.metavar or ""):
+            given[action.dest] = absolute(given[action.dest])
     arch = model.ARCHS[given.get("arch", "drcnn")]
-    if is_synthetic:
-        given.setdefault("epochs", SYNTHETIC_EPOCHS)
-    if arch.image_size != model.ARCHS["drcnn"].image_size:
-        given.setdefault("image_size", arch.image_size)  # prepare.py knows no --arch
-    if arch.weights == "imagenet" and not is_synthetic:
-        given.setdefault(
-            "preprocessing", "colour"
-        )  # a network that knows photographs knows colours
+    if "index_from" not in given:  # whose pictures are there already
+        given.setdefault("image_size", arch.image_size)
+        if given.get("dataset", "synthetic") == "synthetic":
+            given.setdefault("epochs", SYNTHETIC_EPOCHS)
+        elif arch.weights == "imagenet":  # a network that knows photographs knows colours
+            given.setdefault("preprocessing", "colour")
+    for script in ("prepare.py", "todoServer.py"):  # refused before any work
+        SCRIPTS[script].parse(words_for(script, given))
+    return given
 
 
-def words_for(parser, given, *without):
-    """The words of a script's command line: those of the given flags that it knows."""
+def absolute(value):
+    """A path relative to where the user is, or several; what is none stays as it is."""
+    if isinstance(value, list):
+        return [absolute(each) for each in value]
+    path = Path(value).expanduser()
+    return path.absolute() if path.exists() else value
+
+
+def words_for(script, given):
+    """The command line of a script: those of the given flags that it knows."""
     words = []
-    for action in parser._actions:
-        if action.dest not in given or action.dest in without or not action.option_strings:
-            continue
-        value = given[action.dest]
+    for action in SCRIPTS[script].parser()._actions:
+        value = given.get(action.dest)
         if isinstance(value, bool):
             # of --freeze-base and --no-freeze-base the second is the one that says no
             words.append(action.option_strings[0 if value else -1])
-        else:
-            words += [action.option_strings[0], str(value)]
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [action.option_strings[0], *map(str, values)]
     return words
 
 
 # --- processes ------------------------------------------------------------------------------------
 
 
-def end_with_launcher():
-    """In a new process: the kernel ends it when the launcher is gone, be it by kill -9."""
+def belong_to_launcher():
+    """In a new process: the kernel ends it when the launcher is gone, be it by kill -9.
+
+    A Ctrl-C in the terminal is for the launcher, which passes it on: in the imports of this one it
+    would be a traceback.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Processes:
-    """What the launcher has started: their lines go into the log, and none outlives it."""
+    """What the launcher has started; none outlives it."""
 
     def __init__(self):
-        from rich.console import Console
-
         self.running = {}  # name: Popen
-        self.log = PROJECT / LOG
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
 
-    def run(self, script, *words, cwd=PROJECT):
-        """One process by itself: it has the terminal. Raises Failed."""
-        self.running[script] = self._popen([PROJECT / script, *words], cwd, None)
-        self.wait()
+    def start(self, name, script, *words):
+        """One of several: its lines go into the log."""
+        with open(LOG, "ab") as output:
+            self._popen(name, [script, *words], output)
 
-    def start(self, name, script, *words, cwd=PROJECT):
-        """One of several processes, whose lines go into the log."""
-        with open(self.log, "ab") as kept:
-            self.running[name] = self._popen([PROJECT / script, *words], cwd, kept)
+    def run(self, script, *words):
+        """One by itself: it has the terminal, and says there why it fails."""
+        self._popen(script, [script, *words], None)
+        code = self.running[script].wait()
+        del self.running[script]
+        if code:
+            sys.exit(exit_code(code))
 
-    def _popen(self, words, cwd, output):
-        return subprocess.Popen(
+    def _popen(self, name, words, output):
+        self.running[name] = subprocess.Popen(
             [sys.executable, *map(str, words)],
-            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={name: value for name, value in os.environ.items() if name != INSIDE},
-            preexec_fn=end_with_launcher,
+            preexec_fn=belong_to_launcher,
         )
 
-    def wait(self, look=lambda: None):
-        """Until all have ended; look() again and again meanwhile. Raises Failed."""
-        while self.are_running():
-            look()
-            time.sleep(LOOK_EVERY_S if len(self.running) > 1 else 0.05)
-        look()
-
-    def are_running(self):
-        """Whether one still runs. Raises Failed where one ended badly."""
-        for name, process in list(self.running.items()):
-            if process.poll() is not None:
-                del self.running[name]
-                if process.returncode:
-                    code = process.returncode
-                    raise Failed(name, code if code > 0 else 128 - code)
-        return bool(self.running)
-
-    def address_of_server(self, begin):
-        """HOST:PORT, once the log says behind its byte `begin` that the server listens."""
-        while self.are_running():
-            with open(self.log, "rb") as kept:
-                kept.seek(begin)
-                found = re.search(rb"server: listening on (\S+)\n", kept.read())
-            if found:
-                return found[1].decode()
-            time.sleep(0.05)
-        raise Failed("server", 1)
-
-    def last_words(self, name, most=8):
-        """The last lines in the log of a process that failed, or of all."""
-        if not self.log.exists():
-            return []
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        own = [line for line in lines if f" {name}: " in line]
-        return (own or lines)[-most:]
+    def until_ended(self):
+        """Yields again and again until all have ended. Raises Failed."""
+        while self.running:
+            for name, process in list(self.running.items()):
+                if process.poll() is not None:
+                    del self.running[name]
+                    if process.returncode:
+                        raise Failed(name, exit_code(process.returncode))
+            yield
+            time.sleep(LOOK_EVERY_S)
 
     def stop(self):
         """Ends what still runs."""
@@ -298,176 +288,60 @@ class Processes:
                 process.kill()
 
 
-# --- what both commands do ------------------------------------------------------------------------
+def exit_code(returncode):
+    """What a shell would say: 137 of a process that was killed."""
+    return returncode if returncode >= 0 else 128 - returncode
 
 
-def federate(processes, given, scripts, folder, fresh=False):
-    """One federated run in `folder`: a server and its clients, until all have ended."""
-    from rich.live import Live
-
-    from federation import status
-
-    clients = clients_of(folder)
-    begin = processes.log.stat().st_size if processes.log.exists() else 0
-    server = words_for(scripts["server"], given, "fresh")
-    names = ["--listen", "localhost:0", "--clients", ",".join(clients)]
-    processes.start("server", "todoServer.py", *names, *server, *["--fresh"] * fresh, cwd=folder)
-    address = processes.address_of_server(begin)
-    for name in clients:
-        processes.start(
-            name,
-            "todoClient.py",
-            *["--name", name, "--server", address, "--threads", threads_each(len(clients))],
-            *words_for(scripts["client"], given),
-            cwd=folder,
-        )
-    shown = set()
-    with Live(console=processes.console, auto_refresh=False, transient=True) as live:
-
-        def look():
-            show_round(processes.console, folder, shown)
-            if processes.console.is_terminal and (folder / "server" / "status.json").exists():
-                table = status.draw(*status.read(folder / "server" / "status.json"), most_rounds=0)
-                live.update(table, refresh=True)
-
-        processes.wait(look)
+def last_words(name, most=8):
+    """The last lines in the log that no other process has said: a traceback names nobody."""
+    others = re.compile(rf"\d{{4}}-\S+ \S+ (?!{re.escape(name)}: )")
+    lines = LOG.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in lines if not others.match(line)][-most:]
 
 
-def show_round(console, folder, shown):
-    """A line for the last evaluated round, once: the numbers of its model card."""
-    from reporting import card as cards
-
-    card = read_json(folder / "server" / "server_weight.json")
-    if card and (card["run"], card["round"]) not in shown:
-        shown.add((card["run"], card["round"]))
-        console.print(f"  round {card['round']}/{card['rounds']}  {cards.summary(card)}")
+# --- the run --------------------------------------------------------------------------------------
 
 
-def train_alone(processes, given, scripts, folder):
-    """Each client alone, beside each other: as many passes over its own images as in the run.
-
-    Returns {name: folder of its model}.
-    """
-    from reporting import card as cards
-
-    clients = clients_of(folder)
-    rounds = read_json(folder / "server" / "server_weight.json")["rounds"]
-    series = {}
-    for k, name in enumerate(clients, start=1):
-        processes.start(
-            f"{ALONE / name}",
-            "central.py",
-            *["--index", f"index/worker{k}.pkl", "--out", ALONE / name],
-            *["--like", "server/server_weight.h5", "--threads", threads_each(len(clients))],
-            *["--score-every", -(-rounds // SCORED)],
-            *words_for(scripts["central"], given, "seed", "rounds", "arch", "image_size"),
-            cwd=folder,
-        )
-        label = cards.name_of(name, cards.read_prepared(folder / "index"))
-        series[f"{label} alone"] = folder / ALONE / name
-    processes.wait()
-    return series
-
-
-def show_table(console, series):
-    """What came out, as a table: a row a model, with 95 % intervals.
-
-    series  {name: folder of a weight file and its model card}
-    """
-    from rich.table import Table
-
-    cards = {name: read_json(card_in(folder)) for name, folder in series.items()}
-    patients = next(iter(cards.values()))["num_reporting_patients"]
-    for task in ("any DR", "referable DR"):
-        table = Table("", *MEASURED, box=None, pad_edge=False, title_justify="left")
-        table.title = f"{task}, of {patients} patients who chose no threshold"
-        for name, card in cards.items():
-            measured = card["tasks"][task]["measured"]
-            table.add_row(name, *[interval(*measured[what.lower()]) for what in MEASURED])
-        console.print("")
-        console.print(table)
-
-
-def card_in(folder):
-    """The model card of what was trained in a folder, by a server or by central.py."""
-    server, central = folder / "server_weight.json", folder / "central_weight.json"
-    return server if server.exists() else central
-
-
-def interval(value, low, high):
-    if value is None:
-        return "not measured"
-    between = "" if low is None else f" ({low:.2f} to {high:.2f})"
-    return f"{value:.3f}{between}"
-
-
-def clients_of(folder):
-    number = read_json(folder / "index" / "prepared.json")["num_clients"]
-    return [f"client{k:03}" for k in range(1, number + 1)]
-
-
-def threads_each(num_processes):
-    """Threads of TensorFlow for each of several processes that share this machine."""
-    return -(-len(os.sched_getaffinity(0)) // num_processes)
-
-
-def read_json(path):
-    """What a JSON file holds, {} where there is none: of files that our own processes publish."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-# --- run: one federated run -----------------------------------------------------------------------
-
-
-def run(processes, given, scripts):
-    """What ./run_local.sh does."""
-    console = processes.console
-    due = what_is_due(given)
-    prepare = words_for(scripts["prepare"], given)
+def run(processes, given):
+    """All steps, or those that an unfinished run still needs."""
+    console = Console(highlight=False, markup=False)
+    console.print(f"1/4 packages: those of {sys.prefix}")
+    with files.alone_in("server"):  # nobody trains with these images
+        state = None if "fresh" in given else RunState.load(STATE, "begin a new one with --fresh")
+    if state and state.is_over and PAGE.exists():
+        console.print("the run in server/ is over: a new one begins, its files are moved aside")
+        state, given["fresh"] = None, True
     console.print("2/4 images")
-    if due == "new":
-        processes.log.unlink(missing_ok=True)
-        processes.run("prepare.py", *prepare)  # it keeps the pictures that are there
-    else:
-        check_images(prepare)
-    if due != "alone":
-        state = read_json(Path("server/state.json"))
-        is_over = bool(state) and len(state["history"]) >= state["rounds"]
-        if is_over:
-            console.print("the run in server/ is over: a new one begins, its files are moved aside")
-        console.print(f"3/4 federation of {len(clients_of(PROJECT))} hospitals (log: {LOG})")
-        federate(processes, given, scripts, PROJECT, fresh=is_over or "fresh" in given)
-    series = {"federated": PROJECT / "server"}
-    shutil.rmtree(ALONE, ignore_errors=True)
-    if "no_alone" not in given:
-        console.print("4/4 each hospital alone, for comparison (--no-alone skips this)")
-        series |= train_alone(processes, given, scripts, PROJECT)
-    show_table(console, series)
-    console.print("")
-    processes.run("report.py")
+    prepare_images(processes, given, is_new=state is None)
+    names = names_of_clients()
+    done = len(state.history) if state else 0
+    resumed = f", of which {done} rounds are done" if done else ""
+    console.print(f"3/4 federation of {len(names)} hospitals{resumed} (log: {LOG})")
+    if state is None or not state.is_over:
+        federate(processes, console, given, names, done)
+    alone = "each hospital alone, for comparison (--no-alone skips this)"
+    console.print(f"4/4 {'the page' if 'no_alone' in given else alone}")
+    beside = train_beside(processes, console, given, names)
+    show_table(console, {"federated": CARD, **beside})
+    in_one_place = ["--beside", "all images in one place=central"] if "central" in given else []
+    processes.run("report.py", *in_one_place)
 
 
-def what_is_due(given):
-    """ "new", "resume", or "alone" where only the comparison is still to come.
+def prepare_images(processes, given, is_new):
+    """Of a new run; a run that is resumed goes on with its own. Raises ValueError: it has others.
 
-    Raises ValueError where a server runs there.
+    prepare.py keeps the pictures that are there.
     """
-    with files.alone_in("server"):
-        state = read_json(Path("server/state.json"))
-    if not state or "fresh" in given:
-        return "new"
-    if len(state["history"]) < state["rounds"]:
-        return "resume"
-    names = clients_of(PROJECT)
-    done = [name for name in names if (ALONE / name / "central_weight.json").exists()]
-    was_begun = ALONE.exists() and len(done) < len(names)
-    return "alone" if was_begun and "no_alone" not in given else "new"
-
-
-def check_images(prepare):
-    """Raise ValueError unless index/ was made from these choices: a run resumes on its own data."""
-    command = [sys.executable, PROJECT / "prepare.py", "--check", *prepare]
-    checked = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    words = words_for("prepare.py", given)
+    if is_new:
+        LOG.unlink(missing_ok=True)
+        processes.run("prepare.py", *words)
+        return
+    command = [sys.executable, "prepare.py", "--check", *words]
+    checked = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=belong_to_launcher
+    )
     if checked.returncode:
         raise ValueError(
             f"server/ holds an unfinished run, but {checked.stdout.strip()}; resume it with the "
@@ -475,43 +349,109 @@ def check_images(prepare):
         )
 
 
-# --- compare: central, federated and alone --------------------------------------------------------
+def names_of_clients():
+    """{"client001": "client001 (screening centre)", ...}, one for each index."""
+    prepared = cards.read_prepared("index")
+    clients = [f"client{k:03}" for k in range(1, prepared["num_clients"] + 1)]
+    return {client: cards.name_of(client, prepared) for client in clients}
 
 
-def compare(processes, given, scripts):
-    """What ./compare.sh does, in compare-SEED/ and there in a folder for each split."""
-    console = processes.console
-    is_synthetic = given.get("dataset", "synthetic") == "synthetic"
-    if not is_synthetic:
-        given.setdefault("rounds", PHOTOGRAPHS_ROUNDS)
-    work = PROJECT / f"compare-{given.setdefault('seed', 0)}"
-    processes.log.unlink(missing_ok=True)
-    splits = ["hospitals"] if is_synthetic else ["iid", "noniid"]
-    for split in splits:
-        shutil.rmtree(work / split, ignore_errors=True)
-        (work / split).mkdir(parents=True)
-        (work / split / "preprocessed").symlink_to("../preprocessed")  # all use the same pictures
-    (work / "preprocessed").mkdir(exist_ok=True)
-    for split in splits:
-        console.print(f"2/4 images ({split})")
-        words = words_for(scripts["prepare"], given, "split")
-        processes.run("prepare.py", *words, "--split", split, cwd=work / split)
-    for split in splits:
-        console.print(f"3/4 federation ({split}; log: {LOG})")
-        federate(processes, given, scripts, work / split)
-    console.print("4/4 central, and each alone")
-    words = words_for(scripts["central"], given)
-    processes.start("central", "central.py", *words, "--score-every", SCORED, cwd=work / splits[0])
-    processes.wait()
-    series = {"central": work / splits[0] / "central"}
-    series |= {f"federated ({split})": work / split / "server" for split in splits}
-    series |= train_alone(processes, given, scripts, work / splits[-1])
-    show_table(console, series)
-    for split in splits:
-        beside = [f"--beside=central={series['central']}"] if split == splits[0] else []
-        processes.run("report.py", *beside, cwd=work / split)
+def federate(processes, console, given, names, num_shown):
+    """A server and its clients until all have ended; a line for each round after `num_shown`."""
+    begin = LOG.stat().st_size if LOG.exists() else 0
+    where = ["--listen", "localhost:0", "--clients", ",".join(names)]
+    processes.start("server", "todoServer.py", *where, *words_for("todoServer.py", given))
+    address = address_of_server(processes, console, begin)
+    for client in names:
+        who = ["--name", client, "--server", address, "--threads", threads_each(len(names))]
+        processes.start(client, "todoClient.py", *who, *words_for("todoClient.py", given))
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for _ in processes.until_ended():
+            card = read_json(CARD)
+            for row in card.get("by_round", [])[num_shown:]:
+                num_shown = row["round"]
+                scores = "  ".join(f"{each} {shown(row[TASK][each.lower()])}" for each in MEASURED)
+                console.print(f"round {num_shown}/{card['rounds']}: {scores}")
+            if STATUS.exists():
+                live.update(status.draw(*status.read(STATUS), 0, names), refresh=True)
+
+
+def address_of_server(processes, console, begin):
+    """HOST:PORT, once the log says behind its byte `begin` that the server listens.
+
+    What it warns of until then is of the user's flags, and is shown.
+    """
+    for _ in processes.until_ended():
+        with open(LOG, "rb") as log_file:
+            log_file.seek(begin)
+            said = log_file.read().decode(errors="replace")
+        if found := re.search(r"server: listening on (\S+)\n", said):
+            for warning in re.findall(r"server: (warning: .*)", said):
+                console.print(warning)
+            return found[1]
+    raise ValueError(f"the server ended before it listened; all that it said is in {LOG}")
+
+
+def train_beside(processes, console, given, names):
+    """Each hospital alone, beside each other, with as many passes as in the run; --central, too.
+
+    Returns {name: path of its model card}.
+    """
+    shutil.rmtree(ALONE, ignore_errors=True)
+    models = {}  # name: (folder, index)
+    if "no_alone" not in given:
+        for k, (client, name) in enumerate(names.items(), start=1):
+            models[f"{name} alone"] = (ALONE / client, f"index/worker{k}.pkl")
+    if "central" in given:
+        models["all images in one place"] = (Path("central"), "index/train_set.pkl")
+    rounds = read_json(CARD)["rounds"]
+    for folder, index in models.values():
+        processes.start(
+            str(folder),
+            "central.py",
+            *["--index", index, "--out", folder, "--like", CARD.with_suffix(".h5")],
+            *["--score-every", -(-rounds // SCORED), "--threads", threads_each(len(models))],
+            *words_for("central.py", given),
+        )
+    results = {name: folder / "central_weight.json" for name, (folder, _) in models.items()}
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for _ in processes.until_ended():
+            done = {name: read_json(card).get("round", 0) for name, card in results.items()}
+            lines = [f"  {name}: round {number}/{rounds}" for name, number in done.items()]
+            live.update("\n".join(lines), refresh=True)
+    return results
+
+
+def threads_each(num_processes):
+    """Threads of TensorFlow for each of several processes that share this machine."""
+    return -(-len(os.sched_getaffinity(0)) // num_processes)
+
+
+def show_table(console, series):
+    """What came out, a row a model. series: {name: path of its card}"""
+    table = Table("", *MEASURED, box=None, pad_edge=False, title_justify="left")
+    for name, path in series.items():
+        card = read_json(path)
+        measured = card["tasks"][TASK]["measured"]
+        table.add_row(name, *[interval(*measured[each.lower()]) for each in MEASURED])
+        patients = card["num_reporting_patients"]
+        table.title = f"{TASK}, of {patients} patients, with 95 % intervals"
+    console.print("", table, "", sep="\n")
+
+
+def interval(value, low, high):
+    """Two lines, so that a table fits into a terminal of 80 columns."""
+    return shown(value) + ("" if low is None else f"\n{shown(low)} to {shown(high)}")
+
+
+def shown(value):
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def read_json(path):
+    """What a JSON file holds, {} where there is none: of files that our own processes publish."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 if __name__ == "__main__":
-    start_script()
     end_script(main())

@@ -36,12 +36,11 @@ from common import files
 from preparation import datasets, photos, pictures, synthetic
 from reporting import card as cards
 from reporting import metrics
+from reporting.metrics import TASK
 
 AT_ONCE = 64  # photographs that are prepared, then scored together
 CSV_COLUMNS = ("path", "score", "threshold", "verdict", "model", "reason")
-TASK = "referable DR"
-REFERABLE = "referable DR"
-NOT_REFERABLE = "no referable DR"
+CLEARED = f"no {TASK}"
 NOT_GRADABLE = "not gradable"
 FAILED = ("not readable", "not scored")  # verdicts that make the exit code 1
 
@@ -299,7 +298,7 @@ def judge(results, graded, args, threshold):
         reported = ~choosing
     for result in results:
         if result.score is not None and threshold is not None:
-            result.verdict = REFERABLE if result.score > threshold else NOT_REFERABLE
+            result.verdict = TASK if result.score > threshold else CLEARED
     if not graded:
         return threshold, []
     positive = grades[reported] >= metrics.TASKS[TASK]
@@ -342,7 +341,7 @@ def show(results, with_scores):
         elif with_scores and result.score is None:
             print(f"{result.path}  {result.verdict}: {result.reason}")
         elif with_scores:
-            print(f"{result.path}  DR score {result.score:.3f}  {result.verdict}".rstrip())
+            print(f"{result.path}  score {result.score:.3f}  {result.verdict}".rstrip())
     sys.stdout.flush()
 
 

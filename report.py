@@ -89,7 +89,7 @@ def parse(argv):
 
 
 def named_folder(text):
-    """An argparse type: 'central=compare-0/central' -> ("central", Path)."""
+    """An argparse type: 'tuned=fine-tuned/client001' -> ("tuned", Path)."""
     name, equals, folder = text.partition("=")
     if not name or not equals or not folder:
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=DIR")

@@ -1,5 +1,13 @@
 #!/usr/bin/env bash
-# The whole demo on this machine: set-up, data, one server, its clients, the result.
-#   ./run_local.sh                        ten rounds on drawn images
+# The whole demo on this machine: packages, images, one server, its clients, the result.
+#   ./run_local.sh                        ten rounds on synthetic images
 #   ./run_local.sh --help                 all flags
-exec python3 "$(dirname "$0")/launch.py" run "$@"
+#   PYTHON=/path/to/python ./run_local.sh   an interpreter that has the packages, instead of .venv
+here=$(dirname "$0")
+trap 'exit 130' INT # of set-up too: one of its processes may take Ctrl-C for itself
+if [ -z "$PYTHON" ]; then
+    (cd "$here" && bash setup.sh requirements.txt requirements-report.txt) || exit
+    PYTHON=$here/.venv/bin/python
+fi
+# Ctrl-C waits until launch.py can answer it: while Python starts it would be a traceback.
+exec env --block-signal=INT "$PYTHON" "$here/launch.py" "$@"

@@ -4,6 +4,8 @@
 # Other scripts source it; afterwards $python is the interpreter in .venv.
 
 python=.venv/bin/python
+# Otherwise Ctrl-C that ends a check in here would be an answer: .venv is broken, so away with it.
+trap 'exit 130' INT
 
 setup_fail() {
     echo "setup: error: $*" >&2

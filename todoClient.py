@@ -667,13 +667,13 @@ def finish(site, task):
 
 
 def threshold_of_result(site):
-    """The threshold for any DR on the result's model card; 0.5 where it has none.
+    """The threshold of what the network learns, on the result's model card; 0.5 where it has none.
 
     While the run goes on, nobody has chosen one: a round is scored at 0.5.
     """
     if not cards.path_of(site.result).exists():
         return 0.5
-    return cards.used_threshold(cards.read(site.result), "any DR")
+    return cards.used_threshold(cards.read(site.result), metrics.LEARNT)
 
 
 def ClientsendWeight(stub, site):

@@ -391,6 +391,7 @@ def open_rounds(arguments, state, evaluator):
         say,
         evaluator.publish_result,
         after_round,
+        evaluator.scores_in_words,
     )
     rounds.open()
     return rounds
@@ -459,6 +460,7 @@ class Evaluator:
         """
         card = cards.make(state, row, self.prepared, self.validation_sha256, self.assessed)
         cards.publish(self.weights_path, card)
+        self.card = card
         area = self.assessed["choosing_auc"]
         if not is_better(area, state.best):
             return state.best
@@ -467,6 +469,10 @@ class Evaluator:
             shutil.copyfile(self.weights_path, written)
         cards.publish(self.best_path, card)
         return {"round": row["round"], "auc": area, "sha256": state.weights_sha256}
+
+    def scores_in_words(self, row):
+        """The round's scores, as on the page: a model has one number wherever a person reads it."""
+        return cards.summary(self.card)
 
     def card_text(self):
         """The card of server_weight.h5 as fedml-card sends it; "" where its file is gone."""

@@ -134,7 +134,7 @@ def measure(folder, clients, rounds, weights, command, image_size=16):
     threading.Thread(target=let_others_begin, args=[peers, memory], daemon=True).start()
     cpu, peaks = [], []
     for line in server.stdout:
-        if re.search(r"round \d+/\d+: loss", line):
+        if re.search(r"round \d+/\d+: AUC", line):
             peaks.append(memory.restart())
             cpu.append(cpu_seconds(server))
     wait_for_all([server, peers])

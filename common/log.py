@@ -25,7 +25,7 @@ FLUSH_S = 1
 LINE_FORMAT = "%(asctime)s %(message)s"
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 
-# One logger for all scripts: a line names its speaker itself, for a launcher joins several.
+# One logger for all scripts: a line names its speaker itself, for the launcher's log joins several.
 LOGGER = logging.getLogger("fedml")
 LOGGER.setLevel(logging.INFO)
 LOGGER.propagate = False
@@ -46,12 +46,6 @@ def fail(who, sentence, code=1):
     flush()  # or, where both outputs go to one file, the error could stand before its cause
     LOGGER.error("%s: error: %s", who, sentence)
     return code
-
-
-def pass_on(line, to_stderr=False):
-    """Say a line of another process as it is, on stdout or on stderr."""
-    level = logging.ERROR if to_stderr else logging.INFO
-    LOGGER.log(level, "%s", line, extra={"as_it_is": True})
 
 
 def plain(text):
@@ -122,8 +116,6 @@ class _ToQueue:
 
 class _Formatter(logging.Formatter):
     def format(self, record):
-        if getattr(record, "as_it_is", False):
-            return record.getMessage()
         # What others write stays text: no line of theirs moves the cursor, or looks like ours.
         return _escaped(super().format(record))
 

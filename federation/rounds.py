@@ -131,6 +131,7 @@ class Rounds:
     round_timeout_s  the time limit of a round; 0: none
     say              say(line): the server's log
     after_round      after_round(row): called once a round is committed
+    scores_in_words  scores_in_words(row) -> text, for the round's line in the log
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Rounds:
         say=print,
         publish_result=lambda state, row: None,
         after_round=lambda row: None,
+        scores_in_words=lambda row: f"AUC {row['auc']:.3f}",
     ):
         self.folder = folder
         self.state = state
@@ -151,6 +153,7 @@ class Rounds:
         self.evaluate = evaluate
         self.publish_result = publish_result
         self.after_round = after_round
+        self.scores_in_words = scores_in_words
         self.given_min_clients = min_clients
         self.round_timeout_s = round_timeout_s
         self.say = say
@@ -438,9 +441,7 @@ class Rounds:
         if row["missing"]:
             without = f", without {row['missing']}"
         return (
-            f"round {row['round']}/{self.state.rounds}: loss {row['loss']:.4f}  "
-            f"accuracy {row['accuracy']:.3f}  AUC {row['auc']:.3f}  "
-            f"sensitivity {row['sensitivity']:.3f}  specificity {row['specificity']:.3f}  "
+            f"round {row['round']}/{self.state.rounds}: {self.scores_in_words(row)}  "
             f"({row['clients']} clients{without}, {row['num_examples']} examples, "
             f"{row['seconds']:.1f} s)"
         )

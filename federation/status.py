@@ -220,10 +220,11 @@ PHASES_OF_A_ROUND = {
 ROUND_COLUMNS = ("round", "auc", "sensitivity", "specificity", "accuracy", "loss", "clients")
 
 
-def draw(status, written, most_rounds=None):
+def draw(status, written, most_rounds=None, names=None):
     """The status as a rich renderable: the round, the clients, and the last `most_rounds` rounds.
 
     written  when it was written
+    names    {client: what it is called}, where it has another name beside its own
     """
     from rich.console import Group
     from rich.table import Table
@@ -241,13 +242,14 @@ def draw(status, written, most_rounds=None):
     for row in status["clients"]:
         images = "" if row["num_examples"] is None else str(row["num_examples"])
         # What others write stays text: without markup, and without control characters.
-        clients.add_row(Text(plain(row["name"])), Text(plain(where(row, now))), images)
+        name = (names or {}).get(row["name"], row["name"])
+        clients.add_row(Text(plain(name)), Text(plain(where(row, now))), images)
     rounds = Table(*ROUND_COLUMNS, "missing", box=None, pad_edge=False)
     first = 0 if most_rounds is None else max(0, len(status["history"]) - most_rounds)
     for row in status["history"][first:]:
         cells = [_cell(row[name]) for name in ROUND_COLUMNS]
         rounds.add_row(*cells, Text(plain(row["missing"])))
-    return Group(Text(title), "", clients, *(["", rounds] if status["history"] else []))
+    return Group(Text(title), "", clients, *(["", rounds] if rounds.row_count else []))
 
 
 def _cell(value):

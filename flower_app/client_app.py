@@ -1,12 +1,11 @@
 """todoClient under Flower: one hospital, which trains on its own index.
 
-    flower-supernode --insecure --superlink localhost:8000 --node-config 'name="client001"'
-
-It needs this project's folder as its working directory and in PYTHONPATH. Flower starts a process
-for each training, so nothing is kept from round to round: seed, client and round say it all.
+README.md has the commands. It needs this project's folder as its working directory and in
+PYTHONPATH. Flower starts a process for each training, so nothing is kept from round to round: seed,
+client and round say it all.
 """
 
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from server_app import set_tensors, tensors_of
 
@@ -20,11 +19,14 @@ app = ClientApp()
 def train(message, context):
     settings = context.run_config
     name = context.node_config["name"]
-    image_size = settings["image-size"] or model.ARCHS[settings["arch"]].image_size
+    arch = model.ARCHS[settings["arch"]]
+    image_size = settings["image-size"] or arch.image_size
+    # as todoServer tells its clients: a network that begins from ImageNet trains its last layers
+    freezes_base = arch.freezes_base(settings["weights"] or arch.weights)
     records = data.read_index(data.worker_index(name))
     model.configure(settings["seed"], settings["threads"])
     network = model.build(settings["arch"], image_size)
-    if settings["freeze-base"]:
+    if freezes_base:
         model.freeze_base(network)
     set_tensors(network, message.content["arrays"])
     batches = data.TrainingBatches(
@@ -33,10 +35,16 @@ def train(message, context):
         settings["batch-size"],
         settings["seed"],
         name,
-        settings["augmentation"],
+        augment=settings["augmentation"] and not freezes_base,
     )
     round_number = message.content["config"]["server-round"]
     rows = model.train(network, batches, round_number, settings["epochs"])
     metrics = {"num-examples": len(records), "loss": rows[-1]["loss"]}
-    content = RecordDict({"arrays": tensors_of(network), "metrics": MetricRecord(metrics)})
+    content = RecordDict(
+        {
+            "arrays": tensors_of(network),
+            "metrics": MetricRecord(metrics),
+            "client": ConfigRecord({"name": name}),
+        }
+    )
     return Message(content=content, reply_to=message)

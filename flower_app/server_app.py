@@ -1,14 +1,12 @@
 """todoServer under Flower: the same network, schedule and evaluation; Flower averages and talks.
 
-    flower-superlink --insecure --disable-runtime-dependency-installation    # in the project folder
-    flwr run flower_app
-
-It needs this project's folder as its working directory and in PYTHONPATH. Writes
-flower/server_weight.h5 and flower/history.csv.
+README.md has the commands. It needs this project's folder as its working directory and in
+PYTHONPATH. Writes flower/server_weight.h5 with its model card and flower/history.csv.
 """
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import ServerApp
@@ -17,9 +15,12 @@ from flwr.serverapp.strategy import FedAvg
 import data
 import model
 from common import files
+from federation.rounds import HISTORY_COLUMNS
+from reporting import card as cards
+from reporting import metrics
 
 FOLDER = Path("flower")
-HISTORY_COLUMNS = ["round", "loss", "accuracy", "auc", "sensitivity", "specificity", "seconds"]
+VAL_PATH = Path("index/val_set.pkl")
 
 app = ServerApp()
 
@@ -27,37 +28,82 @@ app = ServerApp()
 @app.main()
 def main(grid, context):
     settings = context.run_config
-    image_size = settings["image-size"] or model.ARCHS[settings["arch"]].image_size
-    validation = data.read_index("index/val_set.pkl")
-    images = data.load_images(validation, image_size)
-    labels = data.healthy(validation)
-    model.configure(settings["seed"], settings["threads"])
-    network = model.build(settings["arch"], image_size, settings["seed"])
-    model.initialize(network, settings["weights"])
-    FOLDER.mkdir(exist_ok=True)
-    history = []
-    opened = time.monotonic()
-
-    def evaluate(round_number, arrays):
-        """Called by Flower after each round, and with round 0 before the first."""
-        nonlocal opened
-        if round_number > 0:
-            set_tensors(network, arrays)
-            model.save(network, FOLDER / "server_weight.h5")
-            scores = model.evaluate(network, images, labels)
-            now = time.monotonic()
-            history.append({"round": round_number, **scores, "seconds": now - opened})
-            files.publish_rows(FOLDER / "history.csv", HISTORY_COLUMNS, history)
-            opened = now
-            return MetricRecord(scores)
-        return None
-
+    arch = model.ARCHS[settings["arch"]]
+    # what `cards.make` takes from a server's state
+    run = SimpleNamespace(
+        arch=settings["arch"],
+        image_size=settings["image-size"] or arch.image_size,
+        run=f"{context.run_id:x}",
+        rounds=settings["rounds"],
+        seed=settings["seed"],
+        weights=settings["weights"] or arch.weights,
+        counted={},
+    )
+    evaluator = Evaluator(run, settings["threads"])
     num_clients = settings["num-clients"]
     # every client takes part in every round, as in todoServer; it evaluates here, not there
     strategy = FedAvg(
-        fraction_evaluate=0.0, min_train_nodes=num_clients, min_available_nodes=num_clients
+        fraction_evaluate=0.0,
+        min_train_nodes=num_clients,
+        min_available_nodes=num_clients,
+        train_metrics_aggr_fn=evaluator.note_clients,
     )
-    strategy.start(grid, tensors_of(network), settings["rounds"], evaluate_fn=evaluate)
+    strategy.start(grid, tensors_of(evaluator.network), run.rounds, evaluate_fn=evaluator.evaluate)
+
+
+class Evaluator:
+    """Scores the merged model of each round, and publishes it as todoServer does."""
+
+    def __init__(self, run, threads):
+        self.run = run
+        self.validation = data.read_index(VAL_PATH)
+        self.images = data.load_images(self.validation, run.image_size)
+        model.configure(run.seed, threads)
+        self.network = model.build(run.arch, run.image_size, run.seed)
+        model.initialize(self.network, run.weights)
+        FOLDER.mkdir(exist_ok=True)
+        self.history = []
+        self.opened = time.monotonic()
+
+    def note_clients(self, replies, weighted_by):
+        """Called by Flower with a round's replies, before `evaluate`: who trained on how many."""
+        self.trained = {reply["client"]["name"]: reply["metrics"][weighted_by] for reply in replies}
+        return MetricRecord({weighted_by: sum(self.trained.values())})
+
+    def evaluate(self, round_number, arrays):
+        """Called by Flower after each round, and with round 0 before the first."""
+        if round_number == 0:
+            return None
+        path = FOLDER / "server_weight.h5"
+        set_tensors(self.network, arrays)
+        model.save(self.network, path)
+        self.run.weights_sha256 = files.sha256_of(path)
+        self.run.counted = {
+            name: {"round": round_number, "num_examples": num_examples}
+            for name, num_examples in self.trained.items()
+        }
+        p_healthy = model.predict(self.network, self.images)
+        scores = metrics.scores(p_healthy, data.healthy(self.validation))
+        now = time.monotonic()
+        row = {
+            "round": round_number,
+            **scores,
+            "clients": len(self.trained),
+            "num_examples": sum(self.trained.values()),
+            "seconds": now - self.opened,
+        }
+        self.opened = now
+        self.history.append(row)
+        files.publish_rows(FOLDER / "history.csv", HISTORY_COLUMNS, self.history)
+        card = cards.make(
+            self.run,
+            row,
+            cards.read_prepared(VAL_PATH.parent),
+            files.sha256_of(VAL_PATH),
+            metrics.assess(p_healthy, self.validation),
+        )
+        cards.publish(path, card)
+        return MetricRecord(scores)
 
 
 def tensors_of(network):

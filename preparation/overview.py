@@ -6,6 +6,7 @@ from common.files import replacing
 from preparation.photos import open_image
 
 GRADE_NAMES = ("none", "mild", "moderate", "severe", "proliferative")
+WITH_IT = "DR"  # all grades but the first
 SHEET_COLUMNS = 12  # pictures in a row of the contact sheet ...
 SHEET_CELL = 128  # ... and pixels a side of each
 CHECK_ROWS = 60  # on the sheet of those to be checked
@@ -16,7 +17,7 @@ def format_table(sets, hospitals):
 
     With the number of patients where the records tell them. hospitals: of the names that have one.
     """
-    headings = [*GRADE_NAMES, "DR", "total"]
+    headings = [*GRADE_NAMES, WITH_IT, "total"]
     with_patients = all("patient" in record for records in sets.values() for record in records)
     if with_patients:
         headings.append("patients")

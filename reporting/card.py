@@ -19,7 +19,7 @@ from pathlib import Path
 
 import data
 from common.files import publish_text, sha256_of
-from reporting.metrics import MEASURED, TASKS
+from reporting.metrics import MEASURED, TASK, TASKS
 
 CARD_VERSION = 1
 MAX_WIRE_BYTES = 4000  # of fedml-card; gRPC's metadata ends at 8 kB, and there is other metadata
@@ -285,12 +285,12 @@ def score(card, task, p_healthy):
     return 1 - p_healthy
 
 
-def threshold_of(card, task="referable DR"):
+def threshold_of(card, task=TASK):
     """The threshold that was chosen for a task, or None."""
     return card["tasks"].get(task, {}).get("threshold")
 
 
-def summary(card, task="referable DR"):
+def summary(card, task=TASK):
     """A round's line: 'AUC 0.991  sensitivity 0.946  specificity 0.930 for referable DR, ...'.
 
     Of the reporting patients, at the threshold that the others have chosen: what is on the page.

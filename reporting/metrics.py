@@ -27,9 +27,13 @@ MEASURED = (
     "sensitivity_at_90",
     "specificity_at_90",
 )
+# What is looked for, in the words of each page and line; docs/change.md tells of another disease.
+DISEASE = "diabetic retinopathy (DR)"
 # What a grade (0..4) must be at least for an image to count as positive.
 # Referable DR (moderate or worse) is what screening sends to an ophthalmologist.
 TASKS = {"any DR": 1, "referable DR": 2}
+LEARNT = min(TASKS, key=TASKS.get)  # what the network learns to tell from grade 0
+TASK = max(TASKS, key=TASKS.get)  # what the verdict, the warning and predict.py are about
 LEAST_SENSITIVITY = 0.85  # of a threshold that is chosen
 # With fewer patients who have it, or who have it not, a difference of two models is not judged: the
 # interval of a sensitivity that was measured on twenty patients is 0.3 to 0.4 wide.
@@ -216,30 +220,30 @@ def assess(p_healthy, records, thresholds=None):
 
 
 def warning_of(tasks):
-    """Why a model must not be used to find referable DR: a sentence, or "" for no reason."""
-    task = tasks["referable DR"]
+    """Why a model must not be used for TASK: a sentence, or "" for no reason."""
+    task = tasks[TASK]
     area, low, high = task["measured"]["auc"]
     sensitivity = task["measured"]["sensitivity"][0]
     specificity = task["measured"]["specificity"][0]
     if area is None:
         return (
             "it cannot be judged: the reporting half of the validation patients needs some with "
-            "referable DR and some without"
+            f"{TASK} and some without"
         )
     if low is None or low <= 0.5:
         return (
-            f"it may find nothing: the 95 % interval of its AUC for referable DR, {low} to {high}, "
+            f"it may find nothing: the 95 % interval of its AUC for {TASK}, {low} to {high}, "
             "contains 0.5 or lies below it, and 0.5 is guessing"
         )
     if task["threshold"] is None:
         return (
-            f"no threshold finds {100 * LEAST_SENSITIVITY:.0f} % of those with referable DR in the "
+            f"no threshold finds {100 * LEAST_SENSITIVITY:.0f} % of those with {TASK} in the "
             "choosing half of the validation patients and clears anybody"
         )
     if sensitivity == 0:
-        return "it finds nobody with referable DR at its threshold"
+        return f"it finds nobody with {TASK} at its threshold"
     if specificity == 0:
-        return "it calls everybody referable at its threshold"
+        return f"it calls everybody {TASK} at its threshold"
     return ""
 
 

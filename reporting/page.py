@@ -23,13 +23,12 @@ from preparation.overview import GRADE_NAMES
 from preparation.photos import open_image
 from reporting import card as cards
 from reporting import metrics
-from reporting.metrics import TASKS
+from reporting.metrics import DISEASE, LEARNT, TASK, TASKS
 
-TASK = "referable DR"  # what the verdict and the use of the model are about
 MAX_PICTURES = 6  # in each gallery
 PICTURE_PX = 128  # a side
 LABEL_WIDTH = 22  # characters in a line of a name beside a drawing
-SCREENED = (100, 900)  # of 1,000 people, with and without referable DR
+SCREENED = (100, 900)  # of 1,000 people, with and without TASK
 # After Okabe and Ito (2008), whose colours people with any colour vision tell apart; darker, for
 # names are written in them. Dashes and markers say the same without colour. The first is the
 # federation's.
@@ -122,7 +121,13 @@ class Page:
         )
         environment.filters.update(number=number, interval=interval, signed=signed)
         return environment.get_template("page.html").render(
-            page=self, run=self.run, card=self.card, task=TASK, tasks=self.tasks
+            page=self,
+            run=self.run,
+            card=self.card,
+            disease=DISEASE,
+            learnt=LEARNT,
+            task=TASK,
+            tasks=self.tasks,
         )
 
     def score(self, model, half, task=TASK):
@@ -134,7 +139,7 @@ class Page:
 
     def grade_name(self, grade):
         if self.referable_only:
-            return "referable" if grade >= TASKS[TASK] else "not referable"
+            return TASK if grade >= TASKS[TASK] else f"no {TASK}"
         return f"{grade}, {GRADE_NAMES[grade]}"
 
     # --- (a) what federation brought ---
@@ -255,10 +260,10 @@ class Page:
     # --- (c) whom it misses ---
 
     def called_by_grade(self):
-        """A drawing: which part of the images of each grade the model calls referable."""
+        """A drawing: which part of the images of each grade the model calls TASK."""
         score, grades = self.score(self.used, self.reporting), self.grades[self.reporting]
         patients = self.patients[self.reporting]
-        with drawing("Called referable, by grade", 5, 3) as (axes, finish):
+        with drawing(f"Called {TASK}, by grade", 5, 3) as (axes, finish):
             for grade in sorted(set(grades)):
                 of_grade = grades == grade
                 called = score[of_grade] > self.threshold
@@ -274,7 +279,7 @@ class Page:
                     hatch="" if should_be else "//",
                 )
                 with_interval(axes, name, part, len(set(patients[of_grade])), fmt="none")
-            axes.set(ylim=(0, 1.03), xlabel="grade of DR", ylabel=f"part called {TASK}")
+            axes.set(ylim=(0, 1.03), xlabel="grade", ylabel=f"part called {TASK}")
             axes.tick_params(axis="x", labelsize=7)
             return finish()
 

@@ -13,6 +13,7 @@ import os
 # fork to exec: scripts switch that off, and so do tests, before h5py is imported.
 os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -439,6 +440,22 @@ def processes_in(folder):
         except OSError:
             pass  # it ended meanwhile
     return found
+
+
+def copy_of(folder):
+    """The project in a folder of its own, as it is in git, or would be. Returns the folder."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\n")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def copy_of_project(tmp_path):
+    return copy_of(tmp_path / "project")
 
 
 # --- the real scripts without TensorFlow ---------------------------------------------------------

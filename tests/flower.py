@@ -1,7 +1,12 @@
-"""The project under Flower: a SuperLink, SuperNodes and a run, for tests and benchmarks."""
+"""The project under Flower: a SuperLink, SuperNodes and a run, for tests and benchmarks.
+
+The commands, and the entry in Flower's configuration, are those of flower_app/README.md.
+"""
 
 import importlib.util
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +15,10 @@ from pathlib import Path
 from conftest import ROOT, Started, free_port, processes_in
 
 IS_INSTALLED = importlib.util.find_spec("flwr") is not None
+README = (ROOT / "flower_app" / "README.md").read_text(encoding="utf-8")
+ADDRESS = "127.0.0.1:8000"  # there, and the port and the name of its first hospital
+[CONFIGURATION] = re.findall(r"^```toml\n(.*?)^```$", README, re.M | re.S)
+LINK, NODE, *_, RUN = re.findall(r"^(?:flower-|flwr ).*$", README, re.M)
 
 
 class Flower:
@@ -33,30 +42,17 @@ class Flower:
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             **more,
         }
-        address = f"127.0.0.1:{free_port()}"
-        (self.home / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\n'
-            "insecure = true\n"
-        )
-        host, port = address.split(":")
-        link = self.start(
-            "flower-superlink",
-            "--insecure",
-            "--disable-runtime-dependency-installation",
-            *("--host", host, "--port", port),
-        )
-        link.wait_for("running on http", 120)
+        port = str(free_port())
+        address = ADDRESS.replace("8000", port)
+        (self.home / "config.toml").write_text(CONFIGURATION.replace(ADDRESS, address))
+        self.link = self.start(LINK.replace("8000", port))
+        self.link.wait_for("running on http", 120)
         for client in clients:
-            self.start(
-                "flower-supernode",
-                *("--insecure", "--superlink", address),
-                *("--port", str(free_port())),
-                *("--node-config", f'name="{client}"'),
-            )
-        self.link = link
+            own = NODE.replace("9101", str(free_port())).replace("client001", client)
+            self.start(own.replace(ADDRESS, address))
 
-    def start(self, *command):
-        self.processes.append(Started(list(command), self.folder, self.environment))
+    def start(self, command):
+        self.processes.append(Started(shlex.split(command), self.folder, self.environment))
         return self.processes[-1]
 
     def run(self, timeout_s=600, **settings):
@@ -65,9 +61,9 @@ class Flower:
         for name, value in settings.items():
             text = f'"{value}"' if isinstance(value, str) else str(value).lower()
             words.append(f"{name.replace('_', '-')}={text}")
+        *command, _ = shlex.split(RUN.replace("flower_app", str(ROOT / "flower_app")))
         done = subprocess.run(
-            ["flwr", "run", str(ROOT / "flower_app"), "here", "--stream"]
-            + ["--run-config", " ".join(words)],
+            [*command, " ".join(words)],
             cwd=self.folder,
             env=self.environment,
             stdin=subprocess.DEVNULL,

@@ -10,7 +10,7 @@ import model
 import todoClient
 import todoServer
 from common import files
-from federation import rounds
+from federation import rounds, weights
 from reporting import card as cards
 
 
@@ -46,7 +46,8 @@ def history(folder):
 
 def test_it_starts_from_the_servers_weights(here, trained):
     (here / "server").mkdir()
-    todoServer.begin(todoServer.parse(["--image-size", "16", "--seed", "7"]))
+    arguments = todoServer.parse(["--image-size", "16", "--seed", "7"])
+    todoServer.begin(arguments, todoServer.Evaluator(arguments))
     of_server = files.sha256_of("server/server_weight.h5")
     for flags, same in (
         (["--seed", "7"], True),
@@ -65,7 +66,9 @@ def test_it_trains_as_a_client_trains(here):
     name = ["--name", "client001", "--client-dir", "federated"]
     client = todoClient.Site(todoClient.parse([*name, *flags]))
     model.configure(0)
+    client.begin_run("r")
     model.save(model.build("drcnn", 16, 0), client.weights)
+    client.layout = weights.Layout(client.weights)
     for number in (1, 2):
         task = {"run": "r", "round": number, "rounds": 2, "arch": "drcnn", "image_size": 16}
         todoClient.train(client, {**todoClient.SEED_TASK, **task})

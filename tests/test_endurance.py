@@ -136,14 +136,20 @@ def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(mak
     names = [f"client{number:03}" for number in range(1, 9)]
     run = make_run(clients=names, rounds=1)
     server, address = serve(run.rounds)
-    with grpc.insecure_channel(address) as channel:
-        stub = todo_pb2_grpc.FedMLStub(channel)
+    own = [("grpc.use_local_subchannel_pool", 1)]  # a connection for each, as real clients have
+    with contextlib.ExitStack() as channels:
+
+        def stub_of(name):
+            channel = channels.enter_context(grpc.insecure_channel(address, own))
+            return todo_pb2_grpc.FedMLStub(channel)
+
+        stubs = {name: stub_of(name) for name in names}
         path = write_weights(run.folder / "upload.h5", 1)
 
         def send(name):
             named = (("fedml-client", name), ("fedml-run", "run0"), ("fedml-round", "1"))
             messages = weights.blob_messages(path, name, 1)
-            return stub.sendWeight.future(messages, metadata=named, timeout=60)
+            return stubs[name].sendWeight.future(messages, metadata=named, timeout=60)
 
         calls = []
         for _ in range(2):
@@ -153,8 +159,8 @@ def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(mak
         for name in names:
             is_me = (("fedml-client", name),)
             status = todo_pb2.clientStatus(run="run0", round=1, phase="waiting")
-            assert stub.tell(status, metadata=is_me, timeout=30).round == 1
-        assert list(stub.getWeight(todo_pb2.void(), metadata=is_me, timeout=30))
+            assert stubs[name].tell(status, metadata=is_me, timeout=30).round == 1
+        assert list(stubs[name].getWeight(todo_pb2.void(), metadata=is_me, timeout=30))
         assert send(names[-1]).result().value == 1
         assert [call.result().value for call in calls] == [1] * 7
     server.stop(0).wait()
@@ -173,7 +179,7 @@ def test_memory_is_flat_over_100_rounds(start, tmp_path):
         processes[name] = start("todoClient.py", *arguments, cwd=site)
     used = {}
     for number in (10, 100):
-        server.wait_for(f"round {number}/101: loss", 400)
+        server.wait_for(f"round {number}/101: AUC", 400)
         for name, process in processes.items():
             used[name, number] = process.memory_bytes()
     for name in processes:

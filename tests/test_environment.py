@@ -72,7 +72,7 @@ def test_a_disk_that_fails_is_no_such_file_system(start, begun, preloaded):
     arguments = ["--name", "client001", "--server", address]
     environment = preloaded(errno.ENOLCK, errno.EIO)
     client = start(client_script(site), *arguments, cwd=site, env=environment)
-    assert client.wait() == 1
+    assert client.wait() == 4
     assert "Input/output error" in client.lines[-1] and "Traceback" not in client.output
 
 
@@ -88,7 +88,7 @@ def test_a_full_disk_names_the_file(client_main, served, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(weights, "_write", write_half)
         code, said = client_main("--server", address)
-        assert code == 1 and "No space left on device: 'client001/client_weights.h5'" in said
+        assert code == 4 and "No space left on device: 'client001/client_weights.h5'" in said
         path = run.folder / "history.csv"
         patched.setattr(files, "publish", write_half)
         with pytest.raises(OSError, match=f"No space left on device: '{path}'"):

@@ -1,4 +1,4 @@
-"""The same federation under Flower: its merged weights are ours.
+"""The same federation under Flower, by the commands of its README: its merged weights are ours.
 
 Needs requirements-flower.txt; without it this is skipped.
 """
@@ -7,6 +7,8 @@ import flower
 import numpy as np
 import pytest
 from conftest import processes_in, read_weights, start_server, until
+
+from reporting import card as cards
 
 CLIENTS = ["client001", "client002", "client003"]
 CLOSE = {1: 1e-6, 2: 1e-4}  # rounds -> how far apart a number may be
@@ -44,6 +46,8 @@ def test_flowers_merged_weights_are_ours(start, site, rounds):
     path = site / "flower" / "server_weight.h5"
     assert path.exists(), output + system.link.output
     assert len((site / "flower" / "history.csv").read_text().splitlines()) == 1 + rounds
+    card = cards.read(path)  # its model card, which refuses other weights
+    assert card["clients"] == {"client001": 8, "client002": 10, "client003": 12}
     pairs = zip(ours(start, site, rounds), read_weights(path), strict=True)
     distances = [np.abs(one - other).max() for one, other in pairs]
     assert max(distances) <= CLOSE[rounds], distances

@@ -216,7 +216,7 @@ def test_what_is_unknown_is_not_measured(pictures):
     for model in (run.federated, *run.others):
         model.card.pop("by_round")  # a card of before
     text = text_of(Page(run).html())
-    for what in ("The AUC by round is", "By hospital", "a round", "mild DR is found is"):
+    for what in ("The AUC by round is", "By hospital", "a round", "milder disease is found is"):
         assert f"{what} not measured" in text or f"{what} Not measured" in text
     assert "any DR" not in text  # labels that only say "referable" do not tell
 

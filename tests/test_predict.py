@@ -46,7 +46,7 @@ def score(project, monkeypatch, capsys):
         path.write_text(json.dumps(card))
         code = predict.main([str(argument) for argument in arguments])
         said = capsys.readouterr()
-        return code, dict(re.findall(r"^(.+?)  DR score (\d\.\d{3})", said.out, re.M)), said
+        return code, dict(re.findall(r"^(.+?)  score (\d\.\d{3})", said.out, re.M)), said
 
     yield run
     path.write_text(original)
@@ -133,13 +133,13 @@ def test_the_verdict_is_at_the_threshold(score):
     middle = float(np.median([float(value) for value in scores.values()]))
     for given, of_card in ((["--threshold", middle], 0.5), ([], middle)):
         _, _, said = score("synthetic", *paths, *given, threshold=of_card)
-        for path, value, verdict in re.findall(r"^(.+?)  DR score (\S+)  (.+)$", said.out, re.M):
+        for path, value, verdict in re.findall(r"^(.+?)  score (\S+)  (.+)$", said.out, re.M):
             if abs(float(value) - middle) > 0.001:  # as it is printed, a score is rounded
                 assert verdict == ("referable DR" if float(value) > middle else "no referable DR")
                 assert path in paths
     _, _, said = score("synthetic", *paths, warning="it finds nobody", threshold=None)
     assert said.err.count("must not be used: it finds nobody") == 1
-    assert len(re.findall(r"DR score \d\.\d{3}$", said.out, re.M)) == 20
+    assert len(re.findall(r"score \d\.\d{3}$", said.out, re.M)) == 20
 
 
 def test_a_bad_file_gets_its_sentence_and_the_others_their_scores(score, folder):
@@ -271,7 +271,7 @@ def test_two_files_are_enough_and_it_says_which(project, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert predict.main(["--weights", "server_weight.h5", "pictures/0003.png"]) == 0
     said = capsys.readouterr()
-    assert "0003.png  DR score" in said.out and "model: server_weight.h5, of round" in said.out
+    assert "0003.png  score" in said.out and "model: server_weight.h5, of round" in said.out
 
 
 def test_weights_that_are_none_or_have_no_card_are_refused(score, tmp_path):
@@ -302,5 +302,5 @@ def test_a_name_that_is_no_text_is_printed_all_the_same(score, tmp_path):
         text=True,
         env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
     )
-    assert shown.returncode == 0 and shown.stdout.count("DR score") == 2, shown.stderr
+    assert shown.returncode == 0 and shown.stdout.count("score") == 2, shown.stderr
     assert r"eye\udce5.png" in shown.stdout

@@ -1,6 +1,5 @@
-"""./run_local.sh as a newcomer runs it: in a copy of the project, for real, on a small set."""
+"""./run_local.sh as a newcomer runs it: in a copy of the project, on a small set."""
 
-import csv
 import json
 import os
 import pty
@@ -9,32 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, Started, processes_in, until
+from conftest import Started, copy_of, processes_in, until
 
-NUM_IMAGES = 90
+from common import files
+
 DATA = ["--num-clients", "2", "--image-size", "32", "--num-train", "60", "--num-val", "30"]
 WITH_PACKAGES = {"PYTHON": sys.executable}  # this environment in place of a fresh .venv
+COMMAND = ["./run_local.sh", *DATA]
 
 
-def copy_of_project(folder):
-    """What is in git, or would be."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in filter(None, listed.stdout.split("\n")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def command(*flags):
-    return ["bash", "run_local.sh", *DATA, *flags]
-
-
-def run(project, *flags):
+def run(project, *flags, script="./run_local.sh"):
     return subprocess.run(
-        command(*flags),
+        [script, *DATA, *flags],
         cwd=project,
         capture_output=True,
         text=True,
@@ -43,99 +32,68 @@ def run(project, *flags):
     )
 
 
-@pytest.fixture
-def project(tmp_path):
-    return copy_of_project(tmp_path / "project")
+def round_lines(shown):
+    return re.findall(r"^round (\d+/\d+): AUC \S+  sensitivity \S+  specificity \S+$", shown, re.M)
+
+
+# --- real runs ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
     """(project folder, the run's CompletedProcess) after one run of two rounds."""
-    project = copy_of_project(tmp_path_factory.mktemp("first") / "project")
+    project = copy_of(tmp_path_factory.mktemp("first") / "project")
     return project, run(project, "--rounds", "2")
 
 
 @pytest.fixture(scope="module")
-def interrupted_run(first_run, tmp_path_factory):
+def stopped_run(first_run, tmp_path_factory):
     """(project folder, the number of finished rounds) after Ctrl-C in a second, longer run."""
-    project = tmp_path_factory.mktemp("interrupted") / "project"
+    project = tmp_path_factory.mktemp("stopped") / "project"
     shutil.copytree(first_run[0], project)
-    process = Started(command("--rounds", "99"), project, WITH_PACKAGES)
-    process.wait_for("round 1/99: loss", 200)
-
-    log = (project / "run_local.log").read_text()
-    for flags in ([], ["--fresh"]):
-        beside = run(project, *flags)
-        assert beside.returncode == 1 and beside.stdout == ""
-        assert re.fullmatch(
-            r"\S+ \S+ run_local: error: another process works in server: wait until it ends.*\n",
-            beside.stderr,
-        )
-    assert (project / "run_local.log").read_text().startswith(log)
-
+    process = Started([*COMMAND, "--rounds", "99"], project, WITH_PACKAGES)
+    process.wait_for("round 1/99: AUC", 300)
     process.signal(signal.SIGINT)
-    assert process.wait(30) == 130
-    until(lambda: not processes_in(project), "everything that it started is gone")
-    assert "server: stopping; what has arrived is kept" in process.output
-    assert "server: stopping; what has arrived is kept" in (project / "run_local.log").read_text()
-    state = json.loads((project / "server" / "state.json").read_text())
-    return project, len(state["history"])
+    assert process.wait() == 130, process.output
+    assert processes_in(project) == {}
+    return project, len(json.loads((project / "server" / "state.json").read_text())["history"])
 
 
 @pytest.fixture
-def interrupted(interrupted_run, tmp_path):
+def stopped(stopped_run, tmp_path):
     """A copy of its own: (project folder, the number of finished rounds)."""
-    shutil.copytree(interrupted_run[0], tmp_path / "project")
-    return tmp_path / "project", interrupted_run[1]
+    shutil.copytree(stopped_run[0], tmp_path / "project")
+    return tmp_path / "project", stopped_run[1]
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_a_table_a_report_and_the_model(first_run):
+def test_a_run_shows_each_step_each_round_and_one_table(first_run):
     project, shown = first_run
     assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert re.search(r"^ +2 +\d+\.\d{3} ", shown.stdout, re.M)
-    assert "server/server_weight.h5" in shown.stdout
-    assert (project / "server" / "report.html").stat().st_size > 10_000
-    table = [line for line in shown.stdout.splitlines() if re.match(r"(round| +[12]) ", line)]
-    assert len(table) == 3 and max(map(len, table)) <= 80
-    log = (project / "run_local.log").read_text().splitlines()
-    assert log and all(line in shown.stdout for line in log)
+    assert re.findall(r"^\d/4 \w+", shown.stdout, re.M) == [
+        "1/4 packages",
+        "2/4 images",
+        "3/4 federation",
+        "4/4 each",
+    ]
+    assert round_lines(shown.stdout) == ["1/2", "2/2"]
+    assert shown.stdout.count("\nfederated ") == 1
+    assert re.search(r"^client002 \(macula clinic\) alone +\d\.\d{3} ", shown.stdout, re.M)
+    assert f"file://{project}/server/report.html" in shown.stdout
+    assert "\x1b" not in shown.stdout
+    lines = [line for line in shown.stdout.splitlines() if line.strip()]
+    assert len(set(lines)) == len(lines)
 
 
 @pytest.mark.slow
-def test_each_client_alone_is_compared_with_the_federation(first_run, tmp_path):
-    project, shown = first_run
-    assert shown.returncode == 0, shown.stdout + shown.stderr
-    with open(project / "alone" / "compare.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [
-        "federated",
-        "client001 alone (referral clinic and screening centre)",
-        "client002 alone (macula clinic)",
-    ]
-    assert [(row["series"], row["round"]) for row in rows] == [
-        (name, number) for name in names for number in "12"
-    ]
-    for name, images in (("client001", "40"), ("client002", "20")):
-        with open(project / "alone" / name / "history.csv", newline="") as file:
-            assert [row["num_examples"] for row in csv.DictReader(file)] == [images, images]
-    assert 'id="brought"' in (project / "server" / "report.html").read_text()
-    assert re.search(r"^ *client002 alone \(macula clinic\) +\d\.\d{3} ", shown.stdout, re.M)
-
-    interrupted = tmp_path / "project"
-    shutil.copytree(project, interrupted)
-    (interrupted / "alone" / "compare.csv").unlink()
-    weights = (interrupted / "server" / "server_weight.h5").read_bytes()
-    again = run(interrupted, "--rounds", "2")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "each client alone is still to come" in again.stdout
-    assert "server: listening" not in again.stdout
-    assert (interrupted / "alone" / "compare.csv").exists()
-    assert (interrupted / "server" / "server_weight.h5").read_bytes() == weights
+def test_each_hospital_alone_trains_on_its_own_images(first_run):
+    project, _ = first_run
+    cards = [project / "alone" / f"client00{k}" / "central_weight.json" for k in (1, 2)]
+    assert [json.loads(card.read_text())["num_examples"] for card in cards] == [40, 20]
 
 
 @pytest.mark.slow
-def test_after_a_finished_run_a_new_one_gives_the_same_bits_without_drawing_again(
+def test_after_a_finished_run_a_new_one_gives_the_same_bits_from_the_same_pictures(
     first_run, tmp_path
 ):
     project = tmp_path / "project"
@@ -145,119 +103,172 @@ def test_after_a_finished_run_a_new_one_gives_the_same_bits_without_drawing_agai
     drawn = [path.stat().st_mtime_ns for path in pictures]
     second = run(project, "--rounds", "2", "--no-alone")
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "_alone: " not in second.stdout
-    assert "a new run; the old one's files are moved aside" in second.stdout
-    assert f"{len(drawn)} pictures are there, 0 to make" in second.stdout
-    assert len(drawn) == NUM_IMAGES
-    assert drawn == [path.stat().st_mtime_ns for path in pictures]
+    assert len(drawn) == 90 and drawn == [path.stat().st_mtime_ns for path in pictures]
     assert (project / "server" / "server_weight.h5").read_bytes() == weights
     assert (project / "server" / "old-1" / "server_weight.h5").read_bytes() == weights
+    assert not (project / "alone").exists()
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_refuses_other_data(interrupted):
-    project, _ = interrupted
-    other = run(project, "--image-size", "48")
+def test_a_run_without_its_comparison_gets_only_that(first_run, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(first_run[0], project)
+    (project / "server" / "report.html").unlink()
+    state = (project / "server" / "state.json").read_bytes()
+    again = run(project, "--rounds", "2")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (project / "server" / "report.html").exists()
+    assert (project / "server" / "state.json").read_bytes() == state
+
+
+@pytest.mark.slow
+def test_a_stopped_run_is_resumed(stopped):
+    project, done = stopped
+    resumed = run(project, "--rounds", str(done + 1), "--no-alone")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert round_lines(resumed.stdout) == [f"{done + 1}/{done + 1}"]
+
+
+@pytest.mark.slow
+def test_a_stopped_run_refuses_other_images(stopped):
+    other = run(stopped[0], "--image-size", "48")
     assert other.returncode == 1
     assert "unfinished run" in other.stderr and "--fresh" in other.stderr
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_is_resumed(interrupted):
-    project, finished = interrupted
-    rounds = finished + 2
-    resumed = run(project, "--rounds", str(rounds), "--no-alone")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "resuming the unfinished run" in resumed.stdout
-    assert f"round {rounds}/{rounds}: loss" in resumed.stdout
-    assert f"round {finished}/{rounds}: loss" not in resumed.stdout
-    assert "a new run" not in resumed.stdout
-
-
-@pytest.mark.slow
-def test_a_damaged_state_is_a_sentence_and_fresh_begins_a_new_run(interrupted):
-    project, _ = interrupted
+def test_a_damaged_state_is_a_sentence_and_fresh_begins_a_new_run(stopped):
+    project, _ = stopped
     (project / "server" / "state.json").write_text("{")
     damaged = run(project)
     assert damaged.returncode == 1
     assert damaged.stderr.count("\n") == 1 and "--fresh" in damaged.stderr
     afresh = run(project, "--fresh", "--rounds", "1", "--no-alone")
     assert afresh.returncode == 0, afresh.stdout + afresh.stderr
-    assert "the old run's files are in server/old-2" in afresh.stdout
+    assert (project / "server" / "old-2").is_dir()
 
 
 @pytest.mark.slow
-def test_one_that_fails_stops_the_others(project):
-    (project / "todoClient.py").write_text(
-        "import sys; sys.exit('broken') if 'client002' in sys.argv else sys.stdin.read()\n"
-        "import signal; signal.pause()\n"
-    )
-    shown = run(project)
-    assert shown.returncode == 1
-    assert (
-        "client002 ended with 1 (its words are above): stopping the others" in shown.stderr
-        and "broken" in shown.stderr
-    )
-    assert not processes_in(project)
+def test_compare_also_trains_on_all_images_in_one_place(first_run, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(first_run[0], project)
+    shown = run(project, "--rounds", "1", "--no-alone", script="./compare.sh")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    card = json.loads((project / "central" / "central_weight.json").read_text())
+    assert card["num_examples"] == 60
+    assert "\nall images in one place " in shown.stdout
+    assert "all images in one place" in (project / "server" / "report.html").read_text()
 
 
-def drawn(project):
-    """The project, with its pictures and indexes already made."""
-    made = subprocess.run(
-        [sys.executable, "prepare.py", *DATA], cwd=project, capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    return project
+# --- how it ends: with scripts that only wait -----------------------------------------------------
 
-
-def test_a_server_that_ends_before_it_listens_gives_its_exit_code(project):
-    (drawn(project) / "todoServer.py").write_text("import sys; print('no'); sys.exit(3)\n")
-    shown = run(project)
-    assert shown.returncode == 3 and "no\n" in shown.stdout
-    assert (project / "run_local.log").read_text() == "no\n"
-
-
+WAITING_SERVER = """
+    import json, signal
+    from pathlib import Path
+    client = {"name": "client002", "last_seen": None, "num_examples": None, "is_done": False}
+    said = {"run": "r", "arch": "drcnn", "round": 1, "rounds": 2, "phase": "open", "history": []}
+    Path("server/status.json").write_text(json.dumps({"version": 2, **said, "clients": [client]}))
+    print("2026-01-01 00:00:00 server: listening on localhost:1", flush=True)
+    signal.pause()
+"""
 WAITING_CLIENT = """
-import signal, sys
-print(f"{sys.argv[2]}: I am here", flush=True)
-signal.pause()
+    import signal, sys
+    from pathlib import Path
+    Path(sys.argv[2], "here").touch()
+    signal.pause()
+"""
+FAILING_CLIENT = """
+    import signal, sys
+    print(f"2026-01-01 00:00:00 {sys.argv[2]}: my last word", flush=True)
+    sys.exit(7) if sys.argv[2] == "client002" else signal.pause()
 """
 
 
-@pytest.mark.slow
-def test_sigterm_ends_all_with_143(project):
-    (drawn(project) / "todoClient.py").write_text(WAITING_CLIENT)
-    process = Started(command(), project, WITH_PACKAGES)
-    for name in ("client001", "client002"):
-        process.wait_for(f"{name}: I am here", 200)
-    assert len(processes_in(project)) == 4
-    process.signal(signal.SIGTERM)
-    assert process.wait(20) == 143
-    assert process.lines[-1].endswith("start the server again to go on"), process.output
-    assert processes_in(project) == {}
+def replace_main(project, script, body):
+    """What the script does when it is run; imported, it has the flags that it had."""
+    path = project / script
+    path.write_text(
+        f"if __name__ == '__main__':\n{textwrap.dedent(body)}".replace("\n", "\n    ")
+        + "\n"
+        + path.read_text()
+    )
 
 
-def test_ctrl_c_in_a_terminal_ends_all_with_130(project):
+@pytest.fixture
+def waiting(copy_of_project):
+    """A project whose images need no preparing, and whose server and clients only wait."""
+    prepared = {"num_clients": 2, "worker_hospitals": {"worker2": "macula clinic"}}
+    (copy_of_project / "index" / "prepared.json").write_text(json.dumps(prepared))
+    replace_main(copy_of_project, "prepare.py", "\nraise SystemExit(0)\n")
+    replace_main(copy_of_project, "todoServer.py", WAITING_SERVER)
+    replace_main(copy_of_project, "todoClient.py", WAITING_CLIENT)
+    return copy_of_project
+
+
+def all_started(project):
+    return all((project / name / "here").exists() for name in ("client001", "client002"))
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_however_it_ends_nothing_that_it_started_goes_on(waiting, number, code):
+    process = Started(COMMAND, waiting, WITH_PACKAGES)
+    until(lambda: all_started(waiting), "all are started")
+    process.signal(number)
+    assert process.wait() == code
+    until(lambda: processes_in(waiting) == {}, "everything that it started is gone")
+
+
+def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
     """A terminal sends SIGINT to the launcher and to all that it started, at once."""
-    (drawn(project) / "todoClient.py").write_text(WAITING_CLIENT)
     pid, terminal = pty.fork()
     if pid == 0:
-        os.chdir(project)
-        os.environ.update(WITH_PACKAGES)
-        os.execvp("bash", command())
-    shown = b""
-    pressed = False
+        os.chdir(waiting)
+        os.environ.update(WITH_PACKAGES, TERM="xterm", COLUMNS="100")
+        os.execvp(COMMAND[0], COMMAND)
+    shown, pressed = b"", False
     while True:
         try:
-            piece = os.read(terminal, 4096)
+            shown += os.read(terminal, 4096)
         except OSError:  # so a terminal says that nobody holds its other end
             break
-        shown += piece
-        if shown.count(b": I am here") == 2 and not pressed:
+        if b"not seen yet" in shown and all_started(waiting) and not pressed:
             pressed = True
             os.write(terminal, b"\x03")
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
-    assert b"server: stopping; what has arrived is kept" in shown, shown
-    assert b"stopping; what has arrived is kept" in (project / "run_local.log").read_bytes()
-    assert processes_in(project) == {}
+    assert b"client002 (macula clinic)  not seen yet" in shown and b"Traceback" not in shown
+    assert processes_in(waiting) == {}
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(copy_of_project):
+    process = Started(COMMAND, copy_of_project, WITH_PACKAGES)
+    maps = Path(f"/proc/{process.pid}/maps")
+    until(lambda: "_multiarray_umath" in maps.read_text(), "it imports NumPy")
+    process.signal(signal.SIGINT)
+    assert (process.wait(), process.output) == (130, "")
+
+
+def test_one_that_fails_ends_all_and_its_last_words_are_shown(waiting):
+    replace_main(waiting, "todoClient.py", FAILING_CLIENT)
+    shown = run(waiting)
+    assert shown.returncode == 7
+    assert "client002: my last word\n" in shown.stdout and "client001: my" not in shown.stdout
+    assert "client002 ended with 7" in shown.stderr
+    assert processes_in(waiting) == {}
+
+
+def test_a_server_that_ends_before_it_listens_gives_its_exit_code(waiting):
+    replace_main(waiting, "todoServer.py", "\nprint('a traceback')\nraise SystemExit(3)\n")
+    shown = run(waiting)
+    assert shown.returncode == 3 and shown.stdout.endswith("\na traceback\n")
+
+
+@pytest.mark.parametrize("folder", [".", "server"])
+def test_a_folder_in_use_is_told_with_the_process(folder, copy_of_project):
+    with files.alone_in(copy_of_project / folder):
+        beside = run(copy_of_project)
+    assert beside.returncode == 1 and "2/4" not in beside.stdout
+    assert "another process works in" in beside.stderr
+    assert f"(process {os.getpid()})" in beside.stderr

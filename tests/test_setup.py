@@ -55,18 +55,33 @@ def test_it_installs_once_and_again_after_a_move_or_without_its_python(project):
     assert set_up(moved) == [AGAIN, installing] and pip_works(moved)
 
 
-def test_another_version_of_python_has_none_of_the_packages(project):
+@pytest.mark.parametrize(
+    "path, text", [(".venv/.installed-*", "Python 2.7, of another time"), ("none.txt", "# nothing")]
+)
+def test_another_python_or_another_requirement_installs_once_more(project, path, text):
     set_up(project)
-    (stamp,) = (project / ".venv").glob(".installed-*")
-    stamp.write_text(stamp.read_text().replace("Python 3.", "Python 2."))
+    next(project.glob(path)).write_text(text)
     assert set_up(project) == ["setup: installing none.txt into .venv (a minute or two)"]
     assert set_up(project) == []
 
 
-def test_a_requirement_that_changed_is_installed(project):
-    set_up(project)
-    (project / "none.txt").write_text("# nothing yet\n")
-    assert len(set_up(project)) == 1 and set_up(project) == []
+INTERRUPTED = """#!/usr/bin/env bash
+trap '' INT
+kill -INT 0
+exit 1
+"""
+
+
+def test_ctrl_c_during_the_check_leaves_venv_as_it_is(project):
+    """A Python that is interrupted while it starts ends with 1, as one that does not run."""
+    python = project / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(INTERRUPTED)
+    python.chmod(0o755)
+    command = ["bash", "setup.sh", "none.txt"]
+    shown = subprocess.run(command, cwd=project, capture_output=True, start_new_session=True)
+    assert shown.returncode == 130 and shown.stdout == b""
+    assert python.read_text() == INTERRUPTED
 
 
 def test_what_pip_refuses_is_a_sentence_and_tried_again(project):

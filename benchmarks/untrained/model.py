@@ -15,7 +15,9 @@ import standin
 
 from common import files
 
-ARCHS = {"drcnn": SimpleNamespace(image_size=128)}
+ARCHS = {
+    "drcnn": SimpleNamespace(image_size=128, weights="none", freezes_base=lambda weights: False)
+}
 LOOK_EVERY_S = 0.005
 
 
@@ -58,8 +60,8 @@ def train(network, batches, round_number, epochs):
     return [{"loss": 0.0}]
 
 
-def evaluate(network, images, labels):
-    return standin.metrics()
+def predict(network, images):
+    return np.full(len(images), 0.5)
 
 
 def save(network, path):
