@@ -1,6 +1,6 @@
 """What a prepared data set looks like: a table of who got what, and sheets of pictures."""
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.files import replacing
 from preparation.photos import open_image
@@ -80,8 +80,8 @@ def save_sheet(path, rows):
         top = number * SHEET_CELL
         pen.text((12, top + 36), text, fill="black", font=font)
         for column, picture in enumerate(pictures):
-            small = open_image(picture, shortest_side=SHEET_CELL)
-            small.thumbnail((SHEET_CELL, SHEET_CELL))
+            image = open_image(picture, shortest_side=SHEET_CELL)
+            small = ImageOps.contain(image, (SHEET_CELL, SHEET_CELL))
             sheet.paste(small, (int(margin) + column * SHEET_CELL, top))
     with replacing(path) as written:
         sheet.save(written)

@@ -162,10 +162,7 @@ HOSPITALS = (SCREENING_CENTRE, MACULA_CLINIC, REFERRAL_CLINIC)
 
 def hospital_of(name):
     """The one of HOSPITALS with that name; EQUAL_HOSPITAL for any other, as for ""."""
-    for hospital in HOSPITALS:
-        if hospital.name == name:
-            return hospital
-    return EQUAL_HOSPITAL
+    return {hospital.name: hospital for hospital in HOSPITALS}.get(name, EQUAL_HOSPITAL)
 
 
 class Eye(NamedTuple):

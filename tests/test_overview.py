@@ -24,7 +24,7 @@ def test_the_contact_sheet_has_a_row_a_grade(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grades = [0, 0, 3] + [2] * 20
     for number, grade in enumerate(grades):
-        Image.new("RGB", (128, 128), (50 * grade + 20, 0, 0)).save(f"{number}.png")
+        Image.new("RGB", (32, 32), (50 * grade + 20, 0, 0)).save(f"{number}.png")
     overview.save_contact_sheet("sheet.png", records_of(grades))
     sheet = Image.open("sheet.png")
     left = sheet.width - 12 * 128
