@@ -136,14 +136,18 @@ def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(mak
     names = [f"client{number:03}" for number in range(1, 9)]
     run = make_run(clients=names, rounds=1)
     server, address = serve(run.rounds)
-    with grpc.insecure_channel(address) as channel:
-        stub = todo_pb2_grpc.FedMLStub(channel)
-        path = write_weights(run.folder / "upload.h5", 1)
+    path = write_weights(run.folder / "upload.h5", 1)
+    with contextlib.ExitStack() as channels:
+        stubs = {}
+        for name in names:  # each on its own connection, which takes few calls at a time
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            channel = channels.enter_context(grpc.insecure_channel(address, options))
+            stubs[name] = todo_pb2_grpc.FedMLStub(channel)
 
         def send(name):
             named = (("fedml-client", name), ("fedml-run", "run0"), ("fedml-round", "1"))
             messages = weights.blob_messages(path, name, 1)
-            return stub.sendWeight.future(messages, metadata=named, timeout=60)
+            return stubs[name].sendWeight.future(messages, metadata=named, timeout=60)
 
         calls = []
         for _ in range(2):
@@ -153,8 +157,8 @@ def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(mak
         for name in names:
             is_me = (("fedml-client", name),)
             status = todo_pb2.clientStatus(run="run0", round=1, phase="waiting")
-            assert stub.tell(status, metadata=is_me, timeout=30).round == 1
-        assert list(stub.getWeight(todo_pb2.void(), metadata=is_me, timeout=30))
+            assert stubs[name].tell(status, metadata=is_me, timeout=30).round == 1
+        assert list(stubs[names[-1]].getWeight(todo_pb2.void(), metadata=is_me, timeout=30))
         assert send(names[-1]).result().value == 1
         assert [call.result().value for call in calls] == [1] * 7
     server.stop(0).wait()
