@@ -206,6 +206,7 @@ class Transfer:
         self.context = context
         self.stall_s = stall_s
         self.ends_at = time.monotonic() + total_s
+        self.is_ended = False  # by the server, though its thread may not be there yet
         self.moved()
 
     def moved(self):
@@ -234,7 +235,7 @@ class Service:
         self.layout = weights.Layout(rounds.weights_path)
         self.max_bytes = int(1.1 * self.layout.size)
         self.max_messages = EXTRA_MESSAGES + self.max_bytes // SMALLEST_PIECE_BYTES
-        self.lock = threading.Lock()  # of the two that follow
+        self.changed = threading.Condition()  # with the lock of the two that follow
         self.transfers = set()
         # What the thesis demo's clients last fetched: connection -> round, the oldest first.
         self.fetched = {}
@@ -334,7 +335,8 @@ class Service:
     def moving(self, client, what, context, stall_s=STALL_S):
         """The body is a Transfer, which it gets. A client's newer one of a kind ends its older.
 
-        The older is usually one of a connection that the client lost. Raises Refused.
+        The older is usually one of a connection that the client lost. It has left before the body
+        runs: whoever opens hundreds holds the memory and the file of one. Raises Refused.
         """
         total_s = NEVER if client else EXTRA_S + self.max_bytes / SLOWEST_BYTES_PER_S
         transfer = Transfer(client, what, context, stall_s, total_s)
@@ -343,7 +345,7 @@ class Service:
                 "RESOURCE_EXHAUSTED",
                 f"{self.max_unnamed} peers that name nobody are here already: try again later",
             )
-        with self.lock:
+        with self.changed:
             older = [
                 each
                 for each in self.transfers
@@ -353,22 +355,31 @@ class Service:
         for each in older:
             self.end(each, f"{client} began a new {what}: its unfinished one is ended")
         try:
+            with self.changed:
+                self.changed.wait_for(lambda: transfer.is_ended or self.transfers.isdisjoint(older))
+            if transfer.is_ended:
+                raise Refused("CANCELLED", f"{client} began another {what}")
+            transfer.moved()
             yield transfer
         finally:
-            with self.lock:
+            with self.changed:
                 self.transfers.discard(transfer)
+                self.changed.notify_all()
             if client is None:
                 self.unnamed.release()
 
     def end(self, transfer, why):
         self.rounds.say_of((transfer.client, transfer.what, "ended"), why)
+        with self.changed:
+            transfer.is_ended = True
+            self.changed.notify_all()
         transfer.context.cancel()
 
     def run_watchdog(self):
         """End what moves no bytes, for ever."""
         while True:
             time.sleep(LOOK_EVERY_S)
-            with self.lock:
+            with self.changed:
                 late = [transfer for transfer in self.transfers if transfer.is_late()]
             for transfer in late:
                 who = transfer.client or "a peer without a name"
@@ -445,7 +456,7 @@ class Service:
 
     def remember_fetch(self, caller, round_number):
         """A client of 2020 names no round: its upload is for what its connection last fetched."""
-        with self.lock:
+        with self.changed:
             self.fetched.pop(caller.connection, None)  # so that it is the newest again
             self.fetched[caller.connection] = round_number
             if len(self.fetched) > REMEMBERED_CONNECTIONS:

@@ -136,15 +136,13 @@ def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(mak
     names = [f"client{number:03}" for number in range(1, 9)]
     run = make_run(clients=names, rounds=1)
     server, address = serve(run.rounds)
-    own = [("grpc.use_local_subchannel_pool", 1)]  # a connection for each, as real clients have
+    path = write_weights(run.folder / "upload.h5", 1)
     with contextlib.ExitStack() as channels:
-
-        def stub_of(name):
-            channel = channels.enter_context(grpc.insecure_channel(address, own))
-            return todo_pb2_grpc.FedMLStub(channel)
-
-        stubs = {name: stub_of(name) for name in names}
-        path = write_weights(run.folder / "upload.h5", 1)
+        stubs = {}
+        for name in names:  # each on its own connection, which takes few calls at a time
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            channel = channels.enter_context(grpc.insecure_channel(address, options))
+            stubs[name] = todo_pb2_grpc.FedMLStub(channel)
 
         def send(name):
             named = (("fedml-client", name), ("fedml-run", "run0"), ("fedml-round", "1"))
@@ -160,7 +158,7 @@ def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(mak
             is_me = (("fedml-client", name),)
             status = todo_pb2.clientStatus(run="run0", round=1, phase="waiting")
             assert stubs[name].tell(status, metadata=is_me, timeout=30).round == 1
-        assert list(stubs[name].getWeight(todo_pb2.void(), metadata=is_me, timeout=30))
+        assert list(stubs[names[-1]].getWeight(todo_pb2.void(), metadata=is_me, timeout=30))
         assert send(names[-1]).result().value == 1
         assert [call.result().value for call in calls] == [1] * 7
     server.stop(0).wait()
