@@ -12,7 +12,7 @@ from generated import todo_pb2, todo_pb2_grpc
 def serve(rounds, listen="localhost:0", credentials=None, **options):
     """(started gRPC server, its HOST:PORT) for these Rounds.
 
-    credentials  from tls.credentials; None is plaintext
+    credentials  from tls.server_credentials; None is plaintext
     options      of todoServer.FedMLServicer: max_examples, serve_unnamed
     """
     servicer = todoServer.FedMLServicer(rounds, **options)

@@ -1,8 +1,8 @@
 """rounds: a client counts once a round, nothing accepted is lost, and no one waits for ever.
 
 With real files and the real FedAvg on tiny weights. Here a server dies by an exception in its
-thread; `test_crash.py` and `test_kill.py` kill processes. Whether an upload counts is
-`test_verdict.py`, and what comes in any order is `test_any_order.py`.
+thread; `test_kill.py` kills processes. Whether an upload counts is `test_verdict.py`, and what
+comes in any order is `test_any_order.py`.
 """
 
 import csv
