@@ -67,12 +67,12 @@ def test_it_trains_as_a_client_trains(here):
     client = todoClient.Site(todoClient.parse([*name, *flags]))
     model.configure(0)
     client.begin_run("r")
-    model.save(model.build("drcnn", 16, 0), client.weights)
-    client.layout = weights.Layout(client.weights)
+    model.save(model.build("drcnn", 16, 0), client.weights_path)
+    client.layout = weights.Layout(client.weights_path)
     for number in (1, 2):
         task = {"run": "r", "round": number, "rounds": 2, "arch": "drcnn", "image_size": 16}
         todoClient.train(client, {**todoClient.SEED_TASK, **task})
-    assert files.sha256_of("client001/central_weight.h5") == files.sha256_of(client.weights)
+    assert files.sha256_of("client001/central_weight.h5") == files.sha256_of(client.weights_path)
 
 
 def test_history_and_card_say_what_the_weights_do(here):

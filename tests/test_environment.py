@@ -72,7 +72,7 @@ def test_a_disk_that_fails_is_no_such_file_system(start, begun, preloaded):
     arguments = ["--name", "client001", "--server", address]
     environment = preloaded(errno.ENOLCK, errno.EIO)
     client = start(client_script(site), *arguments, cwd=site, env=environment)
-    assert client.wait() == 4
+    assert client.wait() == 1
     assert "Input/output error" in client.lines[-1] and "Traceback" not in client.output
 
 

@@ -99,7 +99,7 @@ def test_a_server_that_cannot_go_on_is_exit_1_and_changes_nothing(
     assert files_in(Path("server")) == before
 
 
-@pytest.mark.parametrize(("script", "expected"), [("server", 1), ("client", 4)])
+@pytest.mark.parametrize("script", ["server", "client"])
 def test_a_folder_in_which_it_cannot_write_is_told_at_start(request, monkeypatch, script, expected):
     """And not when all have trained: another user owns the server's folder, or a client's in it."""
     main = request.getfixturevalue(f"{script}_main")
@@ -112,7 +112,7 @@ def test_a_folder_in_which_it_cannot_write_is_told_at_start(request, monkeypatch
 
     monkeypatch.setattr(Path, "touch", touch)
     code, said = main()
-    assert code == expected and f"Permission denied: '{folder}" in said
+    assert code == 1 and f"Permission denied: '{folder}" in said
 
 
 def test_fresh_moves_the_old_run_aside_and_nothing_else(server_main):
