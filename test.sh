@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests, three at a time; then by themselves those that compare seconds.
-#   ./test.sh                                       within 8 minutes on 2 cores
-#   ./test.sh --slow                                the long ones, within 30 minutes
+#   ./test.sh                                       within 5 minutes on 2 cores
+#   ./test.sh --slow                                the long ones, within 20 minutes
 #   ./test.sh tests/test_rounds.py -k barrier       anything else goes to pytest, as it is
 set -u
 cd "$(dirname "$0")"

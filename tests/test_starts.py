@@ -100,7 +100,7 @@ def test_a_server_that_cannot_go_on_is_exit_1_and_changes_nothing(
 
 
 @pytest.mark.parametrize("script", ["server", "client"])
-def test_a_folder_in_which_it_cannot_write_is_told_at_start(request, monkeypatch, script, expected):
+def test_a_folder_in_which_it_cannot_write_is_told_at_start(request, monkeypatch, script):
     """And not when all have trained: another user owns the server's folder, or a client's in it."""
     main = request.getfixturevalue(f"{script}_main")
     folder = {"server": "server/client002", "client": "client001"}[script]
