@@ -677,8 +677,10 @@ def ClientsendWeight(stub, site):
     state = site.state
     title = f"round {state['round']}/{state['rounds']}"
     site.reporter.begin(state, "waiting")
-    if state["trained"].get("scores"):
-        site.reporter.tell(state, {"phase": "waiting"}, state["trained"]["scores"])
+    scores = state["trained"].get("scores")
+    if scores and site.reporter.tell(state, {"phase": "waiting"}, scores) is None:
+        # A server that starts at this moment would count the upload without what was measured.
+        raise ConnectionError("the server does not answer")
     messages, request_metadata = upload_of(site)
     call = stub.sendWeight.future(messages, metadata=request_metadata)
     try:
@@ -765,7 +767,7 @@ def keep_trying(attempt, site):
                 raise ValueError(reason) from None
         except grpc.FutureCancelledError:  # by the reporter: the server is deaf
             reason = f"it answered nothing for {UNANSWERED_S} s"
-        except (tls.FilesNotReady, ChildProcessError) as error:
+        except (tls.FilesNotReady, ChildProcessError, ConnectionError) as error:
             # Certificates that are being renewed; the process that reads the first file was killed.
             reason = str(error)
 
