@@ -687,7 +687,7 @@ def ClientsendWeight(stub, site):
         with site.reporter.waiting(f"{title}: waiting for the server's answer", call):
             answer = call.result()
     except grpc.RpcError as error:
-        if (error.details() or "").startswith("Received http2 header"):
+        if (error.details() or "").startswith(tls.SAID_BY_A_PROXY):
             site.sent = False  # a proxy has answered, and not the server
         if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
             # Another run or another round is open by now, or the run is over.

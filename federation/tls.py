@@ -30,8 +30,9 @@ OWN_FAULTS = {
 }
 
 # How gRPC begins what it says itself about a call; anything else is the server's own sentence.
+SAID_BY_A_PROXY = "Received http2 header"  # an answer came, and not from the server
 SAID_BY_GRPC = re.compile(
-    "failed to connect|connections to all|errors resolving|DNS resolution|Received http2 header"
+    "failed to connect|connections to all|errors resolving|DNS resolution|" + SAID_BY_A_PROXY
 )
 # What it says (grpcio 1.81 to 1.85), what that means, and whether trying again may help: not where
 # somebody has to change flags or files, or a setting of a proxy, before this client can be served.
