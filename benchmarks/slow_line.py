@@ -84,7 +84,6 @@ def measure(folder, path, arguments, round_trip_ms, clients, form):
     command += ["--clients", ",".join([*names, "absent"])]
     server = start(command, work, STANDIN_WEIGHTS=str(path))
     address = line_with(server, r"listening on (\S+)")[1]
-    log = ServerLog(server)
     lines = [Line(address, arguments.mbit, round_trip_ms) for _ in names]
     size = path.stat().st_size
     carried = arguments.mbit * 1e6 / 8
@@ -94,7 +93,7 @@ def measure(folder, path, arguments, round_trip_ms, clients, form):
         for direction, transfer in (("down", download), ("up", upload)):
             rates = []
             for _ in range(arguments.repeats):
-                seconds = at_once(transfer, names, lines, work, form, log)
+                seconds = at_once(transfer, names, lines, work, form)
                 rates.append(size / max(seconds))
             rate = statistics.median(rates)
             print(
@@ -109,36 +108,24 @@ def measure(folder, path, arguments, round_trip_ms, clients, form):
             line.stop()
 
 
-class ServerLog:
-    """The server's output, read as it comes: when did it accept whose upload?"""
+def when_replaced(path, before):
+    """When the server has accepted an upload: the client's file there is another one than before.
 
-    def __init__(self, server):
-        self.accepted = {}  # client -> (number of uploads, time of the last)
-        self.changed = threading.Condition()
-        threading.Thread(target=self._read, args=[server], daemon=True).start()
-
-    def _read(self, server):
-        for line in server.stdout:
-            words = line.split()
-            if "delivered" in words:
-                client = words[words.index("delivered") - 1]
-                with self.changed:
-                    count, _ = self.accepted.get(client, (0, 0))
-                    self.accepted[client] = (count + 1, time.monotonic())
-                    self.changed.notify_all()
-
-    def count(self, client):
-        return self.accepted.get(client, (0, 0))[0]
-
-    def wait_for(self, client, count):
-        """When the server accepted this upload of the client."""
-        with self.changed:
-            if not self.changed.wait_for(lambda: self.count(client) >= count, 600):
-                sys.exit(f"benchmark: error: no upload of {client} within 600 s")
-            return self.accepted[client][1]
+    The file's time: its change when it was renamed, on the clock of time.time().
+    """
+    limit = time.monotonic() + 600
+    while time.monotonic() < limit:
+        if changed_at(path) != before:
+            return changed_at(path)
+        time.sleep(0.001)  # there is no call that answers before the round is merged
+    raise TimeoutError(f"{path} was not replaced within 600 s")
 
 
-def at_once(transfer, names, lines, work, form, log):
+def changed_at(path):
+    return path.stat().st_ctime if path.exists() else None
+
+
+def at_once(transfer, names, lines, work, form):
     """Seconds of each client's transfer; all begin at once, on connections of their own."""
     seconds, errors = [], []
 
@@ -151,7 +138,7 @@ def at_once(transfer, names, lines, work, form, log):
             with todoClient.connect(client) as channel:
                 grpc.channel_ready_future(channel).result(30)
                 stub = todo_pb2_grpc.FedMLStub(channel)
-                seconds.append(transfer(stub, name, work / f"{name}.h5", form, log))
+                seconds.append(transfer(stub, name, work / f"{name}.h5", form))
         except BaseException as error:
             errors.append(f"{name}: {type(error).__name__}: {error}")
 
@@ -165,7 +152,7 @@ def at_once(transfer, names, lines, work, form, log):
     return seconds
 
 
-def download(stub, name, path, form, log):
+def download(stub, name, path, form):
     metadata = [("fedml-client", name)]
     if form == "blob":
         metadata.append(("fedml-accept", "blob"))
@@ -178,7 +165,7 @@ def download(stub, name, path, form, log):
     return seconds
 
 
-def upload(stub, name, path, form, log):
+def upload(stub, name, path, form):
     metadata = (
         ("fedml-client", name),
         ("fedml-run", path.with_suffix(".run").read_text()),
@@ -186,12 +173,13 @@ def upload(stub, name, path, form, log):
         ("fedml-sha256", sha256_of(path)),
     )
     messages = weights.blob_messages if form == "blob" else weights.base64_messages
-    before = log.count(name)
-    started = time.monotonic()
+    accepted = path.parent / "server" / name / "client_weights.h5"
+    before = changed_at(accepted)
+    started = time.time()
     call = stub.sendWeight.future(messages(path, name, 1), metadata=metadata)
-    accepted = log.wait_for(name, before + 1)
+    ended = when_replaced(accepted, before)
     call.cancel()  # its round is never merged
-    return accepted - started
+    return ended - started
 
 
 # --- the line: a process of its own --------------------------------------------------------------
