@@ -331,7 +331,10 @@ class TrainingBatches:
 
     @cached_property
     def dataset(self):
-        """tf.data.Dataset of (float32 (b, size, size, 3) in 0..1, float32 (b,))."""
+        """tf.data.Dataset of (images (b, size, size, 3), 0 to 255, and float32 (b,)).
+
+        The images are float32 where they were augmented, as they are otherwise.
+        """
         import tensorflow as tf
 
         raw = tf.data.Dataset.from_generator(
@@ -348,8 +351,6 @@ class TrainingBatches:
         def prepare(images, labels, transforms):
             if self.augment:
                 images = compiled_resample(images, transforms)
-            if self.images.dtype == np.uint8:
-                images = tf.cast(images, tf.float32) / 255.0
             return images, labels
 
         batches = raw.map(prepare, num_parallel_calls=2, deterministic=True).prefetch(2)
@@ -409,6 +410,6 @@ def resample(images, transforms):
 
 
 def evaluation_batches(images, batch_size=32):
-    """float32 batches in 0..1, in order, without augmentation."""
+    """The images as they are, in order, without augmentation, so many at a time."""
     for start in range(0, len(images), batch_size):
-        yield images[start : start + batch_size].astype(np.float32) / 255.0
+        yield images[start : start + batch_size]

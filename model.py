@@ -85,7 +85,8 @@ def configure(seed, threads=None):
 def build(arch, image_size, seed=0):
     """A compiled keras.Model whose initial weights follow from the seed.
 
-    Input (n, image_size, image_size, 3) in 0..1, output (n, 1), P(healthy).
+    Input (n, image_size, image_size, 3), pixels as they are: RGB, 0 to 255, uint8 or float.
+    Output (n, 1), P(healthy).
     """
     import keras
 
@@ -119,7 +120,7 @@ def drcnn(image_size):
     from keras import Input, Model, layers
 
     image = Input((image_size, image_size, 3), name="image")
-    x = image
+    x = layers.Rescaling(1 / 255, name="scale")(image)
     for number, filters in enumerate((16, 32, 64, 64, 128), start=1):
         if number > 1:
             # (b, image_size / 2**(number - 1), image_size / 2**(number - 1), channels)
@@ -134,15 +135,15 @@ def drcnn(image_size):
 
 def vgg16(image_size):
     """The thesis's network: VGG16 (Simonyan and Zisserman 2014) with two dense layers on top."""
-    from keras import Model, applications, layers
+    from keras import Input, Model, applications, layers
 
-    base = applications.VGG16(
-        include_top=False, weights=None, input_shape=(image_size, image_size, 3)
-    )
+    image = Input((image_size, image_size, 3), name="image")
+    x = layers.Rescaling(1 / 255, name="scale")(image)
+    base = applications.VGG16(include_top=False, weights=None, input_tensor=x)
     x = layers.Flatten(name="flatten")(base.output)
     x = layers.Dense(256, activation="relu", name="dense")(x)
     healthy = layers.Dense(1, activation="sigmoid", name="dense_1")(x)
-    return Model(base.input, healthy, name="vgg16")
+    return Model(image, healthy, name="vgg16")
 
 
 def lite0(image_size):
@@ -154,8 +155,8 @@ def lite0(image_size):
     from keras import Input, Model, layers
 
     image = Input((image_size, image_size, 3), name="image")
-    # 0..1 -> about -1..1, as (pixel - 127) / 128: what the ImageNet weights were trained with
-    x = layers.Rescaling(255 / 128, offset=-127 / 128, name="scale")(image)
+    # (pixel - 127) / 128: what the ImageNet weights were trained with
+    x = layers.Rescaling(1 / 128, offset=-127 / 128, name="scale")(image)
     x = layers.Conv2D(32, 3, 2, padding="same", use_bias=False, name="stem_conv")(x)
     x = norm_relu6(x, "stem")
     channels = 32

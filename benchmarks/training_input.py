@@ -77,7 +77,7 @@ def compare_epochs(batches, images, labels):
     network = model.build("drcnn", IMAGE_SIZE)
     ready = []
     for first in range(0, len(images), BATCH):
-        pixels = tf.constant(images[first : first + BATCH] / 255.0, tf.float32)
+        pixels = tf.constant(images[first : first + BATCH], tf.float32)
         ready.append((pixels, tf.constant(labels[first : first + BATCH])))
 
     def from_pipeline():

@@ -51,9 +51,13 @@ NEEDED = {
     "warning": str,
 }
 ROUND_METRICS = ("auc", "sensitivity", "specificity")  # what a card keeps of each round
-# What is told of the images, where prepared.json says it.
 # Pictures of these kinds do not mix. Imported ones, or such of which nothing is known, may be any.
-KINDS_OF_PICTURES = ("synthetic", "graham", "colour")
+KINDS_OF_PICTURES = {
+    "synthetic": "a drawn eye",
+    "graham": "the round field of a photograph, stretched to the square, less its local average",
+    "colour": "the round field of a photograph, stretched to the square, in its colours",
+}
+# What is told of the images, where prepared.json says it.
 UNKNOWN_DATA = {"dataset": "unknown", "split": "unknown", "preprocessing": "unknown"}
 
 
@@ -94,10 +98,14 @@ def make(state, row, prepared, validation_sha256, assessed):
         for name, upload in state.counted.items()
         if upload["round"] == row["round"]
     }
+    size = state.image_size
+    picture = KINDS_OF_PICTURES.get(told["preprocessing"], "a picture of an unknown kind")
     return {
         "card_version": CARD_VERSION,
+        "input": f"{size} x {size} pixels, RGB, 0 to 255, uint8 or float: {picture}",
+        "output": "P(healthy), 0 to 1; the DR score is 1 - P(healthy)",
         "arch": state.arch,
-        "image_size": state.image_size,
+        "image_size": size,
         "preprocessing": str(told["preprocessing"])[:40],
         "prepared_image_size": told.get("image_size", state.image_size),
         "dataset": str(told["dataset"])[:80],

@@ -37,7 +37,7 @@ def test_drcnn_is_small_and_answers_for_any_image_size():
         network = model.build("drcnn", size)
         assert network.count_params() < 300_000
         assert network.output_shape == (None, 1)
-    assert [layer.name for layer in network.layers][:4] == ["image", "conv1", "norm1", "relu1"]
+    assert [layer.name for layer in network.layers][:4] == ["image", "scale", "conv1", "norm1"]
 
 
 def test_vgg16_is_the_thesis_network():
@@ -67,17 +67,22 @@ def test_equal_weights_are_equal_bytes_and_seeds_differ(tmp_path):
     assert weights.Layout(tmp_path / "a.h5").shapes == model.shapes(model.build("drcnn", 32))
 
 
-def test_plain_keras_loads_the_file(tmp_path):
-    import keras
-
-    network = model.build("drcnn", 32, 5)
-    model.save(network, tmp_path / "server_weight.h5")
-    plain = keras.models.clone_model(model.build("drcnn", 32, 6))
-    plain.load_weights(tmp_path / "server_weight.h5")
-    assert all(
-        np.array_equal(a, b)
-        for a, b in zip(network.get_weights(), plain.get_weights(), strict=True)
-    )
+@pytest.mark.parametrize("arch", model.ARCHS)
+def test_readmes_lines_use_the_result_with_keras_alone(tmp_path, arch):
+    """In an empty folder: the file is the whole model, and takes pixels as they are."""
+    [lines] = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    network = model.build(arch, 32, 5)
+    (tmp_path / "client001").mkdir()
+    model.save(network, tmp_path / "client001" / "server_weight.h5")
+    images = np.random.default_rng(7).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    for pixels in (images, images.astype(np.float32)):
+        np.save(tmp_path / "pixels.npy", pixels)
+        before = "import numpy\npixels = numpy.load('pixels.npy')\n"
+        code = before + lines + "numpy.save('answers.npy', p_healthy)\n"
+        # -I: nothing is imported from this repository
+        subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
+        answers = np.load(tmp_path / "answers.npy")
+        assert answers == pytest.approx(model.predict(network, images), abs=1e-5)
 
 
 def trained_into_the_fetched_file(network, path):
@@ -117,28 +122,58 @@ def test_a_frozen_network_is_written_into_the_fetched_file_too(tmp_path):
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
-def test_a_file_of_keras_2_layout_is_loaded(tmp_path):
-    """Weights at the root, other layer names: as the demo's TensorFlow 2.0.1 writes them."""
-    import h5py
+def network_of_2020(seed):
+    """The thesis's network as its own code builds it: without a layer that scales the pixels."""
+    from keras import Sequential, applications, layers, utils
 
-    network = model.build("drcnn", 32, 5)
-    with h5py.File(tmp_path / "old.h5", "w") as file:
-        layers = [layer for layer in network.layers if layer.weights]
-        file.attrs["layer_names"] = [f"{layer.name}_9".encode() for layer in layers]
-        for layer in layers:
+    utils.set_random_seed(seed)
+    base = applications.VGG16(include_top=False, weights=None, input_shape=(32, 32, 3))
+    top = [layers.Flatten(), layers.Dense(256), layers.Dense(1)]
+    return Sequential([*base.layers, *top])
+
+
+def save_as_2020(network, path):
+    """save_weights of TensorFlow 2.0.1: at the root, each layer by its own name."""
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [f"{layer.name}_9".encode() for layer in network.layers]
+        for layer in network.layers:
             group = file.create_group(f"{layer.name}_9")
-            named = layer.trainable_weights + layer.non_trainable_weights
-            group.attrs["weight_names"] = [
-                f"{layer.name}_9/{weight.name}:0".encode() for weight in named
-            ]
-            for weight in named:
-                group[f"{layer.name}_9/{weight.name}:0"] = np.asarray(weight)
-    other = model.build("drcnn", 32, 6)
-    model.load(other, tmp_path / "old.h5")
-    assert all(
-        np.array_equal(a, b)
-        for a, b in zip(network.get_weights(), other.get_weights(), strict=True)
-    )
+            names = [f"{layer.name}_9/{weight.name}:0" for weight in layer.weights]
+            group.attrs["weight_names"] = [name.encode() for name in names]
+            for name, weight in zip(names, layer.weights, strict=True):
+                group[name] = np.asarray(weight)
+
+
+def load_as_2020(network, path):
+    """load_weights of TensorFlow 2.0.1 (hdf5_format.load_weights_from_hdf5_group)."""
+    with h5py.File(path, "r") as file:
+        root = file if "layer_names" in file.attrs else file["model_weights"]
+        groups = [root[name] for name in root.attrs["layer_names"]]
+        groups = [group for group in groups if len(group.attrs["weight_names"])]
+        for layer, group in zip(
+            [each for each in network.layers if each.weights], groups, strict=True
+        ):
+            layer.set_weights([group[name][()] for name in group.attrs["weight_names"]])
+
+
+def test_files_of_2020_load_both_ways(tmp_path):
+    """A layer without weights does not count: the order and the shapes of the tensors stay."""
+    old, ours = network_of_2020(5), model.build("vgg16", 32, 6)
+    save_as_2020(old, tmp_path / "old.h5")
+    model.load(ours, tmp_path / "old.h5")
+    assert same_weights(ours, old)
+    ours = model.build("vgg16", 32, 7)
+    model.save(ours, tmp_path / "ours.h5")
+    load_as_2020(old, tmp_path / "ours.h5")
+    assert same_weights(ours, old)
+    old.load_weights(tmp_path / "old.h5")
+    old.load_weights(tmp_path / "ours.h5")  # as Keras reads it today
+    assert same_weights(ours, old)
+
+
+def same_weights(one, other):
+    pairs = zip(one.get_weights(), other.get_weights(), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 def test_a_round_is_the_same_bits_whatever_was_trained_before():
@@ -181,7 +216,7 @@ def test_evaluation_is_kerass(tmp_path):
     network = model.build("drcnn", 32, 1)
     images = np.random.default_rng(1).integers(0, 256, (50, 32, 32, 3), np.uint8)
     labels = (np.arange(50) % 2).astype(np.float32)
-    loss, accuracy = network.evaluate(images / np.float32(255), labels, verbose=0)
+    loss, accuracy = network.evaluate(images, labels, verbose=0)
     ours = model.evaluate(network, images, labels)
     assert ours["loss"] == pytest.approx(loss, rel=1e-4) and ours["accuracy"] == pytest.approx(
         accuracy
