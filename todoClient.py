@@ -12,12 +12,13 @@ Killed at any instant and started again with the same command, it takes part aga
 import argparse
 import math
 import random
+import sys
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.log import below_the_lines, fail, plain, say
+from common.log import fail, plain, say
 from common.script import (
     at_least,
     client_name,
@@ -29,9 +30,10 @@ from common.script import (
 )
 
 if __name__ == "__main__":
-    start_script()  # before the packages, so that a missing one is a sentence
+    start_script(never_waits=True)  # before the packages, so that a missing one is a sentence
 
 import grpc
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import data
 import model
@@ -602,33 +604,19 @@ def train_network(site, task, title):
         told_s = min(round(left_s), 10_000_000)  # as long as the server believes
         site.reporter.at("training", epoch=epoch, epochs=epochs, seconds_left=told_s)
         text = f"epoch {epoch}/{epochs}, step {step}/{steps}, loss {loss:.4f}"
-        show(f"{title}: {text}", done, epochs * steps)
+        bar.update(drawn, description=f"{title}: {text}", completed=done, total=epochs * steps)
         if now - last_line >= 2 * REPORT_EVERY_S:  # within a long epoch
             last_line = now
             site.say(f"{title}: {text}, {left_s:.0f} s to go")
 
-    with bar_on_terminal() as show:
+    text_column = TextColumn("{task.description}", markup=False)
+    columns = [text_column, BarColumn(20), TimeRemainingColumn(compact=True)]
+    # Below the lines, and drawn by the way of the lines: a terminal that stands still holds nobody.
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
+        drawn = bar.add_task("")
         return model.train(
             site.network, site.batches, task["round"], epochs, report, progress=progress
         )
-
-
-@contextmanager
-def bar_on_terminal():
-    """show(text, done, total) for the body: a bar below the lines, where there is a terminal."""
-    with below_the_lines() as console:
-        if console is None:
-            yield lambda text, done, total: None
-            return
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        text_column = TextColumn("{task.description}", markup=False)
-        columns = [text_column, BarColumn(20), TimeRemainingColumn(compact=True)]
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("")
-            yield lambda text, done, total: bar.update(
-                task, description=text, completed=done, total=total
-            )
 
 
 def not_finite(site, what):

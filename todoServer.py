@@ -34,7 +34,7 @@ from common.script import (
 )
 
 if __name__ == "__main__":
-    start_script()  # before the packages, so that a missing one is a sentence
+    start_script(never_waits=True)  # before the packages, so that a missing one is a sentence
 
 import data
 import model

@@ -1,15 +1,13 @@
-"""What all scripts say: lines with date and time, which nobody waits for. Standard library only.
+"""What all scripts say: lines with date and time. Standard library only.
 
     2025-11-25 14:12:03 server: listening on localhost:50051
 
 A terminal can stand still for hours (Ctrl-S, `| less`, a pipe that nobody reads): then a plain
-`print` stops the round. So a line goes into a queue, and a thread writes it. The queue keeps the
-newest MAX_LINES lines; at the end of the process it is waited for FLUSH_S at most.
+`print` stops the round. So a server and a client print into a `Queued` file.
 """
 
-import atexit
 import contextlib
-import logging
+import io
 import math
 import os
 import queue
@@ -18,34 +16,32 @@ import sys
 import threading
 import time
 
-MAX_LINES = 10_000
+MAX_TEXTS = 10_000
 MAX_CHARACTERS = 300  # of a text from outside
-MAX_KEYS = 1000
 FLUSH_S = 1
-LINE_FORMAT = "%(asctime)s %(message)s"
-DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
-
-# One logger for all scripts: a line names its speaker itself, for the launcher's log joins several.
-LOGGER = logging.getLogger("fedml")
-LOGGER.setLevel(logging.INFO)
-LOGGER.propagate = False
 
 
 def say(who, line):
     """Say one line on stdout: `who` is the script, or the client's name."""
-    LOGGER.info("%s: %s", who, line)
+    _write_line(sys.stdout, f"{who}: {line}")
 
 
 def warn(who, line):
     """Say one line on stderr, so that stdout keeps to results."""
-    LOGGER.warning("%s: %s", who, line)
+    _write_line(sys.stderr, f"{who}: {line}")
 
 
 def fail(who, sentence, code=1):
     """Say a user's mistake, or why a script ends, as one sentence on stderr; returns `code`."""
     flush()  # or, where both outputs go to one file, the error could stand before its cause
-    LOGGER.error("%s: error: %s", who, sentence)
+    warn(who, f"error: {sentence}")
     return code
+
+
+def _write_line(file, line):
+    # What others write stays text: no line of theirs moves the cursor, or looks like ours.
+    file.write(_escaped(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}") + "\n")
+    file.flush()
 
 
 def plain(text):
@@ -55,8 +51,6 @@ def plain(text):
 
 
 def _escaped(text):
-    if text.isprintable():
-        return text
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
@@ -73,125 +67,55 @@ class OncePerMinute:
     def __call__(self, key, line):
         now = time.monotonic()
         with self.lock:
-            said_at, left_out = self.said.pop(key, (-math.inf, 0))
+            said_at, left_out = self.said.get(key, (-math.inf, 0))
             is_new = now - said_at >= 60
             self.said[key] = (now, 0) if is_new else (said_at, left_out + 1)
-            if len(self.said) > MAX_KEYS:
-                del self.said[next(iter(self.said))]  # the oldest
         if is_new:
             self.say(line + (f" (and {left_out} more in the minute before)" if left_out else ""))
 
 
-@contextlib.contextmanager
-def below_the_lines():
-    """A rich Console for what is redrawn below the lines; None where stdout is no terminal.
+class Queued(io.TextIOBase):
+    """A text file for which nobody waits: a thread of its own writes to the descriptor `fd`.
 
-    What it draws goes the way of the lines: a terminal that stands still holds nobody up.
-    """
-    handler = next((each for each in LOGGER.handlers if getattr(each, "fd", None) == 1), None)
-    if handler is None or not os.isatty(1) or os.environ.get("TERM", "dumb") == "dumb":
-        yield None
-        return
-    from rich.console import Console  # here: only scripts that draw need the package
-
-    handler.console = Console(file=_ToQueue(handler), force_terminal=True, highlight=False)
-    try:
-        yield handler.console
-    finally:
-        handler.console = None
-
-
-class _ToQueue:
-    """A file whose text goes into a handler's queue, for rich."""
-
-    def __init__(self, handler):
-        self.handler = handler
-
-    def write(self, text):
-        self.handler.put(text)
-
-    def flush(self):
-        pass
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record):
-        # What others write stays text: no line of theirs moves the cursor, or looks like ours.
-        return _escaped(super().format(record))
-
-
-class _Direct(logging.Handler):
-    """Writes at once to sys.stdout or sys.stderr, whatever these are now.
-
-    For a process that did not call `start`: a test, or a program that imports a module of ours.
+    What was not written yet is kept, the newest MAX_TEXTS texts of it.
     """
 
-    def emit(self, record):
-        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        print(self.format(record), file=stream, flush=True)
-
-
-class _Queued(logging.Handler):
-    """Puts lines into a queue; a thread of its own writes them to the file descriptor `fd`.
-
-    The queue is a SimpleQueue: a signal handler may put a line while the main thread puts one.
-    """
+    all = []  # those of this process
 
     def __init__(self, fd):
-        super().__init__()
         self.fd = fd
-        self.lines = queue.SimpleQueue()
-        self.dropped = 0  # lines, since that was last told
-        self.write_began = None  # time.monotonic(), while the thread writes
-        self.console = None  # rich's, while it draws below the lines
-        threading.Thread(target=self._write_lines, daemon=True).start()
+        self.lock = threading.Lock()
+        self.texts = queue.Queue(MAX_TEXTS)
+        self.left_out = 0  # texts, since that was last told
+        self.all.append(self)
+        threading.Thread(target=self._write_texts, daemon=True).start()
 
-    def emit(self, record):
-        line = self.format(record)
-        if self.console is not None:
-            self.console.print(line, markup=False, soft_wrap=True)  # above what it draws
-        else:
-            self.put(line + "\n")
+    def isatty(self):
+        return os.isatty(self.fd)
 
-    def put(self, text):
-        while self.lines.qsize() >= MAX_LINES:
-            self._drop_oldest()
-        self.lines.put(text)
+    def write(self, text):
+        with self.lock:
+            if self.texts.full():
+                with contextlib.suppress(queue.Empty):  # the thread was quicker
+                    self.texts.get_nowait()
+                    self.texts.task_done()
+                    self.left_out += 1
+            self.texts.put(text)
 
-    def _drop_oldest(self):
-        try:
-            oldest = self.lines.get_nowait()
-        except queue.Empty:
-            return  # the thread was quicker
-        if isinstance(oldest, threading.Event):
-            oldest.set()
-        else:
-            self.dropped += 1
+    def wait(self, timeout_s):
+        """Wait until all is written, so long at most."""
+        with self.texts.all_tasks_done:
+            self.texts.all_tasks_done.wait_for(lambda: not self.texts.unfinished_tasks, timeout_s)
 
-    def flush(self):
-        """Wait until the lines so far are written, FLUSH_S at most.
-
-        A thread that has stood still for so long already is not waited for any more.
-        """
-        began = self.write_began
-        stood_still_s = 0 if began is None else time.monotonic() - began
-        written = threading.Event()
-        self.lines.put(written)
-        written.wait(max(0, FLUSH_S - stood_still_s))
-
-    def _write_lines(self):
+    def _write_texts(self):
         while True:
-            item = self.lines.get()
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
+            text = self.texts.get()
             with self.lock:
-                dropped, self.dropped = self.dropped, 0
-            self.write_began = time.monotonic()
-            if dropped:
-                self._write(f"... {dropped} lines are left out here: nobody read them in time\n")
-            self._write(item)
-            self.write_began = None
+                left_out, self.left_out = self.left_out, 0
+            if left_out:
+                text = f"... {left_out} lines are left out: nobody read them in time\n{text}"
+            self._write(text)
+            self.texts.task_done()
 
     def _write(self, text):
         # A file name on Linux is bytes, not text: what is no UTF-8 is written as \\udc..
@@ -205,27 +129,7 @@ class _Queued(logging.Handler):
                 return  # the reader went away: that ends no run
 
 
-def _use(*handlers):
-    for handler in list(LOGGER.handlers):
-        LOGGER.removeHandler(handler)
-    for handler in handlers:
-        handler.setFormatter(_Formatter(LINE_FORMAT, DATE_FORMAT))
-        LOGGER.addHandler(handler)
-
-
-def start():
-    """From here on nobody waits for the output: each of stdout and stderr gets a queue."""
-    out, err = _Queued(1), _Queued(2)
-    out.addFilter(lambda record: record.levelno < logging.WARNING)
-    err.setLevel(logging.WARNING)
-    _use(out, err)
-    atexit.register(flush)  # for a script that ends by sys.exit, as argparse does
-
-
 def flush():
     """Wait until everything that was said is written, FLUSH_S at most for each output."""
-    for handler in LOGGER.handlers:
-        handler.flush()
-
-
-_use(_Direct())
+    for file in Queued.all:
+        file.wait(FLUSH_S)

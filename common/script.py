@@ -1,11 +1,10 @@
 """How scripts begin and end, and types of their arguments. Standard library only."""
 
 import argparse
-import io
+import atexit
 import os
 import re
 import signal
-import stat
 import sys
 import threading
 from pathlib import Path
@@ -14,13 +13,14 @@ from common import log
 
 # A client's name is also the name of its folder: no path separator, no leading dot, at most 64.
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SHOW_CURSOR = "\x1b[?25h"
 
 
-def start_script():
+def start_script(never_waits=False):
     """Prepare the process for a script's output; call it before the first package is imported.
 
-    A package that is not installed is then one sentence in place of a traceback, and no terminal
-    and no pipe can hold the script up, or end it.
+    A package that is not installed is then one sentence in place of a traceback.
+    never_waits: for who serves others: no terminal and no pipe can hold the script up, or end it.
     """
     # HDF5 locks each file that it opens, and fails where a network file system has no locks. Our
     # folders are held by one process already (files.alone_in).
@@ -28,10 +28,9 @@ def start_script():
     # gRPC's own lines: one for each failed handshake of whoever reaches the port.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     open_closed_outputs()
-    let_no_one_wait_for_stderr()
-    sys.stdout = Output(1)
-    sys.stderr = Output(2)
-    log.start()
+    text_file = log.Queued if never_waits else open_text
+    sys.stdout, sys.stderr = text_file(1), text_file(2)
+    atexit.register(log.flush)  # for a script that ends by sys.exit, as argparse does
     sys.excepthook = explain_missing_package
 
 
@@ -40,7 +39,9 @@ def end_script(code):
 
     At once, without joining threads or unloading TensorFlow: all files are already on disk.
     """
-    sys.stdout.flush()
+    drawn_on = getattr(sys.stdout, "rich_proxied_file", None)  # while rich draws a bar
+    if drawn_on:
+        print(SHOW_CURSOR, file=drawn_on, flush=True)
     log.flush()
     os._exit(code or 0)
 
@@ -57,45 +58,9 @@ def open_closed_outputs():
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
 
 
-def let_no_one_wait_for_stderr():
-    """Make stderr non-blocking where it is a terminal or a pipe.
-
-    gRPC and TensorFlow write there from threads of their own (each failed handshake is a line):
-    these lines are lost while nobody reads, instead of holding a thread that serves clients. It is
-    opened anew, because a setting of the open file would hold for all who share the terminal.
-    """
-    mode = os.fstat(2).st_mode
-    if not (stat.S_ISFIFO(mode) or os.isatty(2)):
-        return
-    try:
-        own_fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:
-        return  # another user's terminal (su), or no /proc: it stays as it is
-    os.dup2(own_fd, 2)
-    os.close(own_fd)
-
-
-class Output(io.TextIOWrapper):
-    """sys.stdout or sys.stderr, for what is printed: a reader that went away does not end a script.
-
-    A file name on Linux is bytes, not text: what cannot be encoded is printed as \\udc..
-    """
-
-    def __init__(self, fd):
-        buffered = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
-        super().__init__(buffered, "utf-8", "backslashreplace", line_buffering=True)
-
-    def write(self, text):
-        try:
-            return super().write(text)
-        except OSError:
-            return len(text)
-
-    def flush(self):
-        try:
-            super().flush()
-        except (OSError, RuntimeError):
-            pass  # RuntimeError: a signal handler interrupted a write
+def open_text(fd):
+    """A text file that prints a file name that is no UTF-8 (on Linux it is bytes) as \\udc.."""
+    return open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def explain_missing_package(kind, error, trace):
@@ -187,17 +152,8 @@ def watch_signals(numbers, on_signal):
     for number in numbers:
         signal.signal(number, lambda number, frame: None)
 
-    def forget():
-        # A forked process has no such thread, and would write its signals into our pipe.
-        signal.set_wakeup_fd(-1)
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
     def watch():
         while True:
-            number = os.read(reading, 1)[0]
-            if number in numbers:
-                on_signal(number)
+            on_signal(os.read(reading, 1)[0])
 
-    os.register_at_fork(after_in_child=forget)
     threading.Thread(target=watch, daemon=True).start()

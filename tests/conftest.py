@@ -497,7 +497,7 @@ def holding(site, script, *patches):
                 "import sys, time",
                 f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]",
                 "from common.script import end_script, start_script",
-                "start_script()",
+                "start_script(never_waits=True)",
                 *patches,
                 f"import {script}",
                 f"end_script({script}.main())",

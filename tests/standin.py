@@ -185,7 +185,7 @@ def predict(network, images):
 
 
 def main():
-    start_script()
+    start_script(never_waits=True)
     name = sys.argv[1]
     sys.modules["model"] = sys.modules[__name__]
     script = importlib.import_module(name)
