@@ -175,7 +175,13 @@ def parser():
         type=client_name,
         help="this client's name in the server's --clients",
     )
-    add("--server", default="localhost:50051", metavar="HOST:PORT", help="(default: %(default)s)")
+    add(
+        "--server",
+        type=tls.address,
+        default="localhost:50051",
+        metavar="HOST:PORT",
+        help="(default: %(default)s)",
+    )
     add(
         "--epochs",
         type=at_least(1),

@@ -39,10 +39,9 @@ if __name__ == "__main__":
 import data
 import model
 from common import files
-from federation import service, tls, weights
+from federation import service, status, tls, weights
 from federation.rounds import Refused, Rounds, TooFewClients
 from federation.state import RunState
-from federation.status import StatusFile
 from generated import todo_pb2_grpc
 from reporting import card as cards
 from reporting import metrics
@@ -142,6 +141,7 @@ def parser():
     add = parser.add_argument
     add(
         "--listen",
+        type=tls.address,
         default="localhost:50051",
         metavar="HOST:PORT",
         help="port 0 takes a free one (default: %(default)s)",
@@ -527,8 +527,7 @@ def serve(arguments, rounds, evaluator):
     watch_signals([signal.SIGTERM, signal.SIGINT], lambda number: codes.put(128 + number))
     end_when_a_thread_dies("server")
     server = listen(arguments, rounds, evaluator)
-    status = StatusFile(rounds)
-    threading.Thread(target=status.follow, daemon=True).start()
+    threading.Thread(target=status.follow, args=[rounds], daemon=True).start()
     threading.Thread(target=lambda: codes.put(coordinate(rounds)), daemon=True).start()
     code = codes.get()
     if code == 0:
@@ -540,7 +539,7 @@ def serve(arguments, rounds, evaluator):
         say("stopping; what has arrived is kept, start the server again to go on")
         rounds.stop("UNAVAILABLE", "the server is stopping; it goes on when it is started again")
     server.stop(GRACE_S).wait(GRACE_S)
-    status.write()
+    status.write(rounds.folder, status.status_of(rounds))
     return code
 
 

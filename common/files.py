@@ -156,12 +156,13 @@ def load_state(path, kinds, remedy="move it away"):
             f"{path} has version {str(version)[:20]}, this program writes {STATE_VERSION}: finish "
             f"the run with the program that began it, or {remedy}"
         )
-    wrong = set(state) ^ set(kinds)
-    for name in set(state) & set(kinds):
+    wrong = []
+    for name in {*state, *kinds}:
+        value = state.get(name, ...)
+        kind = kinds.get(name, ())
         # to Python, a bool is an int
-        is_bool_for_int = isinstance(state[name], bool) and kinds[name] is not bool
-        if is_bool_for_int or not isinstance(state[name], kinds[name]):
-            wrong.add(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            wrong.append(name)
     if wrong:
         raise ValueError(
             f"{path} is not a state file of this program (look at "
@@ -196,11 +197,9 @@ def alone_in(folder):
     try:
         fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = _holder_of(folder_fd)
         os.close(folder_fd)
         raise ValueError(
-            f"another process works in {folder}: wait until it ends, or stop it{holder}, and start "
-            "again"
+            f"another process works in {folder}: wait until it ends, or stop it, and start again"
         ) from None
     except OSError as error:
         # Some network file systems have no locks. Better a run without one than none.
@@ -215,21 +214,6 @@ def alone_in(folder):
         yield
     finally:
         os.close(folder_fd)
-
-
-def _holder_of(folder_fd):
-    """' (process 4711)', who holds the lock of a folder; '' where this machine does not say.
-
-    A line of /proc/locks: `1: FLOCK  ADVISORY  WRITE 4711 fe:01:2883 0 EOF`, the device in
-    hexadecimal. The file's number is enough: a device as `stat` has it may be another one there.
-    """
-    inode = os.fstat(folder_fd).st_ino
-    try:
-        locks = Path("/proc/locks").read_text()
-    except OSError:
-        return ""
-    found = re.search(rf"FLOCK .* (\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", locks)
-    return f" (process {found[1]})" if found else ""
 
 
 def clean(folder):

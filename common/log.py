@@ -18,6 +18,7 @@ import time
 
 MAX_TEXTS = 10_000
 MAX_CHARACTERS = 300  # of a text from outside
+MAX_KEYS = 1000
 FLUSH_S = 1
 
 
@@ -70,6 +71,8 @@ class OncePerMinute:
             said_at, left_out = self.said.get(key, (-math.inf, 0))
             is_new = now - said_at >= 60
             self.said[key] = (now, 0) if is_new else (said_at, left_out + 1)
+            if len(self.said) > MAX_KEYS:
+                del self.said[next(iter(self.said))]  # the oldest
         if is_new:
             self.say(line + (f" (and {left_out} more in the minute before)" if left_out else ""))
 

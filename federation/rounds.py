@@ -474,7 +474,7 @@ class Rounds:
                 self.changed.wait()
             self._check_running()
             if client is not None:
-                self.client_table.note_fetch(client)
+                self.client_table.note(client, {"phase": status.FETCHED})
             return self.state.round, self.state.weights_sha256, open(self.weights_path, "rb")
 
     def deliver(self, upload, alive):
@@ -561,12 +561,12 @@ class Rounds:
         """A client says where it is, and what it measured. Returns the open round's number.
 
         run, round_number  what it works for, as it says
-        where              dict of `status.WHERE`; its phase "done" is its last word
+        where              its phase, and dict of `status.WHERE`; the phase "done" is its last word
         scores             dict of `status.SCORES`, {} where it measured nothing
         """
         with self.changed:
             self.last_progress_at = time.monotonic()
-            self.client_table.note_told(client, where)
+            self.client_table.note(client, where)
             is_result = self.state.is_over and round_number > self.state.rounds
             if run == self.state.run and is_result:
                 if where["phase"] == "done":

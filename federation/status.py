@@ -14,18 +14,20 @@ from common.files import temporary
 from common.log import plain
 from federation.state import HISTORY_COLUMNS
 
-STATUS_VERSION = 2
+STATUS_VERSION = 3
 SHORTEST_PAUSE_S = 2  # between two writings of the file
 LONGEST_PAUSE_S = 10  # it is written again after so long, also where nothing has changed
 LATE_S = 30  # a file that is older is a copy, or its server is gone
 QUIET_S = 30  # a client that has told where it is, and then nothing for so long, may be stopped
 
+FETCHED = "fetched"  # a client's phase until it tells one of its own, which an old peer never does
 PHASES = ("loading", "training", "scoring", "waiting", "done")
 WHERE = {  # what a client says of where it is, beside its phase: (least, most)
     "epoch": (1, 1_000_000),
     "epochs": (1, 1_000_000),
     "seconds_left": (0, 10_000_000),
 }
+NOWHERE = dict.fromkeys(("phase", *WHERE))
 SCORES = {  # what a client measured: (least, most)
     "examples": (1, 999_999_999),
     "loss": (0, 1_000_000),
@@ -56,29 +58,22 @@ def within(values, limits):
 class Clients:
     """The table: what is known of each client in this round. Whoever calls holds the run's lock.
 
-    rows  client -> {"last_seen": time or None, "fetched": time or None, "told": time or None, and
-          where it said that it is, as `PHASES` and `WHERE`}
+    rows  client -> {"last_seen": time or None}, and where it was then: its phase, and `WHERE`
     """
 
     def __init__(self, names):
-        self.rows = {name: {"last_seen": None, "fetched": None, "told": None} for name in names}
+        self.rows = {name: {"last_seen": None, **NOWHERE} for name in names}
 
     def begin_round(self):
-        """What was fetched and told is of the round that is over."""
-        for name, row in self.rows.items():
-            self.rows[name] = {"last_seen": row["last_seen"], "fetched": None, "told": None}
+        """Where they were is of the round that is over."""
+        for row in self.rows.values():
+            row.update(NOWHERE)
 
-    def note(self, client, **more):
-        """It calls: its last sign of life is now."""
+    def note(self, client, where=None):
+        """It calls: its last sign of life is now, and maybe where it is: its phase, and `WHERE`."""
         if client in self.rows:
-            self.rows[client] |= {"last_seen": time.time(), **more}
-
-    def note_fetch(self, client):
-        self.note(client, fetched=time.time())
-
-    def note_told(self, client, where):
-        unsaid = dict.fromkeys(("phase", *WHERE))
-        self.note(client, told=time.time(), **{**unsaid, **where})
+            said = NOWHERE | where if where else {}
+            self.rows[client].update(said, last_seen=time.time())
 
     def where(self, client):
         return where(self.rows[client], time.time())
@@ -92,14 +87,14 @@ def where(row, now):
         return "delivered"
     if row["last_seen"] is None:
         return "not seen yet"
-    if row["told"]:
-        quiet_s = now - row["told"]
-        if quiet_s > QUIET_S:
-            return f"not heard for {duration(quiet_s)}"
-        return f"{_phase(row)}, heard {duration(quiet_s)} ago"
-    if row["fetched"]:
-        return f"working, fetched {duration(now - row['fetched'])} ago"
-    return f"last seen {duration(now - row['last_seen'])} ago"
+    quiet_s = now - row["last_seen"]
+    if row["phase"] is None:
+        return f"last seen {duration(quiet_s)} ago"
+    if row["phase"] == FETCHED:
+        return f"working, fetched {duration(quiet_s)} ago"
+    if quiet_s > QUIET_S:
+        return f"not heard for {duration(quiet_s)}"
+    return f"{_phase(row)}, heard {duration(quiet_s)} ago"
 
 
 def _phase(row):
@@ -160,36 +155,27 @@ def phase_of(rounds):
     return "over" if state.is_over else "open"
 
 
-class StatusFile:
-    """Keeps server/status.json up to date; nothing reads it back."""
+def follow(rounds):
+    """Keep server/status.json up to date, for ever: for a thread of its own."""
+    written, written_at = None, -math.inf
+    while True:
+        status = status_of(rounds)
+        now = time.monotonic()
+        if status != written or now - written_at >= LONGEST_PAUSE_S:
+            write(rounds.folder, status)
+            written, written_at = status, now
+        time.sleep(SHORTEST_PAUSE_S)
 
-    def __init__(self, rounds):
-        self.rounds = rounds
-        self.path = rounds.folder / "status.json"
-        self.written = None  # the status that the file holds
-        self.written_at = 0.0  # time.monotonic()
 
-    def follow(self):
-        """For a thread of its own: writes what has changed, for ever."""
-        while True:
-            self.write()
-            time.sleep(SHORTEST_PAUSE_S)
-
-    def write(self):
-        """Write the status, unless the file holds it already. Without fsync: it is no promise."""
-        status = status_of(self.rounds)
-        is_old = time.monotonic() - self.written_at >= LONGEST_PAUSE_S
-        if status == self.written and not is_old:
-            return
-        written = temporary(self.path)
-        try:
-            written.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
-            os.replace(written, self.path)
-        except OSError:
-            written.unlink(missing_ok=True)
-            return  # a full disk: the run says so itself, where it matters
-        self.written = status
-        self.written_at = time.monotonic()
+def write(folder, status):
+    """Write status.json. Nothing reads it back, so without fsync: it is no promise."""
+    path = folder / "status.json"
+    written = temporary(path)
+    try:
+        written.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
+        os.replace(written, path)
+    except OSError:
+        written.unlink(missing_ok=True)  # a full disk: the run says so itself, where it matters
 
 
 def read(path):

@@ -3,14 +3,16 @@
 What can never work is told at start, by `check_arguments`; why a connection fails, by `explain`.
 """
 
+import argparse
 import contextlib
-import errno
 import ipaddress
 import os
 import re
 import socket
 import ssl
 from pathlib import Path
+
+import grpc
 
 # The kinds of keys that gRPC can use, each as the certificate's AlgorithmIdentifier has it (DER;
 # RFC 3279, 5480): no other part of a certificate holds these bytes. gRPC comes with BoringSSL,
@@ -125,8 +127,22 @@ FAILURES = [
     ),
     ("to remote host: (.+)", "no server answers there yet: {found}", True),
 ]
-# A connection that is closed when HTTP/2 begins.
+# A connection that is closed when HTTP/2 begins, after any TLS handshake. gRPC's server does that
+# to who speaks plaintext to its TLS, and to a certificate that it does not accept; others do it
+# where the server behind them is away.
 CLOSED = "Socket closed|Connection reset|Broken pipe"
+CLOSED_TO_PLAINTEXT = (
+    "{server} hangs up: if it speaks TLS, this client plaintext, give --tls-ca, --tls-cert and "
+    "--tls-key; else it is starting or stopping"
+)
+CLOSED_TO_NOBODY = (
+    "{server} hangs up after the TLS handshake: it probably wants a certificate from this client, "
+    "give --tls-cert and --tls-key"
+)
+CLOSED_TO_CERTIFICATE = (
+    "{server} hangs up after the TLS handshake: it probably does not accept --tls-cert {own}, "
+    "expected one made with the CA in the server's --tls-ca"
+)
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in the order in which gRPC looks
 
 
@@ -157,13 +173,9 @@ def add_arguments(add, ca_help, cert_help):
 def check_arguments(parser, arguments, address, encrypted, name=None):
     """End the script, as wrong usage, where address and TLS flags do not work together.
 
-    That is: no HOST:PORT, plaintext that would leave this machine, files that TLS cannot use, or a
-    certificate that the other end will not accept. `name` is the client's, None for the server.
+    That is: plaintext that would leave this machine, files that TLS cannot use, or a certificate
+    that the other end will not accept. `name` is the client's, None for the server.
     """
-    try:
-        check_address(address)
-    except ValueError as error:
-        parser.error(str(error))
     half_a_pair = bool(arguments.tls_cert) != bool(arguments.tls_key)
     any_file = bool(arguments.tls_cert or arguments.tls_ca)
     if half_a_pair or (any_file and not encrypted):
@@ -185,26 +197,24 @@ def check_arguments(parser, arguments, address, encrypted, name=None):
 # --- addresses -----------------------------------------------------------------------------------
 
 
-def check_address(address):
-    """Raises ValueError where this is no HOST:PORT, or not as gRPC reads it.
+def address(text):
+    """An argparse type: HOST:PORT as gRPC reads it.
 
     gRPC takes ::1:50051 for a host's name, and compares an IPv6 address with the one in a
     certificate as text: only the short form is found there.
     """
-    host, _, port = address.rpartition(":")
-    remedy = f"{address!r} is not HOST:PORT, as in localhost:50051 or [::1]:50051"
+    host, _, port = text.rpartition(":")
+    remedy = f"{text!r} is not HOST:PORT, as in localhost:50051 or [::1]:50051"
     if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
-        raise ValueError(remedy)
-    if ":" not in host:
-        return
-    number, percent, zone = host.strip("[]").partition("%")
-    try:
-        short = socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, number))
-    except (OSError, ValueError):  # ValueError: a null character
-        raise ValueError(remedy) from None
-    expected = f"[{short}{percent}{zone}]:{port}"
-    if address != expected:
-        raise ValueError(f"write the address {address} as {expected}")
+        raise argparse.ArgumentTypeError(remedy)
+    if ":" in host:
+        try:
+            expected = f"[{ipaddress.IPv6Address(host.strip('[]'))}]:{port}"
+        except ValueError:
+            raise argparse.ArgumentTypeError(remedy) from None
+        if text != expected:
+            raise argparse.ArgumentTypeError(f"write the address {text} as {expected}")
+    return text
 
 
 def is_this_machine(address):
@@ -224,19 +234,11 @@ def is_taken(host, port):
     gRPC binds those addresses that are free and is content with one of them: of localhost's two,
     127.0.0.1 and ::1, each of two servers would serve half of the clients.
     """
-    if port == "0":  # any free port
-        return False
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        socket.create_connection((host.strip("[]"), port), timeout=1).close()
     except OSError:
         return False
-    for family, *_, socket_address in found:
-        try:
-            socket.create_server(socket_address, family=family).close()
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return True
-    return False
+    return True
 
 
 # --- credentials ---------------------------------------------------------------------------------
@@ -247,8 +249,6 @@ def server_credentials(arguments):
 
     With --tls-ca the server demands a certificate that this CA signed from every client.
     """
-    import grpc  # here, because --help does not need it
-
     if not arguments.tls_cert:
         return None
     ca, key, certificate = read_files(arguments, None)
@@ -260,8 +260,6 @@ def channel(arguments, options):
 
     The files are read each time, so that renewed ones count from the next connection on.
     """
-    import grpc
-
     if not arguments.tls_ca:
         # Plaintext is for this machine or a trusted network, and must not leave it by a proxy.
         no_proxy = [*options, ("grpc.enable_http_proxy", 0)]
@@ -344,11 +342,10 @@ def show_to_oneself(arguments, of_server):
         context.load_cert_chain(arguments.tls_cert, arguments.tls_key, password="")
     verifier = client if of_server else server
     verifier.verify_mode = ssl.CERT_REQUIRED
-    # The certificate itself is trusted, too: that --tls-ca signed it is not said anywhere. A server
+    # The certificate itself is trusted: that --tls-ca signed it is not said anywhere. A server
     # gives the clients' CA there, a client the server's.
     verifier.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    for trusted in filter(None, (arguments.tls_cert, arguments.tls_ca)):
-        verifier.load_verify_locations(trusted)
+    verifier.load_verify_locations(arguments.tls_cert)
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     client_end = client.wrap_bio(to_client, to_server)
     server_end = server.wrap_bio(to_server, to_client, server_side=True)
@@ -375,31 +372,11 @@ def explain(details, arguments):
     if proxy and arguments.tls_ca:
         behind = f" ({proxy} is set: the proxy may be what answers)"
     known = {"server": arguments.server, "ca": arguments.tls_ca, "own": arguments.tls_cert}
-    for words, sentence, can_retry in [*FAILURES, (CLOSED, why_closed(arguments), True)]:
+    closed_to = CLOSED_TO_CERTIFICATE if arguments.tls_cert else CLOSED_TO_NOBODY
+    closed = (CLOSED, closed_to if arguments.tls_ca else CLOSED_TO_PLAINTEXT, True)
+    for words, sentence, can_retry in [*FAILURES, closed]:
         match = re.search(words, details)
         if match:
             found = match[match.lastindex or 0]
             return sentence.format(found=found, **known) + behind, can_retry
     return details, True
-
-
-def why_closed(arguments):
-    """The sentence for a connection that is closed when HTTP/2 begins, after any TLS handshake.
-
-    gRPC's server does that to who speaks plaintext to its TLS, and to a certificate that it does
-    not accept; others do it where the server behind them is away.
-    """
-    if not arguments.tls_ca:
-        return (
-            "{server} hangs up: if it speaks TLS, this client plaintext, give --tls-ca, --tls-cert "
-            "and --tls-key; else it is starting or stopping"
-        )
-    if not arguments.tls_cert:
-        return (
-            "{server} hangs up after the TLS handshake: it probably wants a certificate from this "
-            "client, give --tls-cert and --tls-key"
-        )
-    return (
-        "{server} hangs up after the TLS handshake: it probably does not accept --tls-cert {own}, "
-        "expected one made with the CA in the server's --tls-ca"
-    )

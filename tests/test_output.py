@@ -262,6 +262,9 @@ def test_lines_that_one_peer_can_cause_are_said_once_a_minute_with_a_count(monke
     now[0] = 61
     say("a", "from a")
     assert said == ["from a", "from b", "from a (and 2 more in the minute before)"]
+    for number in range(2 * log.MAX_KEYS):  # it does not grow for ever
+        say(number, "x")
+    assert len(say.said) <= log.MAX_KEYS
 
 
 def test_who_speaks_no_grpc_is_no_line_in_the_log(start, begun):

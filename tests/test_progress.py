@@ -48,7 +48,7 @@ def test_a_client_that_trains_is_seen_training(served, client_main, often, monke
     def train(network, batches, round_number, epochs, report, progress=None):
         progress(2, 5, 10, 0.5)
         until(lambda: run.rounds.client_table.rows["client001"].get("epoch") == 2, "it is told")
-        status.StatusFile(run.rounds).write()
+        status.write(run.folder, status.status_of(run.rounds))
         found, _ = status.read(run.folder / "status.json")
         seen.append(found["clients"][0])
         return trained(round_number)
@@ -57,7 +57,7 @@ def test_a_client_that_trains_is_seen_training(served, client_main, often, monke
     assert client_main("--server", address, "--epochs", "2")[0] == 0
     [row] = seen
     assert (row["phase"], row["epoch"], row["epochs"], row["is_done"]) == ("training", 2, 2, False)
-    assert status.where(row, row["told"] + 3).startswith("training, epoch 2 of 2")
+    assert status.where(row, row["last_seen"] + 3).startswith("training, epoch 2 of 2")
 
 
 def test_a_client_whose_round_was_closed_trains_no_further(served, client_main, often, monkeypatch):

@@ -250,7 +250,8 @@ def test_tell_is_noted_and_answered_with_the_open_round(served):
     where = row(served)
     assert (where["phase"], where["epoch"], where["epochs"]) == ("training", 2, 5)
     assert (
-        status.where(where, where["told"]) == "training, epoch 2 of 5, 3 min to go, heard 0 s ago"
+        status.where(where, where["last_seen"])
+        == "training, epoch 2 of 5, 3 min to go, heard 0 s ago"
     )
     served.tell("client001", "waiting")
     assert (row(served)["phase"], row(served)["epoch"]) == ("waiting", None)

@@ -16,20 +16,20 @@ from federation import status
 from generated import todo_pb2, todo_pb2_grpc
 
 NOW = 1_000_000
-UNSEEN = {"last_seen": None, "fetched": None, "told": None}
-FETCHED = {"last_seen": NOW - 2, "fetched": NOW - 2, "told": None}
+UNSEEN = {"last_seen": None, **status.NOWHERE}
+SEEN = {**UNSEEN, "last_seen": NOW - 14}
 TRAINING = {"phase": "training", "epoch": 2, "epochs": 5, "seconds_left": 180}
-TOLD = {"last_seen": NOW, "fetched": NOW - 60, "told": NOW - 4, **TRAINING}
+TOLD = {"last_seen": NOW - 4, **TRAINING}
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
         (UNSEEN, "not seen yet"),
-        ({**UNSEEN, "last_seen": NOW - 14}, "last seen 14 s ago"),
-        (FETCHED, "working, fetched 2 s ago"),  # and told nothing yet
+        (SEEN, "last seen 14 s ago"),
+        ({**SEEN, "phase": status.FETCHED}, "working, fetched 14 s ago"),  # and told nothing yet
         (TOLD, "training, epoch 2 of 5, 3 min to go, heard 4 s ago"),
-        ({**TOLD, "told": NOW - 7200}, "not heard for 2 h"),
+        ({**TOLD, "last_seen": NOW - 7200}, "not heard for 2 h"),
         ({**TOLD, "num_examples": 30}, "delivered"),
         ({**TOLD, "num_examples": 30, "is_done": True}, "has the result"),
     ],
@@ -60,14 +60,14 @@ def test_it_shows_the_clients_and_the_scores_of_the_rounds(make_run, capsys):
     run = make_run(clients=["client001", "client002"], rounds=1)
     path = run.folder / "status.json"
     call = run.delivered("client001", 1, num_examples=42)
-    status.StatusFile(run.rounds).write()
+    status.write(run.folder, status.status_of(run.rounds))
     code, text = shown(path, capsys)
     assert not code and "run run0: drcnn, round 1/1 is open" in text
     for words in ("client001", "delivered", "42", "client002", "not seen yet"):
         assert words in text
     run.deliver("client002", 2).result()
     call.result()
-    status.StatusFile(run.rounds).write()
+    status.write(run.folder, status.status_of(run.rounds))
     _, text = shown(path, capsys)
     assert "the run is over" in text and all(word in text for word in ("0.875", "0.750", "auc"))
     assert max(map(len, text.splitlines())) <= 80
@@ -124,7 +124,7 @@ def test_what_stands_in_a_copy_from_elsewhere_stays_text(make_run, capsys):
 def test_a_terminal_is_redrawn_until_the_run_is_over(tmp_path, make_run):
     run = make_run(clients=["client001"], rounds=2)
     run.rounds.hear("client001", "run0", 1, TRAINING, {})
-    status.StatusFile(run.rounds).write()
+    status.write(run.folder, status.status_of(run.rounds))
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(TERM="xterm", COLUMNS="81", LINES="20")
@@ -136,7 +136,7 @@ def test_a_terminal_is_redrawn_until_the_run_is_over(tmp_path, make_run):
             said += os.read(terminal, 4096).decode()
         for seed in (1, 2):
             run.deliver("client001", seed).result()
-        status.StatusFile(run.rounds).write()
+        status.write(run.folder, status.status_of(run.rounds))
         while True:
             said += os.read(terminal, 4096).decode()
     except OSError:  # so a terminal says that nobody holds its other end
