@@ -347,6 +347,7 @@ class Site:
         self.check_pictures(task)
         model.configure(self.arguments.seed, self.arguments.threads)
         self.network = model.build(task["arch"], task["image_size"])
+        self.check_layers(task)
         if self.freezes_base(task):
             model.freeze_base(self.network)
         if self.follows_frozen_base(task):
@@ -365,6 +366,15 @@ class Site:
         )
         if self.held_out:
             self.held_out_images = self.load_images(self.held_out, task)
+
+    def check_layers(self, task):
+        """Raises ValueError where a server of ours sends the file of a network of other layers."""
+        described = self.layout.layers if task["run"] else None
+        if described and described != weights.digest_of_layers(self.network.to_json()):
+            raise ValueError(
+                f"this server runs another version: its weight file is of a {task['arch']} with "
+                "other layers than this client's: the same commit everywhere"
+            )
 
     def load_images(self, records, task):
         spill = files.temporary(self.folder / "images.npy")
@@ -483,7 +493,7 @@ def layout_of(path, earlier):
     try:
         if earlier is not None and weights.fits(path, earlier):
             return earlier
-        return weights.Layout(path, convert.tensors_of(path))
+        return weights.Layout(path, *convert.contents_of(path))
     except ValueError as error:
         raise ValueError(f"the server's weights cannot be used: {plain(error)}") from None
 

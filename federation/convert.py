@@ -4,7 +4,8 @@ A peer of 2020 and a user's own client may send any Keras weight file, and a cli
 what a server sends. To read such a file takes HDF5, and a small hostile file can keep HDF5 busy for
 minutes, make it take gigabytes, or crash it. So it is opened by a process that is started for this
 one file, bounds itself before it opens anything, ends with its parent, and answers with nothing but
-names, shapes and offsets. The numbers are then read as they lie in the file.
+names, shapes, offsets and a digest of the layers. The numbers are then read as they lie in the
+file.
 
 Whose fault it is when that process does not succeed:
 
@@ -53,13 +54,14 @@ STARTER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starts-converter
 def convert(path, layout, is_awaited=lambda: True):
     """Replace the file `path` by one with the same numbers in this layout.
 
-    Returns the SHA-256 of the new file. Raises as `tensors_of`.
+    Returns the SHA-256 of the new file. Raises as `contents_of`.
     """
-    return weights.rewrite(path, tensors_of(path, is_awaited), layout)
+    tensors, _ = contents_of(path, is_awaited)
+    return weights.rewrite(path, tensors, layout)
 
 
-def tensors_of(path, is_awaited=lambda: True):
-    """[weights.Tensor] of a file from outside, in Keras's order.
+def contents_of(path, is_awaited=lambda: True):
+    """Of a file from outside: ([weights.Tensor] in Keras's order, what `weights.layers_of` gives).
 
     is_awaited  is_awaited() says whether anybody still waits for the result
 
@@ -83,7 +85,7 @@ def tensors_of(path, is_awaited=lambda: True):
         raise ChildProcessError(f"the process that reads it ended with exit code {code}")
     try:
         answer = json.loads(answer)
-        problem = answer["problem"]
+        problem, layers = answer["problem"], answer["layers"]
         # where they lie is looked at by who uses them: weights.check_places
         tensors = [
             weights.Tensor(str(layer), tuple(shape), begin, end)
@@ -95,7 +97,7 @@ def tensors_of(path, is_awaited=lambda: True):
         ) from None
     if problem:
         raise ValueError(problem)
-    return tensors
+    return tensors, layers
 
 
 def _run(path, is_awaited):
@@ -152,14 +154,15 @@ def main():
     task = json.load(sys.stdin)
     end_with(task["parent"])
     set_bounds(task["cpu_s"], task["memory_bytes"])
-    tensors, problem = [], None
+    tensors, layers, problem = [], None, None
     try:
         tensors = weights.tensors_of(task["path"])
+        layers = weights.layers_of(task["path"])
     except ValueError as error:
         problem = str(error)
     except MemoryError:
         problem = TOO_EXPENSIVE
-    print(json.dumps({"tensors": tensors, "problem": problem}))
+    print(json.dumps({"tensors": tensors, "layers": layers, "problem": problem}))
 
 
 def end_with(parent):

@@ -13,6 +13,7 @@ What is laid out otherwise goes through `convert.py`.
 import base64
 import errno
 import hashlib
+import json
 import math
 import os
 from contextlib import ExitStack, contextmanager
@@ -204,7 +205,7 @@ class Tensor(NamedTuple):
 def tensors_of(path):
     """[Tensor] of a weight file, in Keras's order: HDF5 reads it, so it must be trusted.
 
-    A file from outside is read by the bounded process of `convert.tensors_of`.
+    A file from outside is read by the bounded process of `convert.contents_of`.
     Raises ValueError where it is no whole weight file, OSError for faults of this machine.
     """
     try:
@@ -223,6 +224,43 @@ def tensors_of(path):
         raise ValueError(
             f"not a whole HDF5 weight file ({type(error).__name__}: {str(error)[:200]})"
         ) from None
+
+
+def layers_of(path):
+    """A digest of the layers that a file says its model has (`digest_of_layers`); None: says none.
+
+    HDF5 reads the file, as in `tensors_of`.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            model_config = file.attrs.get("model_config")
+    except Exception:  # as in `tensors_of`, which tells what is wrong with a file
+        return "unreadable"
+    return None if model_config is None else digest_of_layers(model_config)
+
+
+def digest_of_layers(model_config):
+    """Of the layers of a model in Keras's JSON: their classes and settings, but not their names.
+
+    Files of networks with and without a layer that has no weights load into each other in silence;
+    this tells them apart. Settings that are switches, or made of parts (initializers, types), are
+    left out: these differ between versions of Keras, and by what is frozen.
+    """
+    try:
+        layers = [
+            (
+                layer["class_name"],
+                sorted(
+                    (name, value)
+                    for name, value in layer["config"].items()
+                    if name != "name" and type(value) in (int, float, str, list)
+                ),
+            )
+            for layer in json.loads(model_config)["config"]["layers"]
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return "unreadable"
+    return hashlib.sha256(json.dumps(layers).encode()).hexdigest()
 
 
 def datasets(file):
@@ -380,11 +418,12 @@ class Layout:
     """What lies where in the server's own weight file, and so in every file of its run.
 
     tensors    [Tensor], in Keras's order
+    layers     digest of the layers that it describes, from `layers_of`; None: not known
     outside    [(begin, bytes)]: all that lies between the tensors, before and behind them
     size       of the file, in bytes
     """
 
-    def __init__(self, path, tensors=None):
+    def __init__(self, path, tensors=None, layers=None):
         """Describe the file `path`.
 
         tensors  where they lie in it; None: the file is trusted, and HDF5 reads it here
@@ -395,6 +434,7 @@ class Layout:
             check_places(path, self.tensors)
         except ValueError as error:
             raise ValueError(f"{path} cannot be used: {error}") from None
+        self.layers = layers
         self.size = os.path.getsize(path)
         of_tensors = sum(tensor.end - tensor.begin for tensor in self.tensors)
         if self.size - of_tensors > MOST_OUTSIDE_BYTES:

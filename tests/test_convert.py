@@ -132,16 +132,16 @@ SAYS = "json.load(sys.stdin); print({!r}); sys.exit()"
         (SAYS.format("null"), ValueError, "nonsense"),
         (SAYS.format('{"problem": null}'), ValueError, "nonsense"),
         (
-            SAYS.format('{"problem": null, "tensors": [["conv1", null, 0, 0]]}'),
+            SAYS.format('{"layers": null, "problem": null, "tensors": [["conv1", null, 0, 0]]}'),
             ValueError,
             "nonsense",
         ),
         (
-            SAYS.format('{"problem": null, "tensors": [[[], [], 0.5, "a"]]}'),
+            SAYS.format('{"layers": null, "problem": null, "tensors": [[[], [], 0.5, "a"]]}'),
             ValueError,
             "1 tensors",
         ),
-        (SAYS.format('{"problem": {"a": 1}, "tensors": []}'), ValueError, "a"),
+        (SAYS.format('{"layers": null, "problem": {"a": 1}, "tensors": []}'), ValueError, "a"),
     ],
 )
 def test_whose_fault_it_is_that_a_file_is_not_read(
@@ -233,7 +233,7 @@ def test_it_bounds_itself_before_it_opens_the_file_and_ends_with_its_parent(tmp_
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from federation import convert
-convert.tensors_of({str(tmp_path / "upload.h5")!r})
+convert.contents_of({str(tmp_path / "upload.h5")!r})
 """
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
     try:

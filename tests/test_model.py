@@ -1,5 +1,6 @@
 """model.py: the networks, their files, training that gives the same bits."""
 
+import json
 import os
 import pickle
 import re
@@ -404,6 +405,29 @@ def test_a_network_of_your_own_is_a_function_and_an_entry(monkeypatch, tmp_path)
 
 
 # --- weight files ---------------------------------------------------------------------------------
+
+
+def without_scale(network):
+    """The same network as of a version that gave it pixels of 0 to 1."""
+    settings = json.loads(network.to_json())
+    layers = settings["config"]["layers"]
+    settings["config"]["layers"] = [each for each in layers if each["class_name"] != "Rescaling"]
+    return json.dumps(settings)
+
+
+def test_files_of_networks_with_other_layers_are_told_apart(tmp_path):
+    """By what the file says of its layers: the tensors of both are the same."""
+    network = model.build("drcnn", 32)
+    model.save(network, tmp_path / "own.h5")
+    own = weights.digest_of_layers(network.to_json())
+    assert weights.layers_of(tmp_path / "own.h5") == own
+    assert weights.digest_of_layers(without_scale(network)) != own
+    network.get_layer("scale").scale = 1 / 128
+    assert weights.digest_of_layers(network.to_json()) != own
+    frozen = model.build("vgg16", 32)
+    before = weights.digest_of_layers(frozen.to_json())
+    model.freeze_base(frozen)
+    assert weights.digest_of_layers(frozen.to_json()) == before
 
 
 def test_weights_that_are_not_the_networks_are_refused_by_path_layer_and_reason(tmp_path):

@@ -4,13 +4,16 @@ A late client learns that the run is over.
 The client's own main() in this process, without TensorFlow.
 """
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import standin
-from conftest import holding, start_server
+from conftest import holding, new_run, start_server
+from serving import serve
 
 import todoClient
 import todoServer
@@ -38,6 +41,45 @@ def trainings(monkeypatch):
 
     monkeypatch.setattr(todoClient.weights, "write_tensors", write)
     return to_come
+
+
+# --- a server of another version ------------------------------------------------------------------
+
+
+def drcnn_of(*layers):
+    """What a file says of a network of these layers, as Keras writes it."""
+    described = [{"class_name": name, "config": {"name": name.lower()}} for name in layers]
+    return json.dumps({"class_name": "Functional", "config": {"layers": described}})
+
+
+@pytest.mark.parametrize(
+    "its_layers, refused",
+    [(("Rescaling", "Conv2D"), False), (("Conv2D",), True), (None, False)],
+)
+def test_the_file_of_a_network_with_other_layers_is_refused(
+    client_main, make_run, monkeypatch, its_layers, refused
+):
+    """Its tensors are the same: in silence, each network would answer otherwise than trained."""
+    run = make_run(clients=["client001"], rounds=1)
+    run.stop()
+    if its_layers:
+        with h5py.File(run.weights, "r+") as file:
+            file.attrs["model_config"] = drcnn_of(*its_layers)
+    new_run(["client001"], 1, run.weights).save(run.folder / "state.json")
+    run.start()
+    build = standin.build
+
+    def built(*arguments):
+        network = build(*arguments)
+        network.to_json = lambda: drcnn_of("Rescaling", "Conv2D")
+        return network
+
+    monkeypatch.setattr(standin, "build", built)
+    server, address = serve(run.rounds)
+    code, said = client_main("--server", address)
+    server.stop(0)
+    assert code == refused and ("this server runs another version" in said) == refused
+    assert run.rounds.state.evaluated == (not refused)
 
 
 # --- uploads that the server rejects -------------------------------------------------------------
@@ -76,14 +118,14 @@ def test_a_fault_of_the_server_is_said_there_and_tried_again(request, client_mai
 
 def test_a_fault_of_the_clients_own_machine_is_tried_again(client_main, served, monkeypatch):
     """The process that reads the first file of a run was killed, for example: no memory."""
-    inner, faults = todoClient.convert.tensors_of, [ChildProcessError("it was killed")]
+    inner, faults = todoClient.convert.contents_of, [ChildProcessError("it was killed")]
 
     def fails_once(path):
         if faults:
             raise faults.pop()
         return inner(path)
 
-    monkeypatch.setattr(todoClient.convert, "tensors_of", fails_once)
+    monkeypatch.setattr(todoClient.convert, "contents_of", fails_once)
     code, said = client_main("--server", served[1], "--give-up-after", "60")
     assert code == 0 and "it was killed" in said
 
