@@ -37,6 +37,10 @@ MAX_PICKLE_TUPLES = 1000  # an index needs none; a hostile pickle nests them
 # Decoded images that take more than this lie in a file, and the operating system keeps in memory
 # what fits.
 MEMORY_BYTES = 4 << 30
+# Pixels that go through a network at once where nothing is trained: what the layers of a lite0 make
+# of so many takes half a gigabyte. At most MOST_AT_ONCE images.
+PIXELS_AT_ONCE = 32 * 224 * 224
+MOST_AT_ONCE = 32
 
 
 class NotPlain(pickle.UnpicklingError):
@@ -409,7 +413,12 @@ def resample(images, transforms):
     return top * (1 - down) + bottom * down
 
 
-def evaluation_batches(images, batch_size=32):
-    """The images as they are, in order, without augmentation, so many at a time."""
+def evaluation_batches(images):
+    """The images as they are, in order, without augmentation, as many at a time as memory holds.
+
+    images: (n, size, size, 3), or features (n, ...).
+    """
+    pixels = math.prod(images.shape[1:3])
+    batch_size = min(MOST_AT_ONCE, max(1, PIXELS_AT_ONCE // pixels))
     for start in range(0, len(images), batch_size):
         yield images[start : start + batch_size]

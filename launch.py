@@ -34,7 +34,6 @@ from rich.live import Live
 from rich.table import Table
 
 import central
-import model
 import prepare
 import todoClient
 import todoServer
@@ -66,9 +65,6 @@ SYNTHETIC_EPOCHS = 2
 SAID_HERE = {  # where a flag means something else here than in its script
     "epochs": "passes over the images in a round (2 of synthetic images, 1 of photographs)",
     "rounds": "of the whole run (10)",
-    "image_size": "a side of a picture (each network's own)",
-    "preprocessing": "of photographs: less their local average, as the thesis did (graham), or in "
-    "their colours (the default with lite0)",
     "val_index": "held-out images, on which each client scores each model that it fetches",
 }
 SCORED = 4  # how often a model without federation is scored; that costs as much as a pass
@@ -191,13 +187,8 @@ def parse(words):
             parser.error(f"{action.option_strings[0]} is chosen by this command itself")
         if action.dest in given and re.search("DIR|FILE", action.metavar or ""):
             given[action.dest] = absolute(given[action.dest])
-    arch = model.ARCHS[given.get("arch", "drcnn")]
-    if "index_from" not in given:  # whose pictures are there already
-        given.setdefault("image_size", arch.image_size)
-        if given.get("dataset", "synthetic") == "synthetic":
-            given.setdefault("epochs", SYNTHETIC_EPOCHS)
-        elif arch.weights == "imagenet":  # a network that knows photographs knows colours
-            given.setdefault("preprocessing", "colour")
+    if "index_from" not in given and given.get("dataset", "synthetic") == "synthetic":
+        given.setdefault("epochs", SYNTHETIC_EPOCHS)
     for script in ("prepare.py", "todoServer.py"):  # refused before any work
         SCRIPTS[script].parse(words_for(script, given))
     return given

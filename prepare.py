@@ -1,9 +1,10 @@
 """Prepare a data set: pictures as the network sees them, and an index for each hospital.
 
     python3 prepare.py                                        # 450 + 300 synthetic images
-    python3 prepare.py --dataset idrid --source ~/data/IDRiD  # photographs, an unpacked archive
-    python3 prepare.py --dataset folder --source DIR --num-clients 1 --val-part 0   # a hospital's
-    python3 prepare.py --dataset folder --source DIR --split column --hospital-column site
+    python3 prepare.py --arch lite0 --dataset idrid --source ~/data/IDRiD     # an unpacked archive
+    python3 prepare.py --arch lite0 --dataset folder --source DIR --num-clients 1 --val-part 0
+    python3 prepare.py --arch lite0 --dataset folder --source DIR --split column \\
+        --hospital-column site
     python3 prepare.py --check                                # exit 0 if index/ is of these choices
 
 The pictures go to preprocessed/, the indexes to index/. Started again with the same choices, it
@@ -32,6 +33,7 @@ import numpy as np
 from PIL import Image
 
 import data
+import model
 from common.files import alone_in, clean, move_aside, publish_text, sha256_of
 from preparation import datasets, field, overview, photos, pictures, splits, synthetic, thesis
 from preparation.tables import few
@@ -151,14 +153,23 @@ def parser():
     )
     add = made.add_argument_group("the pictures").add_argument
     add(
-        "--image-size", type=pixels, default=128, metavar="PIXELS", help="a side of a picture (128)"
+        "--arch",
+        choices=list(model.ARCHS),
+        default="drcnn",
+        help="the network; size and preprocessing of its pictures follow from it (drcnn)",
+    )
+    add(
+        "--image-size",
+        type=pixels,
+        metavar="PIXELS",
+        help="a side of a picture (default: each network's own, "
+        f"{', '.join(f'{name} {arch.image_size}' for name, arch in model.ARCHS.items())})",
     )
     add(
         "--preprocessing",
         choices=photos.PREPROCESSINGS,
-        default="graham",
-        help="of photographs: less their local average, as the thesis did (graham, the "
-        "default), or in their colours, which is better for lite0 (colour)",
+        help="of photographs: less their local average, as the thesis did (graham, the default), "
+        "or in their colours (colour, the default for lite0)",
     )
     add("--remove-old", action="store_true", help="remove the pictures of other choices")
     add = made.add_argument_group("who gets which").add_argument
@@ -219,6 +230,9 @@ def parse(argv):
         what = "--index-from"
         args.dataset = args.preprocessing = args.split = "imported"
         args.index_from = [os.path.abspath(file) for file in args.index_from]
+    arch = model.ARCHS[args.arch]
+    args.image_size = args.image_size or arch.image_size
+    args.preprocessing = args.preprocessing or arch.preprocessing
     is_synthetic = args.dataset == "synthetic"
     if args.split is None:
         args.split = "hospitals" if is_synthetic else "iid"
@@ -260,8 +274,8 @@ def parse(argv):
 def choices_of(args):
     """All that decides the result, as a dict: prepared.json keeps it, --check compares with it."""
     choices = vars(args).copy()
-    for action in ("check", "remove_old"):
-        del choices[action]
+    for name in ("check", "remove_old", "arch"):  # of the last, what follows from it is kept
+        del choices[name]
     return choices
 
 

@@ -189,7 +189,26 @@ def test_without_augmentation_images_are_passed_on_as_they_are(images):
     )
     ((pixels, order),) = epoch(batches, 1, 1)
     assert np.array_equal(pixels, images[order.astype(int)])
-    assert np.array_equal(np.concatenate(list(data.evaluation_batches(images, 4))), images)
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((70, 16, 16, 3), [32, 32, 6]),
+        ((40, 224, 224, 3), [32, 8]),
+        ((20, 448, 448, 3), [8, 8, 4]),
+        ((2, 4000, 4000, 3), [1, 1]),
+        ((40, 1280), [32, 8]),  # features
+    ],
+)
+def test_so_many_images_at_once_as_memory_holds(shape, expected):
+    each_its_number = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    batches = list(data.evaluation_batches(np.broadcast_to(each_its_number, shape)))
+    assert [len(batch) for batch in batches] == expected
+    first_pixel = (slice(None), *[0] * (len(shape) - 1))
+    assert np.concatenate([batch[first_pixel] for batch in batches]).tolist() == list(
+        range(shape[0])
+    )
 
 
 def test_augmentation_turns_the_picture(images, monkeypatch):

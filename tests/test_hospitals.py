@@ -285,7 +285,7 @@ def test_the_chapter_works_to_the_letter(tmp_path):
         own = hospital.folder / hospital.name
         card = json.loads((own / "server_weight.json").read_text())
         trained = [card[name] for name in ("arch", "image_size", "initial_weights")]
-        assert trained == ["lite0", 224, "imagenet"] and card["preprocessing"] == "colour"
+        assert trained == ["lite0", 448, "imagenet"] and card["preprocessing"] == "colour"
         page = (own / "report.html").read_text(encoding="utf-8")
         assert f"held-out patients of {hospital.name}" in page and "fine-tuned here" in page
         assert "There are too few patients" in page  # and not: the model must not be used

@@ -28,10 +28,10 @@ def test_every_flag_of_a_script_is_known_or_chosen_here(script):
 
 def test_a_flag_goes_to_every_script_that_knows_it():
     assert words("--seed", "4", "--arch", "vgg16", "--freeze-base", "--fresh") == {
-        "prepare.py": "--image-size 224 --seed 4",
-        "todoServer.py": "--arch vgg16 --image-size 224 --seed 4 --fresh",
+        "prepare.py": "--arch vgg16 --seed 4",
+        "todoServer.py": "--arch vgg16 --seed 4 --fresh",
         "todoClient.py": "--epochs 2 --seed 4 --freeze-base",
-        "central.py": "--epochs 2 --seed 4 --arch vgg16 --image-size 224 --freeze-base",
+        "central.py": "--epochs 2 --seed 4 --arch vgg16 --freeze-base",
     }
 
 
@@ -41,13 +41,6 @@ def test_a_flag_goes_to_every_script_that_knows_it():
         (["--no-freeze-base"], "todoClient.py", "--epochs 2 --no-freeze-base"),
         (["--epochs", "1"], "todoClient.py", "--epochs 1"),
         (PHOTOGRAPHS, "todoClient.py", ""),
-        (
-            [*PHOTOGRAPHS, "--arch", "lite0"],
-            "prepare.py",
-            "--image-size 224 --preprocessing colour",
-        ),
-        ([*PHOTOGRAPHS, "--arch", "vgg16"], "prepare.py", "--image-size 224"),
-        (["--arch", "lite0"], "prepare.py", "--image-size 224"),
         (
             ["--index-from", "a.pkl", "b.pkl", "--source", "."],
             "prepare.py",

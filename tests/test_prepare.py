@@ -224,6 +224,27 @@ def test_stopped_at_any_instant_it_is_not_complete_and_goes_on(how, capfd):
     assert len(finished()) == 120 and not list(Path("preprocessed").glob("*/.*"))
 
 
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", (128, "synthetic")),
+        ("--arch lite0", (448, "synthetic")),
+        ("--dataset aptos --source .", (128, "graham")),
+        ("--dataset aptos --source . --arch vgg16", (224, "graham")),
+        ("--dataset aptos --source . --arch lite0", (448, "colour")),
+        (
+            "--dataset aptos --source . --arch lite0 --image-size 512 --preprocessing graham",
+            (512, "graham"),
+        ),
+    ],
+)
+def test_size_and_preprocessing_follow_from_the_network(flags, expected):
+    args = prepare.parse(flags.split())
+    assert (args.image_size, args.preprocessing) == expected
+    # they decide, not the network's name: an index of another that looks the same is the same
+    assert "arch" not in prepare.choices_of(args)
+
+
 # --- photographs ---------------------------------------------------------------------------------
 
 
