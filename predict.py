@@ -1,4 +1,4 @@
-"""DR scores (0 healthy ... 1 DR) of new photographs, prepared as the training images were.
+"""DR scores (0 to 1) of new photographs, which are prepared as the training images were.
 
     python3 predict.py eye1.jpg eye2.png
     python3 predict.py --csv scores.csv photographs/ others/*_left.jpg
@@ -6,7 +6,8 @@
     python3 predict.py --labels graded/labels.csv --sensitivity 0.9 photographs/
 
 The model card beside the weight file (server_weight.json) says how: the network, the preparation of
-the photographs, and the score above which referable DR (grade 2 or more) is suspected. A picture
+the photographs, what its answer means as a probability of referable DR (grade 2 or more) among such
+patients as it was validated on, and the score above which that is suspected. A picture
 that is no gradable photograph of a fundus gets no score. Exit code 1: something was not scored that
 should have been.
 """
@@ -50,7 +51,7 @@ class Result:
     """What became of one photograph."""
 
     path: str
-    score: float | None = None  # 0 healthy ... 1 DR; None where there is none
+    score: float | None = None  # of the card, 0..1; None where there is none
     verdict: str = ""
     reason: str = ""  # why there is no score
 
@@ -63,6 +64,8 @@ def main(argv=None):
         check_writable(args.csv)
         weights = args.weights or weights_here()
         card = cards.read(weights)
+        if card["num_nan"]:
+            raise ValueError(f"{weights} must not be used: {card['warning']}")
         check_kinds(card, paths)
         model.configure(seed=0)
         network = model.build(card["arch"], card["image_size"])
@@ -246,7 +249,8 @@ def score_all(network, card, paths):
             chosen = paths[start : start + AT_ONCE]
             prepared = list(pool.map(prepare, chosen, [card] * len(chosen)))
             pixels = [image for _, image in prepared if image is not None]
-            scores = iter(1 - model.predict(network, np.stack(pixels)) if pixels else ())
+            answers = model.predict(network, np.stack(pixels)) if pixels else np.array([])
+            scores = iter(cards.score(card, TASK, answers))
             for result, image in prepared:
                 if image is not None:
                     result.score = float(next(scores))

@@ -173,8 +173,7 @@ def load_client(args):
     card = cards.read(weights)
     answers = Answers(args.index_dir)
     federated = answers.of("federated", "federated", weights, card)
-    thresholds = {task: cards.threshold_of(card, task) for task in metrics.TASKS}
-    assessed = metrics.assess(federated.p_healthy, answers.val, thresholds)
+    assessed = metrics.assess(federated.p_healthy, answers.val, card["tasks"])
     # Of a few patients at home nothing can be said against a model; the verdict says how few.
     num_with_it = assessed["tasks"][metrics.TASK]["num_positive"]
     fewest = min(num_with_it, assessed["num_reporting_images"] - num_with_it)
@@ -252,8 +251,8 @@ class Answers:
         network, images = self.loaded[shape]
         model.load(network, path)
         p_healthy = model.predict(network, images)
-        if num_nan := int(np.isnan(p_healthy).sum()):
-            raise ValueError(f"{path} answers NaN for {num_nan} of {len(images)} images")
+        if answers_nan := metrics.answers_nan(p_healthy):
+            raise ValueError(f"{path} must not be used: {answers_nan}")
         return Model(kind, name, path, card, p_healthy)
 
 

@@ -403,20 +403,27 @@ class Site:
                 f"(prepare.py --image-size {task['image_size']})"
             )
 
-    def scores(self, threshold=0.5):
+    def scores(self, card=None):
         """What the network scores on the held-out images; {} where there are none.
 
-        threshold: of the score, for sensitivity and specificity. The names are those of
-        federation.status.SCORES. A metric that cannot be measured (the AUC of one class) is left
-        out.
+        card: of the result. While the run goes on there is none: the score is then the network's
+        own, and sensitivity and specificity are at 0.5.
+        The names are those of federation.status.SCORES. A metric that cannot be measured (the AUC
+        of one class) is left out.
         """
         if not self.held_out:
             return {}
         p_healthy = model.predict(self.network, self.held_out_images)
+        if answers_nan := metrics.answers_nan(p_healthy):
+            self.say(f"warning: the fetched model must not be used: {answers_nan}")
+        threshold = 0.5
+        if card:
+            p_healthy = 1 - cards.score(card, metrics.LEARNT, p_healthy)
+            threshold = cards.used_threshold(card, metrics.LEARNT)
         measured = metrics.scores(p_healthy, data.healthy(self.held_out), threshold)
         measured["threshold"] = threshold
         names = ("loss", "auc", "threshold", "sensitivity", "specificity")
-        scores = {name: measured[name] for name in names if math.isfinite(measured[name])}
+        scores = {name: measured[name] for name in names if measured[name] is not None}
         return {"examples": len(self.held_out), **scores}
 
     def follows_frozen_base(self, task):
@@ -647,20 +654,21 @@ def not_finite(site, what):
 def finish(site, task):
     """Score the result on the held-out images, tell the server that it is here. Returns words."""
     card_path = cards.path_of(site.result_path)
-    threshold = 0.5  # as of every round: while the run goes on, nobody has chosen one
+    card = None
     with_card = "without a model card"
     if card_path.exists():
-        threshold = cards.used_threshold(cards.read(site.result_path), metrics.LEARNT)
-        with_card = (
-            f"with its model card {card_path}: predict.py --weights {site.result_path} scores "
-            "photographs with it"
-        )
+        card = cards.read(site.result_path)
+        with_card = f"with its model card {card_path}: "
+        if card["warning"]:
+            with_card += f"it must not be used: {card['warning']}"
+        else:
+            with_card += f"predict.py --weights {site.result_path} scores photographs with it"
     measured = {}
     if site.held_out:
         site.reporter.begin(task, "scoring")
         site.prepare(task)
         model.load(site.network, site.result_path, site.layout.tensors)
-        measured = site.scores(threshold)
+        measured = site.scores(card)
         site.say(f"the result on this site's own held-out images: {in_words(measured)}")
     site.reporter.task = None  # `done` is the last word
     if task["run"]:  # the thesis demo's server knows no such call

@@ -10,7 +10,6 @@ Killed at any instant, run the same command again to resume. Exit codes: 0 finis
 import argparse
 import functools
 import importlib.util
-import math
 import queue
 import secrets
 import shutil
@@ -41,7 +40,7 @@ import model
 from common import files
 from federation import service, status, tls, weights
 from federation.rounds import Refused, Rounds, TooFewClients
-from federation.state import RunState
+from federation.state import RunState, file_sha256_of
 from generated import todo_pb2_grpc
 from reporting import card as cards
 from reporting import metrics
@@ -458,15 +457,34 @@ class Evaluator:
         """
         card = cards.make(state, row, self.prepared, self.validation_sha256, self.assessed)
         cards.publish(self.weights_path, card)
+        line = self.line_of(state, card)
         area = self.assessed["choosing_auc"]
-        if not is_better(area, state.best):
-            return state.best, cards.summary(card)
+        if card["num_nan"] or not is_better(area, state.best):
+            return state.best, line
         # The weights first: until its card is there too, the pair is refused by whoever reads it.
         with files.replacing(self.best_path) as written:
             shutil.copyfile(self.weights_path, written)
         cards.publish(self.best_path, card)
-        best = {"round": row["round"], "auc": area, "sha256": state.weights_sha256}
-        return best, cards.summary(card)
+        return {"round": row["round"], "auc": area, "sha256": state.weights_sha256}, line
+
+    def line_of(self, state, card):
+        """The scores in words; of a model that must not be used with whose update may be why."""
+        line = cards.summary(card)
+        if card["num_nan"]:
+            line = f"the merged model {card['warning'].removeprefix('it ')}"
+        suspects = []
+        for client in card["clients"] if card["warning"] else ():
+            path = self.folder / client / "client_weights.h5"
+            # a client may have delivered for the next round by now
+            is_counted = files.sha256_of(path) == file_sha256_of(state.counted[client])
+            if is_counted and weights.has_negative_variance(path):
+                suspects.append(client)
+        if suspects:
+            line += (
+                f"; the update of {', '.join(suspects)} holds a negative moving variance, which no "
+                "training makes"
+            )
+        return line
 
     def card_text(self):
         """The card of server_weight.h5 as fedml-card sends it; "" where its file is gone."""
@@ -491,7 +509,7 @@ def write_events(folder, row):
 
         with tf.summary.create_file_writer(str(folder)).as_default(step=row["round"]):
             for name in ("loss", "accuracy", "auc", "sensitivity", "specificity"):
-                if math.isfinite(row[name]):
+                if row[name] is not None:
                     tf.summary.scalar(name, row[name])
     except Exception as error:
         say(f"warning: --tensorboard: {type(error).__name__}: {error}; the run goes on")

@@ -164,7 +164,8 @@ class RunState:
 NUMBER = (int, float)
 UPLOAD_KINDS = {"num_examples": (int,), "sha256": (str,), "file_sha256": (str,)}
 MERGED_KINDS = {"round": (int,), "clients": (int,), "missing": (str,), "num_examples": (int,)}
-ROW_KINDS = {**dict.fromkeys(HISTORY_COLUMNS, NUMBER), **MERGED_KINDS}
+# a metric is None where it cannot be measured
+ROW_KINDS = {**dict.fromkeys(HISTORY_COLUMNS, (*NUMBER, type(None))), **MERGED_KINDS}
 BEST_KINDS = {"round": (int,), "auc": (*NUMBER, type(None)), "sha256": (str,)}
 MOST_EXAMPLES = 2**31 - 1  # that the wire can name
 

@@ -239,4 +239,6 @@ def draw(status, written, most_rounds=None, names=None):
 
 
 def _cell(value):
+    if value is None:
+        return "not measured"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -335,6 +335,19 @@ def _tensor_of(layer, weight, dataset):
     return Tensor(layer[:80], dataset.shape, begin, begin + dataset.size * NUMBER_BYTES)
 
 
+def has_negative_variance(path):
+    """Whether a weight file holds a negative moving variance: its square root is NaN.
+
+    No training makes one, so who sent it did something else. HDF5 reads it: it must be of the
+    server's layout.
+    """
+    with h5py.File(path, "r") as file:
+        return any(
+            weight.rpartition("/")[2].startswith("moving_variance") and (dataset[()] < 0).any()
+            for _, weight, dataset in datasets(file)
+        )
+
+
 def check_shapes(tensors, expected):
     """Raise ValueError unless these tensors have the shapes of the model, in its order.
 

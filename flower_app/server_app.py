@@ -103,7 +103,8 @@ class Evaluator:
             metrics.assess(p_healthy, self.validation),
         )
         cards.publish(path, card)
-        return MetricRecord(scores)
+        measured = {name: value for name, value in scores.items() if value is not None}
+        return MetricRecord(measured)
 
 
 def tensors_of(network):

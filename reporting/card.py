@@ -19,9 +19,10 @@ from pathlib import Path
 
 import data
 from common.files import publish_text, sha256_of
+from reporting import metrics
 from reporting.metrics import MEASURED, TASK, TASKS
 
-CARD_VERSION = 1
+CARD_VERSION = 2  # 2: scores are recalibrated for each task, and num_nan
 MAX_WIRE_BYTES = 4000  # of fedml-card; gRPC's metadata ends at 8 kB, and there is other metadata
 MAX_FILE_BYTES = 1 << 20
 # The type of each entry that must be there, and what readers rely on.
@@ -46,6 +47,7 @@ NEEDED = {
     "num_patients": int,
     "num_reporting_images": int,
     "num_reporting_patients": int,
+    "num_nan": int,
     "patients_known": bool,
     "tasks": dict,
     "warning": str,
@@ -122,8 +124,6 @@ def make(state, row, prepared, validation_sha256, assessed):
         "num_clients": row["clients"],
         "num_examples": row["num_examples"],
         "clients": counted,
-        # over all validation images, at a score of 0.5: what history.csv says of this round
-        "history": {name: number_or_none(row[name]) for name in ("loss", "accuracy", "auc")},
         **assessed,
     }
 
@@ -147,10 +147,6 @@ def commit():
     return done.stdout.strip()[:60] if done.returncode == 0 else ""
 
 
-def number_or_none(value):
-    return None if math.isnan(value) else round(value, 4)
-
-
 def path_of(weights_path):
     """server/server_weight.h5 -> server/server_weight.json"""
     return Path(weights_path).with_suffix(".json")
@@ -165,7 +161,7 @@ def publish(weights_path, card):
     """
     if "by_round" not in card:  # the copy beside the best round's weights says the same
         card["by_round"] = [*earlier_rounds(weights_path, card), round_of(card)]
-    publish_text(path_of(weights_path), json.dumps(card, indent=1) + "\n")
+    publish_text(path_of(weights_path), json.dumps(card, indent=1, allow_nan=False) + "\n")
 
 
 def round_of(card):
@@ -242,12 +238,13 @@ def parse(content):
 
 
 def check_task(task, entry):
-    """Raises ValueError unless it has a threshold in 0..1 or None, and metrics with intervals."""
+    """Raises ValueError unless it has what `metrics.assess` gives of a task."""
     if not isinstance(entry, dict) or not isinstance(entry.get("measured"), dict):
         raise ValueError(f"it does not say what was measured for {task}")
     threshold = entry.get("threshold")
     if threshold is not None and not is_part(threshold):
         raise ValueError(f"its threshold for {task} is {str(threshold)[:40]}, expected 0 to 1")
+    check_calibration(task, entry.get("calibration"))
     if type(entry.get("num_positive")) is not int:
         raise ValueError(f"it does not say how many images have {task}")
     for metric in MEASURED:
@@ -256,6 +253,22 @@ def check_task(task, entry):
             raise ValueError(f"its {metric} for {task} is not [value, low, high]")
         if not all(number is None or is_part(number) for number in numbers):
             raise ValueError(f"its {metric} for {task} has a number outside 0 to 1")
+
+
+def check_calibration(task, calibration):
+    """Raises ValueError unless it is None or [slope, intercept], a line that rises."""
+    if calibration is None:
+        return
+    try:
+        slope, intercept = calibration
+        rises = slope > 0 and math.isfinite(slope) and math.isfinite(intercept)
+    except (TypeError, ValueError, OverflowError):
+        rises = False
+    if not rises:
+        raise ValueError(
+            f"its calibration for {task} is {str(calibration)[:60]}, expected a slope above 0 and "
+            "an intercept"
+        )
 
 
 def check_rounds(by_round):
@@ -288,9 +301,10 @@ def to_wire(card):
 def score(card, task, p_healthy):
     """The DR score, 0..1, of what the network answers, P(healthy): each (n,).
 
-    It is what the card's thresholds are of: all who compare an answer with one get its score here.
+    It is the probability that an image is positive for the task, where the card has a calibration.
+    The card's thresholds are of it: all who compare an answer with one get its score here.
     """
-    return 1 - p_healthy
+    return metrics.recalibrated(p_healthy, card["tasks"][task]["calibration"])
 
 
 def threshold_of(card, task=TASK):
@@ -302,7 +316,10 @@ def summary(card, task=TASK):
     """A round's line: 'AUC 0.991  sensitivity 0.946  specificity 0.930 for referable DR, ...'.
 
     Of the reporting patients, at the threshold that the others have chosen: what is on the page.
+    Of a model that answers NaN there are no numbers: its warning says for how many images.
     """
+    if card["num_nan"]:
+        return f"no model: {card['warning']}"
     measured = card["tasks"][task]["measured"]
     shown = ["auc"] if threshold_of(card, task) is None else ROUND_METRICS
     numbers = [

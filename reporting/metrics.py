@@ -3,9 +3,10 @@
 Numbers only: no file is read or written in here, no sentence is made for the page, and nothing
 but NumPy and `data` is imported, so that a server has its scores without a package for drawing.
 
-The network answers P(healthy); the DR score of an image is 1 - P(healthy), and a score above the
-threshold says DR. Sensitivity, specificity and AUC are those of finding DR. A metric for which a
-class is missing (no healthy image, or none with DR) is nan.
+The network answers P(healthy). The DR score of an image is 1 - P(healthy), recalibrated for a task
+where enough patients tell how (`recalibrated`), and a score above the threshold says DR.
+Sensitivity, specificity and AUC are those of finding DR. A metric for which a class is missing (no
+healthy image, or none with DR) is nan in here, and None in what goes into a file.
 
 Images are scored, but patients are sampled: two eyes of one patient are not two patients. So
 intervals are a bootstrap over patients, and a patient either chooses the thresholds or is scored.
@@ -35,9 +36,12 @@ TASKS = {"any DR": 1, "referable DR": 2}
 LEARNT = min(TASKS, key=TASKS.get)  # what the network learns to tell from grade 0
 TASK = max(TASKS, key=TASKS.get)  # what the verdict, the warning and predict.py are about
 LEAST_SENSITIVITY = 0.85  # of a threshold that is chosen
-# With fewer patients who have it, or who have it not, a difference of two models is not judged: the
-# interval of a sensitivity that was measured on twenty patients is 0.3 to 0.4 wide.
+# With fewer patients who have it, or who have it not, a difference of two models is not judged and
+# no score recalibrated: the interval of a sensitivity that was measured on twenty patients is 0.3
+# to 0.4 wide.
 FEWEST_PATIENTS = 20
+LEAST_P = 1e-7  # as Keras clips: the logarithm of an answer of 0 or 1 is finite then
+NEWTON_STEPS = 50
 CALIBRATION_GROUPS = 5
 Z = 1.96  # the normal distribution's quantile of a 95 % interval
 NO_INTERVAL = (float("nan"), float("nan"))
@@ -49,19 +53,25 @@ RESAMPLES_AT_ONCE = 50  # bounds the memory: 50 x 10,000 images are 4 MB an arra
 
 
 def scores(p_healthy, labels, threshold=0.5):
-    """loss (binary cross-entropy), accuracy, auc, sensitivity and specificity, as a dict of floats.
+    """loss (binary cross-entropy), accuracy, auc, sensitivity and specificity, as a dict.
 
+    Each is a float, or None where it cannot be measured: a class is missing, the model answers NaN.
     p_healthy: (n,) in 0..1. labels: (n,), 1 = healthy, 0 = DR. threshold: of the DR score.
     """
     has_dr = labels < 0.5
     says_dr = 1 - p_healthy > threshold
-    p = np.clip(p_healthy, 1e-7, 1 - 1e-7)  # as Keras clips, so that the loss is Keras's
-    return {
+    p = np.clip(p_healthy, LEAST_P, 1 - LEAST_P)  # so that the loss is Keras's
+    measured = {
         "loss": float(-np.mean(np.where(has_dr, np.log(1 - p), np.log(p)))),
         "accuracy": float(np.mean(says_dr == has_dr)),
         "auc": auc(1 - p_healthy, has_dr),
         "sensitivity": share(says_dr[has_dr]),
         "specificity": share(~says_dr[~has_dr]),
+    }
+    is_model = not np.isnan(p_healthy).any()
+    return {
+        name: value if is_model and not np.isnan(value) else None
+        for name, value in measured.items()
     }
 
 
@@ -132,6 +142,70 @@ def of_people(sensitivity, specificity, num_positive, num_negative):
     }
 
 
+# --- scores that are probabilities ----------------------------------------------------------------
+
+
+def recalibrate(p_healthy, positive, patients):
+    """[slope, intercept] of `recalibrated` that fit these answers best; None where there are none.
+
+    Platt, "Probabilistic Outputs for Support Vector Machines", 1999: logistic regression on the
+    logit of the answer, with his smoothed targets, by Newton's method. There are none with fewer
+    than FEWEST_PATIENTS patients of a class, or where the answers do not rise with it (slope <= 0).
+    p_healthy: (n,) in 0..1. positive: bool (n,). patients: n texts.
+    """
+    if min(patients_by_class(positive, patients)) < FEWEST_PATIENTS:
+        return None
+    num_positive, num_negative = positive.sum(), (~positive).sum()
+    target = np.where(positive, (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2))
+    terms = np.stack([logit(1 - p_healthy), np.ones(len(positive))])  # (2, n)
+
+    def loss(line):
+        """The cross-entropy: log(1 + exp(x)) - target x, which is convex in `line`."""
+        x = line @ terms
+        return np.sum(np.logaddexp(0, x) - target * x)
+
+    line = np.array([0.0, np.log((num_positive + 1) / (num_negative + 1))])
+    for _ in range(NEWTON_STEPS):
+        p = sigmoid(line @ terms)
+        gradient = terms @ (p - target)
+        hessian = (terms * p * (1 - p)) @ terms.T
+        step = np.linalg.lstsq(hessian, gradient)[0]  # also where all answers are the same
+        while loss(line - step) > loss(line) and abs(step).max() > 1e-12:
+            step = step / 2  # far from the minimum a whole step can go beyond it
+        line = line - step
+        if abs(step).max() < 1e-10:
+            break
+    return line.tolist() if line[0] > 0 else None
+
+
+def recalibrated(p_healthy, calibration):
+    """The DR score, (n,) in 0..1, of answers P(healthy): a probability, with a calibration.
+
+    calibration: [slope, intercept] of `recalibrate`, or None: the score is then 1 - P(healthy).
+    The slope is positive, so the ranking, and with it the AUC, stays.
+    """
+    if calibration is None:
+        return 1 - p_healthy
+    slope, intercept = calibration
+    return sigmoid(slope * logit(1 - p_healthy) + intercept)
+
+
+def logit(p):
+    p = np.clip(p, LEAST_P, 1 - LEAST_P)
+    return np.log(p / (1 - p))
+
+
+def sigmoid(x):
+    return np.exp(-np.logaddexp(0, -x))  # without overflow
+
+
+def patients_by_class(positive, patients):
+    """(number of patients with a positive image, number of those without one)."""
+    patients = np.array(patients, str)
+    num_positive = len(set(patients[positive]))
+    return num_positive, len(set(patients)) - num_positive
+
+
 # --- thresholds -----------------------------------------------------------------------------------
 
 
@@ -175,34 +249,37 @@ def choose_threshold(score, positive):
 # --- a whole model --------------------------------------------------------------------------------
 
 
-def assess(p_healthy, records, thresholds=None):
+def assess(p_healthy, records, chosen=None):
     """What the model card says of a model, from its answers for the validation records.
 
     p_healthy: (n,), what the network says. records: n records of an index.
-    thresholds: {task: threshold or None}, where other patients than these have chosen them.
+    chosen: the `tasks` of a card whose thresholds and calibrations other patients have chosen.
     Returns a dict that JSON can hold: numbers of images and patients, a warning ("" where there is
     none), choosing_auc (AUC for any DR among the patients who choose: what the best round is
-    chosen by), and for each of TASKS its threshold and `measured`: {metric: [value, low, high]}.
-    The choosing patients choose the thresholds; all that is measured is of the other patients.
+    chosen by), and for each of TASKS its calibration, its threshold and `measured`:
+    {metric: [value, low, high]}. The choosing patients choose calibrations and thresholds; all that
+    is measured is of the other patients. Of a model that answers NaN nothing is chosen or measured.
     """
-    score = 1 - np.asarray(p_healthy)
+    p_healthy = np.asarray(p_healthy)
     grades = np.array([record["label"] for record in records])
     patients = np.array(data.patients(records), str)
     choosing = choosing_half(grades, patients)
+    num_nan = int(np.isnan(p_healthy).sum())
+    chooses, reports = choosing & (num_nan == 0), ~choosing & (num_nan == 0)
     tasks = {}
     for task, least_grade in TASKS.items():
         positive = grades >= least_grade
-        if thresholds is None:
-            threshold = choose_threshold(score[choosing], positive[choosing])
+        if chosen is None:
+            calibration = recalibrate(p_healthy[chooses], positive[chooses], patients[chooses])
+            score = recalibrated(p_healthy, calibration)
+            threshold = choose_threshold(score[chooses], positive[chooses])
         else:
-            threshold = thresholds[task]
-        measured = measure(
-            score[~choosing],
-            positive[~choosing],
-            patients[~choosing],
-            0.5 if threshold is None else threshold,
-        )
+            calibration, threshold = chosen[task]["calibration"], chosen[task]["threshold"]
+            score = recalibrated(p_healthy, calibration)
+        at = 0.5 if threshold is None else threshold
+        measured = measure(score[reports], positive[reports], patients[reports], at)
         tasks[task] = {
+            "calibration": calibration,
             "threshold": threshold,  # as it is: scores can lie very close together
             "num_positive": int(positive[~choosing].sum()),
             "measured": {name: rounded(each) for name, each in measured.items()},
@@ -212,11 +289,18 @@ def assess(p_healthy, records, thresholds=None):
         "num_patients": len(set(patients)),
         "num_reporting_images": int((~choosing).sum()),
         "num_reporting_patients": len(set(patients[~choosing])),
+        "num_nan": num_nan,
         "patients_known": data.knows_patients(records),
-        "choosing_auc": json_number(auc(score[choosing], (grades > 0)[choosing])),
-        "warning": warning_of(tasks),
+        "choosing_auc": json_number(auc(1 - p_healthy[chooses], (grades > 0)[chooses])),
+        "warning": answers_nan(p_healthy) or warning_of(tasks),
         "tasks": tasks,
     }
+
+
+def answers_nan(p_healthy):
+    """'it answers NaN for 24 of 24 images'; '' for a model that does not."""
+    num_nan = int(np.isnan(p_healthy).sum())
+    return f"it answers NaN for {num_nan} of {len(p_healthy)} images" if num_nan else ""
 
 
 def warning_of(tasks):

@@ -374,8 +374,8 @@ class Page:
             return finish()
 
     def calibration(self):
-        """(a drawing, the conclusion, its figures), of the task that the network learns."""
-        task = list(self.tasks)[-1]
+        """(a drawing, the conclusion, its figures), of the task of the verdict."""
+        task = TASK
         score = self.score(self.used, self.reporting, task)
         positive = self.positive(self.reporting, task)
         groups = metrics.calibration(score, positive)
@@ -394,6 +394,12 @@ class Page:
             f"{task}: a difference of {difference_text(bias)}. The expected calibration error is "
             f"{metrics.calibration_error(groups):.2f}."
         )
+        if self.card["tasks"][task]["calibration"] is None:
+            figures += (
+                " The scores are 1 − P(healthy), as the network says it, and not recalibrated: "
+                f"fewer than {metrics.FEWEST_PATIENTS} of those who choose have {task}, or do not "
+                "have it, or the scores do not rise with it."
+            )
         conclusion = "scores are on average neither too low nor too high"
         if bias.low > 0 or bias.high < 0:
             direction = "low" if bias.low > 0 else "high"

@@ -1,12 +1,17 @@
 """central.py: the same start as the server's, the same training as a client's, the same history."""
 
 import csv
+import json
+import shutil
 
+import h5py
 import pytest
 
 import central
 import data
 import model
+import predict
+import report
 import todoClient
 import todoServer
 from common import files
@@ -92,6 +97,42 @@ def test_history_and_card_say_what_the_weights_do(here):
     card = cards.read("central/central_weight.h5")
     assert card["clients"] == {"central": 30}
     assert [row["round"] for row in card["by_round"]] == [1, 2]
+
+
+def test_a_merged_model_that_answers_nan_is_no_model(here, monkeypatch, capsys):
+    """Said with whose update is why; never the best, never a verdict, and nan is in no file."""
+    said = []
+    monkeypatch.setattr(todoServer, "say", said.append)
+    (here / "server").mkdir()
+    arguments = todoServer.parse(["--image-size", "16", "--rounds", "1"])
+    evaluator = todoServer.Evaluator(arguments)
+    state = todoServer.begin(arguments, evaluator)
+    uploads = {}
+    for client in state.clients:
+        path = here / "server" / client / "client_weights.h5"
+        path.parent.mkdir()
+        shutil.copy("server/server_weight.h5", path)
+        if client == "client002":
+            with h5py.File(path, "r+") as file:
+                for _, name, dataset in weights.datasets(file):
+                    if name.endswith("norm5/moving_variance"):
+                        dataset[...] = -100
+        uploads[client] = [{"num_examples": 10, "sha256": files.sha256_of(path)}]
+    state = state.changed(uploads=uploads, frozen=state.clients)
+    todoServer.open_rounds(arguments, state, evaluator)
+    line = next(line for line in said if line.startswith("round 1/1"))
+    assert "the merged model answers NaN for 8 of 8 images" in line
+    assert (
+        "update of client002 holds a negative moving variance" in line and "client001" not in line
+    )
+    assert not (here / "server" / "best_weight.h5").exists()
+    for path in (here / "server").glob("*.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)  # called for NaN
+    [row] = history(here / "server")
+    assert row["round"] == "1" and row["auc"] == row["loss"] == ""
+    assert predict.main(["preprocessed/0003.png", "--threshold", "0.5"]) == 1
+    assert report.main([]) == 1
+    assert capsys.readouterr().err.count("must not be used: it answers NaN for 8 of 8 images") == 2
 
 
 def test_one_workers_index_is_a_client_alone(here, trained):

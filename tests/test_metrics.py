@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from reporting import card as cards
 from reporting import metrics
 
 
@@ -210,24 +211,114 @@ def test_the_threshold_finds_85_percent_and_then_clears_as_many_as_it_can():
     assert metrics.choose_threshold(np.full(600, 0.3), positive) is None
 
 
-@pytest.mark.parametrize("given", [None, {"any DR": 0.3, "referable DR": None}])
+def of_others(threshold):
+    return {"threshold": threshold, "calibration": [0.8, 0.3]}
+
+
+@pytest.mark.parametrize(
+    "given", [None, {"any DR": of_others(0.3), "referable DR": of_others(None)}]
+)
 def test_what_a_card_says_of_a_model(given):
-    """Thresholds that others have chosen stay; without one, a score is called above 0.5."""
+    """What others have chosen stays; without a threshold, a score is called above 0.5."""
     rng = np.random.default_rng(0)
     grades = np.repeat([0, 1, 2, 3, 4], [60, 10, 30, 10, 10])
-    score = 1 / (1 + np.exp(-(1.5 * grades - 2 + rng.standard_normal(120))))
-    assessed = metrics.assess(1 - score, records_of(grades), given)
-    choosing = metrics.choosing_half(grades, [record["dir"] for record in records_of(grades)])
+    p_healthy = 1 / (1 + np.exp(1.5 * grades - 2 + rng.standard_normal(120)))
+    assessed = metrics.assess(p_healthy, records_of(grades), given)
+    patients = np.array([record["dir"] for record in records_of(grades)])
+    choosing = metrics.choosing_half(grades, patients)
     assert assessed["num_reporting_patients"] == (~choosing).sum()
-    assert assessed["choosing_auc"] == round(metrics.auc(score[choosing], grades[choosing] > 0), 4)
+    area = metrics.auc(1 - p_healthy[choosing], grades[choosing] > 0)
+    assert assessed["choosing_auc"] == round(area, 4)
     for task, least_grade in metrics.TASKS.items():
         entry = assessed["tasks"][task]
         positive = grades >= least_grade
-        chosen = metrics.choose_threshold(score[choosing], positive[choosing])
-        threshold = given[task] if given else pytest.approx(chosen, abs=1e-6)
-        assert entry["threshold"] == threshold
+        if given:
+            assert (entry["calibration"], entry["threshold"]) == (
+                [0.8, 0.3],
+                given[task]["threshold"],
+            )
+        else:
+            line = metrics.recalibrate(p_healthy[choosing], positive[choosing], patients[choosing])
+            assert entry["calibration"] == line
+        score = cards.score({"tasks": assessed["tasks"]}, task, p_healthy)
+        if not given:
+            chosen = metrics.choose_threshold(score[choosing], positive[choosing])
+            assert entry["threshold"] == chosen
         found = np.mean(score[~choosing & positive] > (entry["threshold"] or 0.5))
         assert entry["measured"]["sensitivity"][0] == pytest.approx(found, abs=1e-4)
+        area = metrics.auc(1 - p_healthy[~choosing], positive[~choosing])
+        assert entry["measured"]["auc"][0] == pytest.approx(area, abs=1e-4)
+
+
+# --- scores that are probabilities ----------------------------------------------------------------
+
+
+def test_recalibrated_scores_are_probabilities_and_keep_their_order():
+    """Answers whose logit is stretched and moved: on other patients, the scores are right again."""
+    rng = np.random.default_rng(0)
+    truth = rng.random(4000)
+    positive = rng.random(4000) < truth
+    p_healthy = 1 - 1 / (1 + np.exp(-(0.3 * np.log(truth / (1 - truth)) - 2)))
+    p_healthy[0], positive[0] = 0.0, True  # P(healthy) of exactly 0 is clipped
+    fits, other = np.arange(4000) < 2000, np.arange(4000) >= 2000
+    patients = np.arange(4000).astype(str)
+    line = metrics.recalibrate(p_healthy[fits], positive[fits], patients[fits])
+    score = metrics.recalibrated(p_healthy[other], line)
+    groups = metrics.calibration(score, positive[other])
+    assert metrics.calibration_error(groups) < 0.03
+    assert (
+        metrics.calibration_error(metrics.calibration(1 - p_healthy[other], positive[other])) > 0.2
+    )
+    assert (np.argsort(score) == np.argsort(-p_healthy[other])).all()
+    assert np.isfinite(metrics.recalibrated(p_healthy, line)).all()
+
+
+@pytest.mark.parametrize("width", [0.1, 3, 60])
+def test_the_recalibration_is_platts(width):
+    """No line near it fits his smoothed targets better, also where the classes are apart."""
+    positive = np.arange(60) < 25
+    p_healthy = 1 / (1 + np.exp(np.where(positive, width, -width) * (1 + np.arange(60) / 60)))
+    line = metrics.recalibrate(p_healthy, positive, np.arange(60).astype(str))
+    target = np.where(positive, 26 / 27, 1 / 37)
+
+    def loss(slope, intercept):
+        score = metrics.recalibrated(p_healthy, [slope, intercept])
+        return -np.mean(target * np.log(score) + (1 - target) * np.log(1 - score))
+
+    slope, intercept = line
+    for factor, more in ((0.999, 0), (1.001, 0), (1, -0.001), (1, 0.001)):
+        assert loss(slope, intercept) < loss(slope * factor, intercept + more)
+
+
+@pytest.mark.parametrize(
+    "num_positive, num_negative, direction, has_one",
+    [(20, 20, 1, True), (19, 40, 1, False), (40, 19, 1, False), (20, 20, -1, False)],
+)
+def test_too_few_patients_or_a_falling_line_are_no_recalibration(
+    num_positive, num_negative, direction, has_one
+):
+    positive = np.repeat([True, False], [2 * num_positive, 2 * num_negative])
+    patients = (np.arange(len(positive)) // 2).astype(str)  # two eyes of each
+    p_healthy = 0.5 - 0.2 * direction * (positive - 0.5)
+    line = metrics.recalibrate(p_healthy, positive, patients)
+    assert (line is not None) == has_one
+    if not has_one:
+        assert (metrics.recalibrated(p_healthy, line) == 1 - p_healthy).all()
+
+
+@pytest.mark.parametrize("num_nan", [1, 40])
+def test_of_a_model_that_answers_nan_nothing_is_measured(num_nan):
+    p_healthy = np.linspace(0, 1, 40)
+    p_healthy[:num_nan] = np.nan
+    assessed = metrics.assess(p_healthy, records_of(np.repeat([0, 2], 20)))
+    assert assessed["warning"] == f"it answers NaN for {num_nan} of 40 images"
+    assert assessed["num_nan"] == num_nan and assessed["choosing_auc"] is None
+    for entry in assessed["tasks"].values():
+        assert (entry["calibration"], entry["threshold"]) == (None, None)
+        assert set(sum(entry["measured"].values(), [])) == {None}
+    scores = metrics.scores(p_healthy, np.repeat([1.0, 0.0], 20))
+    assert set(scores.values()) == {None}
+    json.dumps([assessed, scores], allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_the_verdict_counts_at_the_same_specificity():
     run = run_of()
     reporting = ~choosing_half()
     has_it = GRADES[reporting] >= 2
-    score = 1 - run.federated.p_healthy[reporting]
+    score = cards.score(run.federated.card, "referable DR", run.federated.p_healthy[reporting])
     says = score > run.federated.card["tasks"]["referable DR"]["threshold"]
     alone = 1 - run.others[0].p_healthy[reporting]
     most = max(
@@ -137,16 +137,22 @@ def test_a_hospital_is_measured_on_its_own_patients():
     page = Page(run_of())
     rows = {row["name"]: row for row in page.hospitals()}
     own = page.reporting & (np.arange(200) % 2 == 0)
-    found = 1 - page.used.p_healthy[own & (GRADES >= 2)] > page.threshold
+    score = cards.score(page.card, "referable DR", page.used.p_healthy)
+    found = score[own & (GRADES >= 2)] > page.threshold
     row = rows["client001 (screening <centre>)"]
     assert row["images"] == own.sum()
     assert row["sensitivity"].value == pytest.approx(found.mean())
 
 
-def test_scores_that_are_too_low_are_said_to_be_too_low():
+def test_the_page_says_how_far_scores_are_probabilities():
+    """Recalibrated on those who choose; by a card that was made for others; by none, of too few."""
     run = run_of()
+    assert "neither too low nor too high" in Page(run).calibration()[1]
     run.federated.p_healthy = 1 - (1 - run.federated.p_healthy) / 4
     assert "too low to be read as probabilities" in Page(run).calibration()[1]
+    few = run_of(grades=np.repeat([0, 2], 35))
+    assert few.federated.card["tasks"]["referable DR"]["calibration"] is None
+    assert "fewer than 20 of those who choose" in Page(few).calibration()[2]
 
 
 def test_a_split_is_named_only_where_one_was_made():

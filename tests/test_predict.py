@@ -33,16 +33,16 @@ def project(tmp_path_factory):
 
 @pytest.fixture
 def score(project, monkeypatch, capsys):
-    """score(preprocessing, argument ..., warning=..., threshold=...) -> (exit code, {path: score},
-    the output), with a card that says so.
+    """score(preprocessing, argument ..., warning=..., threshold=..., calibration=...) ->
+    (exit code, {path: score}, the output), with a card that says so.
     """
     monkeypatch.chdir(project)
     path = project / "server" / "server_weight.json"
     original = path.read_text()
 
-    def run(preprocessing, *arguments, warning="", threshold=0.5):
+    def run(preprocessing, *arguments, warning="", threshold=0.5, calibration=None):
         card = {**json.loads(original), "preprocessing": preprocessing, "warning": warning}
-        card["tasks"]["referable DR"]["threshold"] = threshold
+        card["tasks"]["referable DR"] |= {"threshold": threshold, "calibration": calibration}
         path.write_text(json.dumps(card))
         code = predict.main([str(argument) for argument in arguments])
         said = capsys.readouterr()
@@ -90,6 +90,16 @@ def test_a_prepared_picture_is_not_prepared_again(score):
     code, scores, said = score("synthetic", path, "preprocessed/0004.png")
     assert code == 0 and scores[path] == by_hand(np.asarray(Image.open(path)))
     assert "warning" not in said.err
+
+
+def test_a_score_is_recalibrated_by_the_card(score, monkeypatch):
+    monkeypatch.setattr(model, "predict", lambda _, images: np.full(len(images), 0.2))
+    _, scores, said = score(
+        "synthetic", "preprocessed/0003.png", calibration=[0.5, 1.0], threshold=0.82
+    )
+    expected = 1 / (1 + np.exp(-(0.5 * np.log(0.8 / 0.2) + 1)))  # 0.845
+    assert float(scores["preprocessed/0003.png"]) == pytest.approx(expected, abs=6e-4)
+    assert "0.845  referable DR" in said.out
 
 
 @pytest.mark.parametrize("kind, path, words", [

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import standin
 from conftest import Call, client_script, holding, start_server, until
@@ -86,6 +87,21 @@ def test_a_server_that_does_not_know_the_call_is_served_all_the_same(
     _, address = request.getfixturevalue("served")
     code, said = client_main("--server", address, "--val-index", "index/val_set.pkl")
     assert code == 0, said
+
+
+def test_the_result_is_scored_by_its_card(monkeypatch):
+    """With its recalibration and its threshold, as predict.py does; before there is one, at 0.5."""
+    monkeypatch.setattr(
+        todoClient.model, "predict", lambda network, images: np.array([0.9, 0.8, 0.7, 0.6])
+    )
+    records = [{"new_label": text} for text in ("True", "True", "False", "False")]
+    site = SimpleNamespace(held_out=records, held_out_images=None, network=None)
+    entry = {"calibration": [1.0, 1.0], "threshold": 0.42}  # 0.23, 0.40, 0.54, 0.64 then
+    of_round = todoClient.Site.scores(site)
+    of_result = todoClient.Site.scores(site, {"tasks": {"any DR": entry}})
+    names = ("threshold", "sensitivity", "specificity")
+    assert [of_round[name] for name in names] == [0.5, 0, 1]
+    assert [of_result[name] for name in names] == [0.42, 1, 1]
 
 
 def test_reports_of_a_client_do_not_end_each_other(client_main, monkeypatch):

@@ -194,7 +194,7 @@ def test_weights_card_and_validation_set_belong_together(here, capsys):
 
 def test_a_model_that_answers_nan_is_no_model(here, capsys, monkeypatch):
     monkeypatch.setattr(model, "predict", lambda network, images: np.full(len(images), np.nan))
-    assert "answers NaN for 60 of 60 images" in refused(capsys)
+    assert "must not be used: it answers NaN for 60 of 60 images" in refused(capsys)
 
 
 def test_a_card_with_other_rounds_than_ours_is_refused(here, capsys):

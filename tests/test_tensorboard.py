@@ -17,7 +17,7 @@ def test_the_scores_of_each_round_are_written(tmp_path):
     from tensorboard.util.tensor_util import make_ndarray
 
     rows = [{"round": k, **dict.fromkeys(NAMES, 1 / k)} for k in (1, 2)]
-    rows[1]["auc"] = float("nan")
+    rows[1]["auc"] = None
     for row in rows:
         todoServer.write_events(tmp_path, row)
     reader = accumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
