@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common.log import fail, say
-from common.script import at_least, end_script, exit_on_signals, pixels, start_script
+from common.script import at_least, end_script, exit_on_signals, pixels, positive, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -82,6 +82,12 @@ def parser():
     add("--rounds", type=at_least(1), default=10, help="(10)")
     add("--epochs", type=at_least(1), default=1, help="passes over the images in a round (1)")
     add("--batch-size", type=at_least(1), default=16, metavar="N", help="(16)")
+    add(
+        "--learning-rate",
+        type=positive,
+        metavar="RATE",
+        help="of round 1; it falls from round to round (each network's own)",
+    )
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation (0)")
     add("--arch", choices=list(model.ARCHS), default="drcnn", help="the network (drcnn)")
     add("--image-size", type=pixels, metavar="PIXELS", help="a side (that of the network)")
@@ -189,7 +195,14 @@ def train_and_evaluate(args):
     for round_number in range(args.rounds_before + 1, last_round + 1):
         started = time.monotonic()
         # an epoch's own line is left out: a round here is what the log of the server shows
-        model.train(network, batches, round_number, args.epochs, report=lambda row: None)
+        model.train(
+            network,
+            batches,
+            round_number,
+            args.epochs,
+            report=lambda row: None,
+            first_rate=args.learning_rate,
+        )
         if round_number % args.score_every and round_number < last_round:
             continue
         p_healthy = model.predict(network, val_images)

@@ -93,7 +93,43 @@ def build(arch, image_size, seed=0):
     if arch not in ARCHS:
         raise ValueError(f"architecture {arch!r} is unknown, expected one of {', '.join(ARCHS)}")
     keras.utils.set_random_seed(seed)
-    return compiled(ARCHS[arch].build(image_size))
+    network = ARCHS[arch].build(image_size)
+    check_contract(network, arch, image_size)
+    return compiled(network)
+
+
+def check_contract(network, arch, image_size):
+    """Raises ValueError where a network is not as the comment above ARCHS says."""
+    from keras import activations, layers
+
+    def expect(holds, found, expected):
+        if not holds:
+            raise ValueError(f"the network {arch!r} of model.py {found}, expected {expected}")
+
+    takes = (None, image_size, image_size, 3)
+    without_input = [each for each in network.layers if not isinstance(each, layers.InputLayer)]
+    first, last = without_input[0], without_input[-1]
+    activation = getattr(last, "activation", None)
+    expect(network.name == arch, f"has the name {network.name!r}", f"its key in ARCHS, {arch!r}")
+    expect(network.input_shape == takes, f"takes {network.input_shape}", takes)
+    expect(
+        isinstance(first, layers.Rescaling),
+        f"begins with the layer {first.name!r}",
+        "a Rescaling, of pixels 0 to 255",
+    )
+    expect(
+        network.output_shape == (None, 1) and activation is activations.sigmoid,
+        f"ends with the layer {last.name!r} of shape {network.output_shape}",
+        "one number, P(healthy), of a sigmoid: (None, 1)",
+    )
+    for layer in without_input:
+        is_keras = type(layer).__module__.startswith("keras.src.layers.")
+        expect(
+            is_keras and not isinstance(layer, layers.Lambda),
+            f"has the layer {layer.name!r}, a {type(layer).__name__}",
+            "layers of keras.layers, flat in one model, and no Lambda: the file has no code, and "
+            "other machines could not load it",
+        )
 
 
 def compiled(network):
@@ -239,7 +275,12 @@ class Arch:
         return self.weights == weights == "imagenet"
 
 
-# To add a network of your own: a function like the three above, and an entry here.
+# To add a network of your own: a function like the three above, and an entry here. `build` checks:
+# - its name is its key here
+# - pixels as they are in, RGB, 0 to 255: it begins with a Rescaling layer
+# - one number out, P(healthy), by a sigmoid
+# - layers of keras.layers only, flat in one model, and no Lambda: the file is the whole model
+# Give each layer a name: equal weights are then equal bytes.
 ARCHS = {
     # The rate falls faster than the thesis's: at a higher one the accuracy jumps from round to
     # round when the AUC no longer does, because the merged network misses DR at a score of 0.5.
@@ -427,20 +468,25 @@ def load(network, path, tensors=None):
 # --- training and evaluation ----------------------------------------------------------------------
 
 
-def learning_rate(arch, round_number, frozen_base=False):
-    """Adam's learning rate in a round (counted from 1). The schedule's form is the thesis's."""
+def learning_rate(arch, round_number, frozen_base=False, first_rate=None):
+    """Adam's learning rate in a round (counted from 1). The schedule's form is the thesis's.
+
+    first_rate: of round 1; None: the network's own
+    """
     schedule = ARCHS[arch]
-    first_rate = schedule.first_rate
-    if frozen_base and schedule.frozen_first_rate is not None:
+    if first_rate is None and frozen_base:
         first_rate = schedule.frozen_first_rate
+    if first_rate is None:
+        first_rate = schedule.first_rate
     return first_rate / (1 + schedule.rate_decay * (round_number - 1))
 
 
-def train(network, batches, round_number, epochs, report=print, progress=None):
+def train(network, batches, round_number, epochs, report=print, progress=None, first_rate=None):
     """client_update of FedAvg: `epochs` passes over `batches` with a fresh Adam.
 
     report    called with a row (dict) after each epoch
     progress  called as progress(epoch, step, steps, loss) after each batch; step counts from 1
+    first_rate  the learning rate of round 1; None: the network's own
     Returns the list of the rows.
     The compiled step and the input pipeline are kept from round to round, because building them
     takes seconds; Adam begins afresh all the same, by setting its variables to zero.
@@ -450,7 +496,8 @@ def train(network, batches, round_number, epochs, report=print, progress=None):
         network, batches = on_features(network, batches)
     for variable in network.optimizer.variables:
         variable.assign(np.zeros(variable.shape, variable.dtype))
-    network.optimizer.learning_rate = learning_rate(network.name, round_number, frozen_base)
+    rate = learning_rate(network.name, round_number, frozen_base, first_rate)
+    network.optimizer.learning_rate = rate
     rows = []
     for epoch in range(1, epochs + 1):
         started = time.monotonic()

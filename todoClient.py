@@ -25,6 +25,7 @@ from common.script import (
     end_script,
     exit_on_signals,
     pixels,
+    positive,
     seconds,
     start_script,
 )
@@ -54,6 +55,7 @@ TRAINING_FLAGS = [
     "seed",
     "epochs",
     "batch_size",
+    "learning_rate",
     "freeze_base",
     "no_augmentation",
 ]
@@ -189,6 +191,12 @@ def parser():
         help="passes over the images in a round (default: %(default)s)",
     )
     add("--batch-size", type=at_least(1), default=16, metavar="N", help="(default: %(default)s)")
+    add(
+        "--learning-rate",
+        type=positive,
+        metavar="RATE",
+        help="of round 1; each network has its own, and lowers it from round to round",
+    )
     add(
         "--seed",
         type=at_least(0),
@@ -638,7 +646,13 @@ def train_network(site, task, title):
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
         drawn = bar.add_task("")
         return model.train(
-            site.network, site.batches, task["round"], epochs, report, progress=progress
+            site.network,
+            site.batches,
+            task["round"],
+            epochs,
+            report,
+            progress=progress,
+            first_rate=site.arguments.learning_rate,
         )
 
 
@@ -646,8 +660,8 @@ def not_finite(site, what):
     """The ValueError of a training that ended in numbers that are not finite."""
     return ValueError(
         f"{what}. Training ended in numbers that are not finite, and nothing of it is kept: try a "
-        f"smaller learning rate (ARCHS in model.py), or look for damaged images in "
-        f"{site.arguments.index}, then start this client again"
+        f"smaller --learning-rate, or look for damaged images in {site.arguments.index}, then "
+        "start this client again"
     )
 
 

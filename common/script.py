@@ -111,6 +111,17 @@ def seconds(text):
     return value
 
 
+def positive(text):
+    """An argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def exit_on_signals(who, last_words):
     """End the process at once on SIGINT (exit code 130) or SIGTERM (143).
 

@@ -132,7 +132,7 @@ def load(network, path, tensors=None):
     weights.check_shapes(tensors or weights.tensors_of(path), shapes(network))
 
 
-def train(network, batches, round_number, epochs, report, progress=None):
+def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
     say("standin", "training now")
     time.sleep(float(os.environ.get("STANDIN_TRAINING_S", 0)))
     if os.environ.get("STANDIN_GATE") == "1":

@@ -65,7 +65,7 @@ def test_it_starts_from_the_servers_weights(here, trained):
 
 def test_it_trains_as_a_client_trains(here):
     """FedAvg with one client and central training are the same computation, to the bit."""
-    flags = ["--epochs", "2", "--batch-size", "4"]
+    flags = ["--epochs", "2", "--batch-size", "4", "--learning-rate", "0.01"]
     assert run(*flags, "--out", "client001", "--index", "index/worker1.pkl") == 0
     (here / "federated").mkdir()
     name = ["--name", "client001", "--client-dir", "federated"]

@@ -89,7 +89,7 @@ def test_a_client_that_waits_for_long_uploads_once(start, begun):
 
 LONG_TRAINING = """
 import standin
-def train(network, batches, round_number, epochs, report, progress=None):
+def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
     for step in range(1, 361):  # three minutes
         progress(1, step, 360, 0.5)
         time.sleep(0.5)

@@ -369,6 +369,7 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
         (todoClient, ["--name", "hospital"], "--index"),
         (todoClient, ["--name", "../x1"], "letters"),
         (todoClient, ["--name", "a1", "--epochs", "0"], "at least 1"),
+        (todoClient, ["--name", "a1", "--learning-rate", "0"], "above 0"),
         (todoClient, ["--name", "a1", "--server", "localhost"], "HOST:PORT"),
     ],
 )

@@ -63,7 +63,7 @@ def save(network, path):
         write_weights(written, network.tensors)
 
 
-def train(network, batches, round_number, epochs, report, progress=None):
+def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
     """What it adds follows from seed, client and round."""
     rng = np.random.default_rng([batches.seed, batches.client_number, round_number])
     network.tensors = [
@@ -290,7 +290,7 @@ from common import files
 from federation import weights
 sys.modules["model"] = standin
 
-def train(network, batches, round_number, epochs, report, progress=None):
+def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
     while not os.path.exists(f"round-{{round_number}}-may-end"):
         time.sleep(0.01)
     rng = np.random.default_rng([batches.client_number, round_number])

@@ -58,6 +58,7 @@ def test_learning_rates():
     assert model.learning_rate("vgg16", 1) == 1e-4
     assert model.learning_rate("vgg16", 21) == pytest.approx(1e-4 / 2)
     assert model.learning_rate("drcnn", 1) > model.learning_rate("drcnn", 10)
+    assert model.learning_rate("vgg16", 21, first_rate=1e-2) == pytest.approx(1e-2 / 2)
 
 
 def test_equal_weights_are_equal_bytes_and_seeds_differ(tmp_path):
@@ -382,17 +383,50 @@ def test_the_pth_reader_admits_tensors_and_nothing_else(tmp_path, state, reason,
     assert "evil" not in capfd.readouterr().out
 
 
+def tiny(image_size, name="tiny", channels=3, scale="Rescaling", outputs=1, activation="sigmoid"):
+    """A network of one's own, or one that breaks the contract beside ARCHS."""
+    from keras import Input, Model, Sequential, layers
+
+    first = {
+        "Rescaling": layers.Rescaling(1 / 255, name="scale"),
+        "ReLU": layers.ReLU(name="scale"),
+    }
+    more = {
+        "Lambda": layers.Lambda(lambda x: x, name="more"),
+        "Sequential": Sequential([layers.ReLU()], name="more"),
+    }
+    image = Input((image_size, image_size, channels), name="image")
+    x = first.get(scale, first["Rescaling"])(image)
+    if scale in more:
+        x = more[scale](x)
+    x = layers.Conv2D(4, 3, name="conv")(x)
+    x = layers.GlobalMaxPooling2D(name="anywhere")(x)
+    return Model(image, layers.Dense(outputs, activation, name="healthy")(x), name=name)
+
+
+@pytest.mark.parametrize(
+    "breach, sentence",
+    [
+        ({"name": "functional"}, "has the name 'functional', expected its key in ARCHS, 'tiny'"),
+        ({"channels": 1}, "takes (None, 32, 32, 1), expected (None, 32, 32, 3)"),
+        ({"scale": "ReLU"}, "begins with the layer 'scale', expected a Rescaling"),
+        ({"outputs": 2}, "ends with the layer 'healthy' of shape (None, 2), expected one number"),
+        ({"activation": "linear"}, "expected one number, P(healthy), of a sigmoid"),
+        ({"scale": "Lambda"}, "has the layer 'more', a Lambda, expected layers of keras.layers"),
+        ({"scale": "Sequential"}, "has the layer 'more', a Sequential, expected"),
+    ],
+)
+def test_a_network_that_breaks_the_contract_is_told_so_when_it_is_built(
+    monkeypatch, breach, sentence
+):
+    entry = model.Arch(lambda size: tiny(size, **breach), 32, first_rate=1e-3, rate_decay=0.1)
+    monkeypatch.setitem(model.ARCHS, "tiny", entry)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        model.build("tiny", 32)
+
+
 def test_a_network_of_your_own_is_a_function_and_an_entry(monkeypatch, tmp_path):
-    """As README shows it."""
-
-    def tiny(image_size):
-        from keras import Input, Model, layers
-
-        image = Input((image_size, image_size, 3), name="image")
-        x = layers.Conv2D(4, 3, name="conv")(image)
-        x = layers.GlobalMaxPooling2D(name="anywhere")(x)
-        return Model(image, layers.Dense(1, activation="sigmoid", name="healthy")(x), name="tiny")
-
+    """As docs/change.md shows it."""
     monkeypatch.setitem(model.ARCHS, "tiny", model.Arch(tiny, 32, first_rate=1e-3, rate_decay=0.1))
     network = model.build("tiny", model.ARCHS["tiny"].image_size)
     rows = model.train(network, batches(), 1, 1, lambda row: None)

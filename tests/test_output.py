@@ -133,7 +133,7 @@ def test_closed_outputs_change_neither_result_nor_exit_code(begun, closed):
 
 STEPS = """
 import standin
-def train(network, batches, round_number, epochs, report, progress=None):
+def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
     for step in range(1, 21):
         progress(3, step, 20, 0.5)
         if step % 5 == 0: standin.say("standin", "a line in between")

@@ -46,7 +46,7 @@ def test_a_client_that_trains_is_seen_training(served, client_main, often, monke
     run, address = served
     seen = []
 
-    def train(network, batches, round_number, epochs, report, progress=None):
+    def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
         progress(2, 5, 10, 0.5)
         until(lambda: run.rounds.client_table.rows["client001"].get("epoch") == 2, "it is told")
         status.write(run.folder, status.status_of(run.rounds))
@@ -64,7 +64,7 @@ def test_a_client_that_trains_is_seen_training(served, client_main, often, monke
 def test_a_client_whose_round_was_closed_trains_no_further(served, client_main, often, monkeypatch):
     run, address = served
 
-    def train(network, batches, round_number, epochs, report, progress=None):
+    def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
         run.deliver("client001", 7).result()  # as if the others had been enough
         ended = threading.Event()
         until(lambda: progress(1, 1, 1000, 0.5) or ended.is_set(), "the training is ended")

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import standin
-from conftest import holding, new_run, start_server
+from conftest import new_run, start_server
 from serving import serve
 
 import todoClient
@@ -227,9 +227,8 @@ def test_a_training_that_failed_is_one_sentence_and_is_not_kept(
 @pytest.mark.slow
 def test_a_real_network_whose_learning_rate_is_far_too_large(start, site):
     server, address = start_server(start, site, "--rounds", "1", "--image-size", "32")
-    patch = "import model\nmodel.learning_rate = lambda *_: 1e30"
-    script = holding(site, "todoClient", patch)
-    client = start(script, "--name", "client001", "--server", address, "--epochs", "3", cwd=site)
+    flags = ["--name", "client001", "--server", address, "--epochs", "3"]
+    client = start("todoClient.py", *flags, "--learning-rate", "1e30", cwd=site)
     assert client.wait(120) == 1, client.output
     assert "finite" in client.lines[-1] and "Traceback" not in client.output
     assert "delivered" not in server.output

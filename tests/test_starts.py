@@ -206,6 +206,7 @@ def trained_in(folder):
         (["--name", "client002", "--index", "index/worker1.pkl"], "name was client001"),
         (["--index", "index/worker2.pkl"], "num_examples was 4, is 6"),
         (["--epochs", "2"], "epochs was 1, is 2"),
+        (["--learning-rate", "1e-3"], "learning_rate was None, is 0.001"),
     ],
 )
 def test_what_was_trained_is_delivered_unless_by_other_settings(
