@@ -272,7 +272,7 @@ def prepare(path, card):
             trained_on = card["preprocessing"]
             known = trained_on if trained_on in photos.PREPROCESSINGS else "graham"
             made, doubt = photos.prepare_photograph(path, card["prepared_image_size"], known)
-            image = made if made is None else Image.fromarray(made)
+            image = Image.fromarray(made)
     except ValueError as error:
         result.verdict, result.reason = "not readable", str(error)
         return result, None

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from common.log import fail
@@ -62,19 +63,19 @@ def main(argv=None):
 
 def prepare(args):
     """Find the photographs, make the pictures, choose who gets which, write the indexes."""
-    found, indexes = find_photos(args)
-    tell(found)
-    leave_out(args, faults_of(found))
+    found = find_photos(args)
+    print(*found.notes, sep="\n", end="\n" if found.notes else "")
+    print(f"patients: {found.patients_sentence}; {len(found.photos):,} images", flush=True)
+    leave_out(args, len(found.photos) + sum(map(len, found.left_out.values())), found.left_out)
     usable = settle(found, args)
-    choose_indexes(usable, indexes, args)  # if that cannot be, it is better said before the work
+    choose_indexes(usable, found.indexes, args)  # what cannot be is better said before the work
     made_with = made_with_of(args)
     problems, doubts = pictures.make_pictures(usable, made_with)
     for name, sentence in problems.items():
         print(f"unreadable: {name}: {sentence}", file=sys.stderr)
-    if problems:
-        leave_out(args, [f"{len(problems)} of {len(usable)} images cannot be used"])
+    leave_out(args, len(usable), {"cannot be used": list(problems)})
     readable = [photo for photo in usable if photo.name not in problems]
-    sets = choose_indexes(readable, indexes, args)
+    sets = choose_indexes(readable, found.indexes, args)
     folder = pictures.folder_of(made_with)
     patients = opaque_patients(readable, args.seed) if found.patients else {}
     records = {name: records_of(chosen, folder, patients) for name, chosen in sets.items()}
@@ -86,7 +87,7 @@ def prepare(args):
     clear_index()
     hospitals = hospitals_of(sets)
     write_index(args, records, doubtful, hospitals)
-    print(overview.format_table(records, hospitals.get("worker_hospitals", {})))
+    overview.print_table(records, hospitals.get("worker_hospitals", {}))
     if doubtful:
         some = few([f"{path.name} ({why})" for path, _, why in doubtful])
         print(
@@ -98,17 +99,6 @@ def prepare(args):
 
 
 # --- the choices ---------------------------------------------------------------------------------
-
-
-def number_from(least, most):
-    """An argparse type: a number from `least` to `most`."""
-
-    def number(text):  # argparse tells its name of a text that is no number
-        if not least <= float(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text}: expected a number from {least} to {most}")
-        return float(text)
-
-    return number
 
 
 def parser():
@@ -175,7 +165,7 @@ def parser():
     add = made.add_argument_group("who gets which").add_argument
     add(
         "--val-part",
-        type=number_from(0, 1),
+        type=float,
         metavar="PART",
         help="part of the photographs to validate on, 0 to 1 (as the data set says, or 0.2); "
         "0: a hospital trains on all it has, 1: all are for the server to score by",
@@ -195,7 +185,7 @@ def parser():
     )
     add(
         "--alpha",
-        type=number_from(0.001, 1000),
+        type=float,
         default=0.5,
         metavar="A",
         help="dirichlet: the smaller, the more unequal (0.5)",
@@ -247,6 +237,8 @@ def parse(argv):
         f"{what} needs --source, the folder of the photographs": (
             not is_synthetic and not args.source
         ),
+        f"--val-part {args.val_part}: expected a part, 0 to 1": not 0 <= (args.val_part or 0) <= 1,
+        f"--alpha {args.alpha}: expected 0.001 to 1000": not 0.001 <= args.alpha <= 1000,
         f"--balanced is the thesis's draw from ddr, not from {args.dataset}": (
             args.balanced and args.dataset != "ddr"
         ),
@@ -273,22 +265,19 @@ def parse(argv):
 
 def choices_of(args):
     """All that decides the result, as a dict: prepared.json keeps it, --check compares with it."""
-    choices = vars(args).copy()
-    for name in ("check", "remove_old", "arch"):  # of the last, what follows from it is kept
-        del choices[name]
-    return choices
+    no_choices = ("check", "remove_old", "arch")  # of the last, what follows from it is kept
+    return {name: value for name, value in vars(args).items() if name not in no_choices}
 
 
 def made_with_of(args):
     """What decides how a picture looks; not who gets it. Other code makes other pictures, too."""
-    made_with = {name: getattr(args, name) for name in ("dataset", "preprocessing", "image_size")}
+    names = ["dataset", "preprocessing", "image_size", "keep_channels"]
+    modules = [photos, field]
     if args.preprocessing == synthetic.KIND:
-        made_with |= {"seed": args.seed, "hospitals": args.split == "hospitals"}
-    if args.index_from:
-        made_with["channels"] = "kept" if args.keep_channels else "exchanged"
-    modules = (synthetic,) if args.preprocessing == synthetic.KIND else (photos, field)
-    made_with["code"] = "".join(sha256_of(module.__file__)[:8] for module in modules)
-    return made_with
+        names, modules = [*names, "seed"], [synthetic]
+    code = "".join(sha256_of(module.__file__)[:8] for module in modules)
+    by_hospital = args.split == "hospitals"
+    return {name: getattr(args, name) for name in names} | {"hospitals": by_hospital, "code": code}
 
 
 # --- is index/ made from it? ---------------------------------------------------------------------
@@ -323,24 +312,24 @@ def first_problem(choices):
 
 
 def find_photos(args):
-    """(DataSet, imported indexes): what is to be made, or what there is; of the latter {} else."""
+    """The DataSet of what is to be made, or of what there is."""
+    if args.dataset == "synthetic":
+        return synthetic_photos(args)
     if args.index_from:
-        found, indexes = thesis.load(args.index_from, args.source)
+        found = thesis.load(args.index_from, args.source)
         if not args.keep_channels:
             found.notes.append(
                 "red and blue are put right: the thesis stored them exchanged (--keep-channels if "
                 "these pictures are right)"
             )
-        return found, indexes
-    if args.dataset == "synthetic":
-        return synthetic_photos(args), {}
+        return found
     found = datasets.load(args.dataset, args.source, args)
     if args.split == "column" and not found.photos[0].hospital:
         raise ValueError(
             "--split column: no column of the table is known to name the hospital; say which by "
             "--hospital-column"
         )
-    return found, {}
+    return found
 
 
 def synthetic_photos(args):
@@ -348,55 +337,39 @@ def synthetic_photos(args):
 
     The grades are in the proportions of their hospital.
     """
-    if args.split == "hospitals":
-        hospitals = [(hospital.name, hospital.grade_shares) for hospital in synthetic.HOSPITALS]
-    else:
-        hospitals = [("", synthetic.GRADE_SHARES)]
+    one = (synthetic.EQUAL_HOSPITAL,)
+    hospitals = synthetic.HOSPITALS if args.split == "hospitals" else one
     rng = np.random.default_rng([args.seed, 0])
-    found = []
+    found = datasets.DataSet()
     for part, total in (("train", args.num_train), ("val", args.num_val)):
-        number = 0
-        for position, (name, grade_shares) in enumerate(hospitals):
+        before = len(found.photos)
+        for position, hospital in enumerate(hospitals):
             # The rest of a total that cannot be divided goes to the first hospitals.
             count = len(range(position, total, len(hospitals)))
-            ends = np.round(np.cumsum(grade_shares) * count)
+            ends = np.round(np.cumsum(hospital.grade_shares) * count)
             sorted_grades = np.searchsorted(ends, np.arange(count), side="right")
             for grade in rng.permutation(sorted_grades).tolist():
-                picture = f"{number:05d}"
-                found.append(datasets.Photo(None, grade, f"{part} {number}", part, picture, name))
-                number += 1
-    sentence = "each synthetic image is of a patient of its own"
-    return datasets.DataSet(found, "synthesis", sentence)
+                number = len(found.photos)  # the picture's random numbers follow from it
+                image = f"{number - before:05d}"
+                made_from = json.dumps([number, grade, hospital.name]).encode()
+                photo = datasets.Photo(None, grade, f"{part} {image}", part, image, hospital.name)
+                name = datasets.picture_name(photo, hashlib.sha256(made_from).hexdigest())
+                found.photos.append(photo._replace(name=name))
+    return found
 
 
-def tell(found):
-    """Say what was found before the work begins."""
-    num_patients = len({photo.patient for photo in found.photos})
-    count = f"{len(found.photos):,} images"
-    if found.patients:
-        count += f" of {num_patients:,} patients"
-    for note in found.notes:
-        print(note)
-    print(f"patients: {found.patients_sentence}; {count}", flush=True)
+def leave_out(args, total, left_out):
+    """Say what is left out, {why: [name of an image, ...]}; ValueError where that is not allowed.
 
-
-def faults_of(found):
-    """Sentences that count what is ungradable, missing or not clear."""
-    total = len(found.photos) + sum(map(len, found.left_out.values()))
-    return [
-        f"{len(images):,} of {total:,} images {why}: {few(images)}"
-        for why, images in found.left_out.items()
-    ]
-
-
-def leave_out(args, sentences):
-    """Say what is left out; ValueError where that was not allowed."""
-    for sentence in sentences:
-        if args.skip_broken:
+    total: number of images of which these are some.
+    """
+    for why, images in left_out.items():
+        sentence = f"{len(images):,} of {total:,} images {why}: {few(images)}"
+        if images and args.skip_broken:
             print(f"left out: {sentence}", flush=True)
-        else:
+        elif images:
             fail("prepare.py", sentence)
-    if sentences and not args.skip_broken:
+    if any(left_out.values()) and not args.skip_broken:
         raise ValueError("no index was made: mend that, or leave these out with --skip-broken")
 
 
@@ -406,10 +379,10 @@ def settle(found, args):
     Copies of one photograph are of one patient, and a patient is in one part; what that changes is
     said.
     """
-    numbered = enumerate(found.photos)
-    if found.photos[0].path:  # a large set takes minutes to read
-        numbered = pictures.progress(numbered, "photographs read", len(found.photos))
-    digests = [digest_of_photo(photo, number) for number, photo in numbered]
+    if args.dataset == "synthetic":
+        return found.photos
+    paths = [photo.path for photo in found.photos]  # a large set takes minutes to read
+    digests = list(map(sha256_of, pictures.progress(paths, "photographs read", len(paths))))
     settled, copies = splits.join_identical(found.photos, digests)
     settled = [
         photo._replace(name=datasets.picture_name(photo, digest))
@@ -424,33 +397,21 @@ def settle(found, args):
         )
     if args.index_from:
         return settled
-    contradictory = [same for same in copies if len({photo.grade for photo in same}) > 1]
-    if contradictory:
-        some = [
-            " = ".join(f"{photo.name} (grade {photo.grade})" for photo in same)
-            for same in contradictory
-        ]
-        leave_out(args, [f"{len(some):,} photographs have several grades: {few(some)}"])
-        paths = {photo.path for same in contradictory for photo in same}
-        settled = [photo for photo in settled if photo.path not in paths]
+    contradictory = [
+        photo for same in copies if len({each.grade for each in same}) > 1 for photo in same
+    ]
+    graded = [f"{photo.name} (grade {photo.grade})" for photo in contradictory]
+    leave_out(args, len(settled), {"are identical to one of another grade": graded})
+    paths = {photo.path for photo in contradictory}
+    settled = [photo for photo in settled if photo.path not in paths]
     if not args.balanced:
         settled, sentences = splits.settle_parts(settled, args.val_part)
         print("".join(f"{sentence}\n" for sentence in sentences), end="")
-    at = {}
-    for photo in settled:
-        at.setdefault(photo.patient, set()).add(photo.hospital)
-    num_moved = sum(len(hospitals) > 1 for hospitals in at.values())
+    at = Counter(patient for patient, _ in {(each.patient, each.hospital) for each in settled})
+    num_moved = sum(count > 1 for count in at.values())
     if num_moved:
         print(f"{num_moved:,} patients are of several hospitals: each goes to one, with all images")
     return settled
-
-
-def digest_of_photo(photo, number):
-    """What tells a photo's picture from others: SHA-256 of its file, or of what makes it."""
-    if photo.path:
-        return sha256_of(photo.path)
-    made_from = json.dumps([number, photo.grade, photo.hospital])
-    return hashlib.sha256(made_from.encode()).hexdigest()
 
 
 # --- who gets which ------------------------------------------------------------------------------
@@ -534,21 +495,19 @@ def records_of(chosen, folder, patients):
 def clear_index():
     """Remove what prepare.py wrote into index/ the last time; move aside what it did not write."""
     clean(INDEX)
+    in_the_way = [path for path in sorted(INDEX.iterdir()) if WRITTEN.fullmatch(path.name)]
     try:
         ours = dict(json.loads(PREPARED.read_text(encoding="utf-8"))["files"])
+        PREPARED.unlink()  # first: without it, what is left is no index
     except (OSError, ValueError, KeyError, TypeError):
         ours = {}
-    in_the_way = [path for path in sorted(INDEX.iterdir()) if WRITTEN.fullmatch(path.name)]
-    if ours:
-        PREPARED.unlink()  # first: without it, what is left is no index
     for path in in_the_way:
         if path.is_file() and sha256_of(path) == ours.get(path.name):
             path.unlink()
-    others = [path for path in in_the_way if path.exists()]
-    aside = move_aside(INDEX, others)
+    others = [path.name for path in in_the_way if path.exists()]
+    aside = move_aside(INDEX, in_the_way)
     if aside:
-        names = few([path.name for path in others])
-        print(f"{aside}: {len(others)} files that prepare.py did not write are here: {names}")
+        print(f"{aside}: {len(others)} files that prepare.py did not write are here: {few(others)}")
 
 
 def write_index(args, records, doubtful, hospitals):

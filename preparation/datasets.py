@@ -8,7 +8,7 @@ photograph is whole shows when it is prepared.
 import os
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +53,9 @@ PARTS = {
 }  # fmt: skip
 # A file name may have 255 bytes on most file systems; a temporary one has some more than this.
 MOST_NAME_BYTES = 180
-TABLE_SUFFIXES = (".csv", ".tsv")
+TABLES = (".csv", ".tsv")
+UNGRADABLE = "are ungradable"
+IMAGE = "image "  # begins the patient of an image of which nobody knows the patient
 
 
 class Photo(NamedTuple):
@@ -67,64 +69,73 @@ class Photo(NamedTuple):
     hospital: str = ""
 
 
+class Row(NamedTuple):
+    """What a table, or a folder with the name of a grade, says of a photograph, in its words."""
+
+    image: str
+    label: str
+    patient: str = ""  # "" where nobody knows
+    part: str = ""  # one of PARTS' values
+    hospital: str = ""
+
+
 @dataclass
 class DataSet:
     """What was found of a data set."""
 
     photos: list = field(default_factory=list)  # of Photo
-    patients: str | None = None  # what tells the patients apart; None: nothing does
-    patients_sentence: str = ""  # the same as a sentence for the user
-    left_out: dict = field(default_factory=dict)  # why -> images, as a sentence names them
+    patients: str = ""  # what tells the patients apart; "": nothing does
+    left_out: dict = field(default_factory=lambda: defaultdict(list))  # why -> names of images
     notes: list = field(default_factory=list)  # other lines for the user
     read: set = field(default_factory=set)  # paths of what was looked at
+    indexes: dict = field(default_factory=dict)  # name -> paths, where they are imported
+
+    @property
+    def patients_sentence(self):
+        """How many patients there are and what tells them, or that nothing does."""
+        if not self.patients:
+            return "nothing tells them, each image counts as its own"
+        patients = {photo.patient for photo in self.photos}
+        unknown = sum(patient.startswith(IMAGE) for patient in patients)
+        of_nobody = f"; {unknown:,} images are of an unknown patient each" if unknown else ""
+        return f"{len(patients):,}, by {self.patients}{of_nobody}"
 
 
-class Published(NamedTuple):
-    """How a published data set lies in its folder."""
-
-    tables: tuple  # of (table, folder of its photographs, part)
-    image: str  # columns
-    grade: str
-    layout: dict = {}  # of tables without a line of names: what read_table needs
-    folder: str = ""  # where tables and folders lie, or in the source itself
-    side: str = ""  # a pattern: what a name has behind the patient; "": names tell no patient
-    ungradable: str | None = None  # a grade of the published set that means ungradable
-
-
+# How a published data set lies in its folder: the arguments of `load_published`.
 PUBLISHED = {
     # Porwal et al. 2018, disease grading. Both parts use the same names for different eyes.
-    "idrid": Published(
-        tuple(
+    "idrid": dict(
+        tables=[
             (
                 f"2. Groundtruths/{letter}. IDRiD_Disease Grading_{title} Labels.csv",
                 f"1. Original Images/{letter}. {title} Set",
                 part,
             )
             for letter, title, part in (("a", "Training", "train"), ("b", "Testing", "val"))
-        ),
-        "image name",
-        "retinopathy grade",
+        ],
+        image="image name",
+        label="retinopathy grade",
         folder="B. Disease Grading",
     ),
     # OIA-DDR, Li et al. 2019: lines like `007-0004-000.jpg 0`. Of 12,522 names none has a beginning
-    # in common with another that would tell a patient.
-    "ddr": Published(
-        tuple(
-            (f"{name}.txt", name, part)
-            for name, part in (("train", "train"), ("valid", "val"), ("test", "test"))
-        ),
-        "image",
-        "grade",
-        {"columns": ["image", "grade"], "delimiter": " "},
-        ungradable="5",
+    # in common with another that would tell a patient. Its grade 5 is ungradable.
+    "ddr": dict(
+        tables=[("train.txt", "train", "train"), ("valid.txt", "valid", "val")]
+        + [("test.txt", "test", "test")],
+        image="image",
+        label="grade",
+        layout={"columns": ["image", "grade"], "delimiter": " "},
     ),
     # Kaggle 2019
-    "aptos": Published((("train.csv", "train_images", ""),), "id_code", "diagnosis"),
+    "aptos": dict(tables=[("train.csv", "train_images", "")], image="id_code", label="diagnosis"),
     # Kaggle 2015: 10_left and 10_right are of patient 10
-    "eyepacs": Published(
-        (("trainLabels.csv", "train", ""),), "image", "level", side="_(left|right)$"
+    "eyepacs": dict(
+        tables=[("trainLabels.csv", "train", "")],
+        image="image",
+        label="level",
+        side="_(left|right)$",
     ),
-}  # fmt: skip
+}
 NAMES = (*PUBLISHED, "folder")
 
 
@@ -156,10 +167,11 @@ def load(dataset, source, flags):
     source = Path(source).expanduser()
     if not source.is_dir():
         raise ValueError(f"{source} is no folder, expected that of the data set {dataset!r}")
+    found = DataSet()
     if dataset == "folder":
-        found = load_folder(source, flags)
+        load_folder(found, source, flags)
     else:
-        found = load_published(dataset, source, PUBLISHED[dataset])
+        load_published(found, source, **PUBLISHED[dataset])
     if not found.photos:
         counts = [f"{len(images)} {why}" for why, images in found.left_out.items()]
         raise ValueError(
@@ -200,94 +212,82 @@ def walk(source, read=()):
 # --- data sets -----------------------------------------------------------------------------------
 
 
-def load_published(dataset, source, published):
-    """The DataSet of one of PUBLISHED."""
-    root = source / published.folder
+def load_published(found, source, tables, image, label, layout=None, folder="", side=""):
+    """Add to `found` what a published data set has.
+
+    tables: [(table, folder of its photographs, part), ...]
+    image, label: names of columns
+    layout: of tables without a line of names, what `read_table` needs
+    folder: where tables and folders lie, or in the source itself
+    side: a pattern: what an image's name has behind the patient; "": names tell no patient
+    """
+    root = source / folder
     if not root.is_dir():
         root = source  # that folder itself was given
-    found = DataSet()
-    for name, folder, part in published.tables:
-        table = read_table(root / name, **published.layout)
+    for name, photographs, part in tables:
+        table = read_table(root / name, **layout or {})
         found.read.add(table.path)
-        images = table.cells(table.column(published.image))
-        grades = table.cells(table.column(published.grade))
-        patients = [published.side and re.sub(published.side, "", image) for image in images]
+        images, grades = (table.cells(table.column(column)) for column in (image, label))
         rows = [
-            dict(zip(COLUMN_NAMES, (*row, part, ""), strict=True))
-            for row in zip(images, grades, patients, strict=True)
-            if row[1] != published.ungradable
+            Row(image, grade, side and re.sub(side, "", image), part)
+            for image, grade in zip(images, grades, strict=True)
         ]
-        if len(rows) < len(images):  # a class of the published set, no fault of its table
-            found.notes.append(
-                f"{table.path.name}: {len(images) - len(rows):,} ungradable images are left out"
-            )
-        add_photos(found, rows, read_grades(table.path, rows, 0), root / folder)
-    if published.side:
-        found.patients = "the file name"
-        found.patients_sentence = "by the file name: 10_left and 10_right are of patient 10"
-    else:
-        found.patients_sentence = f"{dataset} tells no patients: each image is its own patient"
-    return found
+        add_photos(found, rows, read_grades(found, table.path, rows, 0), Files(root / photographs))
+    # a class of the published set, no fault of its tables
+    ungradable = found.left_out.pop(UNGRADABLE, [])
+    if ungradable:
+        found.notes.append(f"{len(ungradable):,} ungradable images are left out")
+    if side:
+        found.patients = "the file name: 10_left and 10_right are of patient 10"
 
 
-def load_folder(source, flags):
-    """The DataSet of any folder: with one table, or with a folder for each grade."""
-    found = DataSet()
-    path = find_table(source, flags.labels)
-    if path:
-        table = read_table(path)
-        found.read.add(path)
-        rows = rows_of_table(found, table, choose_columns(found, source, table, flags))
+def load_folder(found, source, flags):
+    """Add to `found` what any folder has: one table, or a folder for each grade."""
+    files = Files(source)
+    where = find_table(source, flags.labels)
+    if where:
+        table = read_table(where)
+        found.read.add(where)
+        rows = rows_of_table(found, table, files, flags)
     else:
-        rows = rows_of_class_folders(source)
-        names = sorted({row["label"] for row in rows})
+        where = source
+        rows = rows_of_class_folders(source, files)
+        names = sorted({row.label for row in rows})
         found.notes.append(f"grades by the names of folders: {', '.join(names)}")
-    grades = read_grades(path or source, rows, flags.grades_from, flags.referable)
-    if flags.referable:
-        found.notes.append("1 is read as grade 2, and 0 as grade 0, though some may have mild DR")
-    add_photos(found, rows, grades, source)
+    grades = read_grades(found, where, rows, flags.grades_from, flags.referable)
+    add_photos(found, rows, grades, files)
     if not found.patients and fold(flags.patient_column) != "none":
         add_dicom_patients(found)
-    if not found.patients:
-        found.patients_sentence = (
-            "no column and no DICOM file tells patients: each image is its own patient "
-            "(--patient-column names a column)"
-        )
-    british = {row["label"] for row in rows if re.fullmatch("r[0-3]", fold(row["label"]))}
-    if british:
-        found.notes.append("R0, R1, R2 and R3 are read as the grades 0, 1, 2 and 4")
-    return found
 
 
 def find_table(source, name):
     """The path of the folder's table, called `name` if that is not ""; None if there is none."""
-    if name:
-        return source / name
-    tables = [path for path in walk(source) if path.parent == source]
-    tables = [path for path in tables if path.suffix.lower() in TABLE_SUFFIXES]
+    files = [] if name else sorted(path for path in source.iterdir() if path.name[0] != ".")
+    tables = [name] if name else [path.name for path in files if path.suffix.lower() in TABLES]
     if len(tables) > 1:
-        some = few([repr(path.name) for path in tables])
+        some = few([repr(table) for table in tables])
         raise ValueError(f"{source} has {len(tables)} tables, {some}: say which by --labels NAME")
-    return tables[0] if tables else None
+    return source / tables[0] if tables else None
 
 
 # --- a user's table ------------------------------------------------------------------------------
 
 
-def choose_columns(found, source, table, flags):
-    """{role: number of its column, None where there is none}; says in `found` what each holds."""
-    files = PhotoFinder(source)
+def rows_of_table(found, table, files, flags):
+    """A list of Row, one for each row of a user's table; says in `found` what each column holds."""
     checks = {
         "image": ("name a file", 0.5, lambda cell: len(files.find(cell)) == 1),
         "label": ("are grades", 1, is_grade),
     }
-    taken = {}
+    columns = {}  # role -> its cells
+    used = set()
     for role in ("patient", "part", "hospital", "image", "label"):
         given = getattr(flags, f"{role}_column")
-        number = choose_column(table, role, given, checks.get(role), taken.values())
-        taken[role] = number
+        number = choose_column(table, role, given, checks.get(role), used)
         if number is None:
+            columns[role] = [""] * len(table.rows)
             continue
+        used.add(number)
         cells = table.cells(number)
         holds = f"{len(set(cells) - {''}):,} different"
         if role in checks:
@@ -295,7 +295,10 @@ def choose_columns(found, source, table, flags):
             holds = f"{sum(map(fits, cells)):,} of {len(cells):,} cells {words}"
         what = "grade" if role == "label" else role
         found.notes.append(f"{table.path.name}, {what}: column {table.columns[number]!r}, {holds}")
-    return taken
+        columns[role] = read_cells(table, role, cells)
+        if role == "patient":
+            found.patients = f"column {table.columns[number]!r}"
+    return [Row(*cells) for cells in zip(*(columns[role] for role in Row._fields), strict=True)]
 
 
 def choose_column(table, role, given, check, used):
@@ -310,46 +313,49 @@ def choose_column(table, role, given, check, used):
         return None
     if given:
         return table.column(given)
-    named = [n for n, name in enumerate(table.columns) if plain(name) in COLUMN_NAMES[role]]
-    if len(named) == 1 or (not named and not check):
-        return named[0] if named else None
-    for number in named:
+    fitting = [n for n, name in enumerate(table.columns) if plain(name) in COLUMN_NAMES[role]]
+    for number in fitting:
         table.column(table.columns[number])  # raises where one is there twice
-    fitting = named
-    if check:
-        _, least, fits = check
-        fitting = []
-        for number in set(named or range(len(table.columns))) - set(used):
-            cells = [row[number] for row in table.rows]
-            if len(set(cells)) > 1 and sum(map(fits, cells)) >= least * len(cells):
-                fitting.append(number)
-        if not named and any(fits(name) for name in (table.columns[n] for n in fitting) if name):
+    if check and len(fitting) != 1:
+        unused = [number for number in range(len(table.columns)) if number not in used]
+        fitting = [number for number in fitting or unused if holds(table, number, check)]
+        if any(check[2](table.columns[number]) for number in fitting):
             raise ValueError(
                 f"{table.path}: the first line looks like a photograph's, not like names of "
                 f"columns: add a line such as image,label; found {', '.join(table.columns)[:200]}"
             )
     if len(fitting) == 1:
         return fitting[0]
+    if not fitting and not check:
+        return None
     what = f"{len(fitting)} columns that can be" if fitting else "no column that can be"
     among = few([repr(table.columns[number]) for number in fitting or range(len(table.columns))], 9)
     raise ValueError(f"{table.path} has {what} the {role}: {among}; name it with --{role}-column")
 
 
-def rows_of_table(found, table, taken):
-    """A dict {role: text} for each row of a user's table. taken: {role: number of its column}."""
-    cells = {}
-    for role in COLUMN_NAMES:
-        number = taken[role]
-        cells[role] = [""] * len(table.rows) if number is None else table.cells(number)
-        if number is not None and role in ("image", "part", "hospital") and "" in cells[role]:
-            line = table.lines[cells[role].index("")]
-            raise ValueError(f"{table.path}, line {line}: the {role} is blank in this row")
-    if taken["patient"] is not None:
-        cells["patient"] = [read_patient(cell) for cell in cells["patient"]]
-        unknown = of_unknown(cells["patient"].count(""))
-        found.patients = f"column {table.columns[taken['patient']]!r}"
-        found.patients_sentence = f"by {found.patients}{unknown}"
-    return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
+def holds(table, number, check):
+    """Whether a column's cells differ, and so many of them are right as `check` wants."""
+    _, least, fits = check
+    cells = [row[number] for row in table.rows]
+    return len(set(cells)) > 1 and sum(map(fits, cells)) >= least * len(cells)
+
+
+def read_cells(table, role, cells):
+    """The cells of a role as a Row has them. Raises ValueError where one says nothing."""
+    if role in ("image", "part", "hospital") and "" in cells:
+        line = table.lines[cells.index("")]
+        raise ValueError(f"{table.path}, line {line}: the {role} is blank in this row")
+    if role == "patient":
+        return [read_patient(cell) for cell in cells]
+    if role == "part":
+        wrong = sorted({repr(cell) for cell in cells if fold(cell) not in PARTS})
+        if wrong:
+            raise ValueError(
+                f"{table.path} has the part {few(wrong)}, expected train, val or test; "
+                "--part-column none if that column says something else"
+            )
+        return [PARTS[fold(cell)] for cell in cells]
+    return cells
 
 
 def read_patient(cell):
@@ -363,24 +369,22 @@ def read_patient(cell):
 # --- folders of grades ---------------------------------------------------------------------------
 
 
-def rows_of_class_folders(source):
-    """A dict {role: text} for each photograph that lies in a folder with the name of a grade.
+def rows_of_class_folders(source, files):
+    """A list of Row, one for each photograph that lies in a folder with the name of a grade.
 
     A folder above or below may be called train, val or test.
     """
     rows = []
     nameless = Counter()
-    for path in walk(source):
-        if path.suffix.lower() in SUFFIXES:
-            folders = path.relative_to(source).parts[:-1]
-            grades = [folder for folder in folders if is_grade(folder)]
-            parts = [folder for folder in folders if fold(folder) in PARTS]
-            if len(grades) == 1 and len(parts) <= 1:
-                image = path.relative_to(source).as_posix()
-                row = (image, grades[0], "", "".join(parts), "")
-                rows.append(dict(zip(COLUMN_NAMES, row, strict=True)))
-            else:
-                nameless["/".join(folders) or "."] += 1
+    for path in files.photographs:
+        image = path.relative_to(source)
+        folders = image.parts[:-1]
+        grades = [folder for folder in folders if is_grade(folder)]
+        parts = [PARTS[fold(folder)] for folder in folders if fold(folder) in PARTS]
+        if len(grades) == 1 and len(parts) <= 1:
+            rows.append(Row(image.as_posix(), grades[0], part="".join(parts)))
+        else:
+            nameless["/".join(folders) or "."] += 1
     if nameless or not rows:
         some = few([f"{folder!r} ({count} images)" for folder, count in nameless.items()])
         raise ValueError(
@@ -393,95 +397,78 @@ def rows_of_class_folders(source):
 
 def add_dicom_patients(found):
     """Patients by the PatientID of DICOM files, where there are such files."""
-    ids = {
-        photo.path: read_patient(dicom_patient(photo.path))
-        for photo in found.photos
-        if photo.path.suffix.lower() == ".dcm" and photo.path.is_file()
-    }
-    if any(ids.values()):
-        found.photos = [
-            photo._replace(patient=f"patient {ids[photo.path]}") if ids.get(photo.path) else photo
-            for photo in found.photos
-        ]
-        found.patients = "PatientID"
-        unknown = len(found.photos) - sum(map(bool, ids.values()))
-        found.patients_sentence = f"by PatientID of DICOM files{of_unknown(unknown)}"
-
-
-def of_unknown(count):
-    return f"; {count} images are of an unknown patient each" if count else ""
+    for number, photo in enumerate(found.photos):
+        is_dicom = photo.path.suffix.lower() == ".dcm"
+        patient = read_patient(dicom_patient(photo.path)) if is_dicom else ""
+        if patient:
+            found.photos[number] = photo._replace(patient=f"patient {patient}")
+            found.patients = "PatientID of DICOM files"
 
 
 # --- rows become photographs ---------------------------------------------------------------------
 
 
-def read_grades(where, rows, first=None, referable=False):
-    """The grade 0..4 of each row, None where it is ungradable.
+def read_grades(found, where, rows, first=None, referable=False):
+    """The grade 0..4 of each row, None where it is ungradable; says in `found` what is not plain.
 
     first: the number that means no DR, None to be asked where it is not clear. referable: 1 means
     grade 2 or more. Raises ValueError where a cell is no grade, and where the scale is not clear.
     """
-    wrong = [
-        f"{row['image']!r} the grade {row['label']!r}" for row in rows if not is_grade(row["label"])
-    ]
+    wrong = [f"{row.image!r} the grade {row.label!r}" for row in rows if not is_grade(row.label)]
     if wrong:
         raise ValueError(f"{where} gives {few(wrong)}, expected a whole number 0 to 4")
-    grades = [read_grade(row["label"]) for row in rows]
-    in_numbers = {
-        grade
-        for grade, row in zip(grades, rows, strict=True)
-        if grade is not None and not re.search("[a-z]", fold(row["label"]))
+    grades = {row.label: read_grade(row.label) for row in rows}
+    if any(re.fullmatch("r[0-3]", fold(label)) for label in grades):
+        found.notes.append("R0, R1, R2 and R3 are read as the grades 0, 1, 2 and 4")
+    # words have no scale that could be shifted
+    numbers = {
+        label: grade
+        for label, grade in grades.items()
+        if grade is not None and not re.search("[a-z]", fold(label))
     }
+    used = set(numbers.values())
     if referable:
-        if not in_numbers <= {0, 1}:
-            raise ValueError(f"{where} has grades up to {max(in_numbers)}: --referable is for 0, 1")
-        return [2 * grade if grade else grade for grade in grades]
-    if first is None and in_numbers == {0, 1}:
+        if not used <= {0, 1}:
+            raise ValueError(f"{where} has grades up to {max(used)}: --referable is for 0, 1")
+        found.notes.append("1 is read as grade 2, and 0 as grade 0, though some may have mild DR")
+        grades |= {label: 2 * grade for label, grade in numbers.items()}
+    elif first is None and used == {0, 1}:
         raise ValueError(
             f"{where} has the grades 0 and 1 only: is 1 referable DR (grade 2 or more), then give "
             "--referable; or is it mild DR of the grades 0 to 4, then give --grades-from 0"
         )
-    if first is None and in_numbers and min(in_numbers) == 1:
+    elif first is None and used and min(used) == 1:
         raise ValueError(
-            f"{where} has the grades 1 to {max(in_numbers)} and none is 0: is 1 no DR, on a scale "
+            f"{where} has the grades 1 to {max(used)} and none is 0: is 1 no DR, on a scale "
             "shifted by one, then give --grades-from 1; or is 1 mild DR, nobody healthy, and 5 "
             "ungradable, then give --grades-from 0"
         )
-    if first == 1 and 0 in in_numbers:
-        raise ValueError(f"{where} has grades 0: --grades-from 1 is for a scale from 1 to 5")
-    shifted = [grade - (first or 0) if grade in in_numbers else grade for grade in grades]
-    return [None if grade is None or grade > 4 else grade for grade in shifted]
+    elif first == 1:
+        if 0 in used:
+            raise ValueError(f"{where} has grades 0: --grades-from 1 is for a scale from 1 to 5")
+        grades |= {label: grade - 1 for label, grade in numbers.items()}
+    return [None if grades[row.label] == 5 else grades[row.label] for row in rows]
 
 
-def add_photos(found, rows, grades, folder):
-    """Add a Photo for each row whose photograph is in `folder`; count the others in `found`."""
-    files = PhotoFinder(folder)
-    wrong_parts = []
+def add_photos(found, rows, grades, files):
+    """Add a Photo for each row whose photograph is among the `files`; count the others."""
     for row, grade in zip(rows, grades, strict=True):
-        fitting = files.find(row["image"])
-        part = PARTS.get(fold(row["part"]), "")
-        if row["part"] and not part:
-            wrong_parts.append(f"{row['image']!r} the part {row['part']!r}")
+        fitting = files.find(row.image)
+        image = repr(row.image)
         if len(fitting) == 1:
             found.read.add(fitting[0])
         if grade is None:
-            why, image = "are ungradable", f"{row['image']!r} ({row['label'] or 'blank'})"
-            found.left_out.setdefault(why, []).append(image)
-        elif len(fitting) == 1:
-            # The prefixes keep a patient "7" and an image "7" apart.
-            patient = (
-                f"patient {row['patient']}" if row["patient"] else f"image {part} {row['image']}"
-            )
-            photo = Photo(fitting[0], grade, patient, part, row["image"], row["hospital"])
-            found.photos.append(photo)
+            found.left_out[UNGRADABLE].append(f"{image} ({row.label or 'blank'})")
+        elif len(fitting) > 1:
+            found.left_out["have names that fit several files"].append(image)
+        elif not fitting:
+            found.left_out[f"are not in {files.source}"].append(image)
         else:
-            why = "have names that fit several files" if fitting else f"are not in {folder}"
-            found.left_out.setdefault(why, []).append(repr(row["image"]))
-    if wrong_parts:
-        raise ValueError(
-            f"the table gives {few(wrong_parts)}, expected train, val or test; --part-column none "
-            "if that column says something else"
-        )
+            # The prefixes keep a patient "7" and an image "7" apart.
+            nobody = f"{IMAGE}{row.part} {row.image}"
+            patient = f"patient {row.patient}" if row.patient else nobody
+            photo = Photo(fitting[0], grade, patient, row.part, row.image, row.hospital)
+            found.photos.append(photo)
 
 
 def picture_name(photo, sha256):
@@ -496,8 +483,8 @@ def picture_name(photo, sha256):
     return f"{name.decode(errors='ignore')}_{sha256[:12]}"
 
 
-class PhotoFinder:
-    """Finds the files of one folder by the names that a table gives them.
+class Files:
+    """The photographs in one folder and below, found by the names that a table gives them.
 
     A name that is no file may be loose: without extension, in another case, with backslashes, with
     accents that are composed otherwise, or without the folders before it.
@@ -505,29 +492,19 @@ class PhotoFinder:
 
     def __init__(self, source):
         self.source = source
-        self.files = None  # loose name -> paths; made when it is needed first
+        self.photographs = [path for path in walk(source) if path.suffix.lower() in SUFFIXES]
+        self.by_loose_name = defaultdict(list)
+        for path in self.photographs:
+            for name in {loose(path.relative_to(source).as_posix()), loose(path.name)}:
+                self.by_loose_name[name].append(path)
+                self.by_loose_name[name[: -len(path.suffix)]].append(path)
 
     def find(self, name):
         """The paths that `name` can mean: none, one, or several where it is loose."""
-        if not name or "\0" in name:
-            return []
         path = self.source / name
-        if os.path.isfile(path) and path.suffix.lower() in SUFFIXES:
+        if name and "\0" not in name and path.is_file() and path.suffix.lower() in SUFFIXES:
             return [path]
-        if self.files is None:
-            self.files = self.loose_names()
-        return self.files.get(loose(name), [])
-
-    def loose_names(self):
-        """A photograph has up to four: with and without extension, with and without its folders."""
-        files = {}
-        for path in walk(self.source):
-            if path.suffix.lower() in SUFFIXES:
-                whole = loose(path.relative_to(self.source).as_posix())
-                for key in {whole, loose(path.name)}:
-                    files.setdefault(key, []).append(path)
-                    files.setdefault(key[: -len(path.suffix)], []).append(path)
-        return files
+        return self.by_loose_name.get(loose(name), [])
 
 
 def loose(name):

@@ -23,12 +23,8 @@ FLAT = 12
 # So many circles through three random points of the outline are tried. Where only half of the
 # points lie on the disc's rim, as of an eye that is cut, one circle in eight is right.
 TRIALS = 300
-# The disc counts if the eye fills this part of it, within the cuts ...
-FILLED = 0.7
-# ... if not more than this part of what differs from the surround lies outside of it, as a second
-# eye would ...
-OUTSIDE = 0.3
-# ... and if so much of the outline is the disc's rim or a cut. An ellipse has less.
+# A disc is what explains so much of the outline, by its rim or a cut. An ellipse, or one of two
+# eyes, explains less.
 EXPLAINED = 0.6
 # A gradable photograph has at least so many pixels across its field of view, and the field covers
 # at least this part of it.
@@ -51,23 +47,13 @@ class Field(NamedTuple):
     x: float  # centre of the disc
     y: float
     radius: float
-    left: float  # the box; where nothing is cut, it encloses the disc
-    top: float
-    right: float
-    bottom: float
+    box: tuple  # left, top, right, bottom; where nothing is cut, it encloses the disc
     rim: float = 0.0  # width of the outermost pixels, which are mixed with a coloured surround
 
     def edges(self, y):
         """(left, right) of the field at the heights `y`, an array."""
         half = np.sqrt(np.maximum(self.radius**2 - (y - self.y) ** 2, 1))
-        return np.maximum(self.x - half, self.left), np.minimum(self.x + half, self.right)
-
-    def mask(self, shape):
-        """bool (height, width): which pixels the field covers."""
-        y = np.arange(shape[0])[:, None] + 0.5
-        x = np.arange(shape[1]) + 0.5
-        disc = (x - self.x) ** 2 + (y - self.y) ** 2 < self.radius**2
-        return disc & (x > self.left) & (x < self.right) & (y > self.top) & (y < self.bottom)
+        return np.maximum(self.x - half, self.box[0]), np.minimum(self.x + half, self.box[2])
 
 
 # --- is it a fundus? -----------------------------------------------------------------------------
@@ -84,17 +70,15 @@ def why_no_fundus(image, field, width):
     across = round(2 * field.radius * width / image.width)
     if across < LEAST_PIXELS:
         return f"its field of view is {across} pixels across, expected {LEAST_PIXELS} at least"
-    area = (field.right - field.left) * (field.bottom - field.top) * np.pi / 4
-    part = area / (image.width * image.height)
+    left, top, right, bottom = field.box
+    part = np.pi / 4 * (right - left) * (bottom - top) / (image.width * image.height)
     if part < LEAST_PART:
         return f"its field of view is only {part:.0%} of the picture"
-    box = (max(0, field.left), max(0, field.top))
-    box += (min(image.width, field.right), min(image.height, field.bottom))
     size = (DETAIL_PIXELS, DETAIL_PIXELS)
-    small = image.resize(size, Image.Resampling.BOX, box)
-    middle = DETAIL_PIXELS / 2
-    reach = 0.86 * middle  # the rim itself is no detail
-    disc = Field(middle, middle, reach, 0, 0, *size).mask(size)
+    small = image.resize(size, Image.Resampling.BOX, field.box)
+    from_middle = np.abs(np.arange(DETAIL_PIXELS) + 0.5 - DETAIL_PIXELS / 2)
+    # the rim itself is no detail
+    disc = np.hypot(from_middle, from_middle[:, None]) < 0.86 * DETAIL_PIXELS / 2
     level = np.asarray(small.convert("L"))[disc].mean()
     if not DARKEST <= level <= BRIGHTEST:
         return f"its field of view is {'black' if level < DARKEST else 'white'}"
@@ -128,19 +112,20 @@ def find_field(image):
         found = fit_field(differs & brighter_than_black(np.where(differs, grey, 0)))
         found = found and found._replace(rim=1.5)
     found = found or fit_field(brighter_than_black(grey))
-    return found and Field(*(factor * number for number in found))
+    if found is None:
+        return None
+    left, top, right, bottom = (factor * edge for edge in found.box)
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    x, y, radius = factor * found.x, factor * found.y, factor * found.radius
+    return Field(x, y, radius, box, factor * found.rim)
 
 
 def whole_field(image):
-    """The Field of a picture that shows no disc: all that is brighter than black, a rectangle.
-
-    None where nothing is.
-    """
+    """The Field of a picture that shows no disc: all that is brighter than black, a rectangle."""
     box = Image.fromarray(brighter_than_black(np.asarray(image.convert("L")))).getbbox()
-    if box is None:
-        return None
+    box = box or (0, 0, *image.size)
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    return Field(x, y, 10 * sum(box), *box)  # of so large a disc the box is all that is left
+    return Field(x, y, 10 * sum(box), box)  # of so large a disc the box is all that is left
 
 
 def brighter_than_black(grey, level=None):
@@ -173,25 +158,16 @@ def fit_field(mask):
     if circle is None:
         return None
     x, y, radius = circle
-    disc = Field(x, y, radius, x - radius, y - radius, x + radius, y + radius)
-    covered = disc.mask(mask.shape)
-    left, right = cuts(mask & covered, covered, axis=0)
-    top, bottom = cuts(mask & covered, covered, axis=1)
-    field = disc._replace(
-        left=max(disc.left, left),
-        right=min(disc.right, right),
-        top=max(disc.top, top),
-        bottom=min(disc.bottom, bottom),
-    )
-    expected = field.mask(mask.shape)
-    filled = (mask & expected).sum() / max(1, expected.sum())
-    around = disc._replace(radius=1.03 * radius + 1, left=-1, top=-1, right=1e9, bottom=1e9)
-    outside = (mask & ~around.mask(mask.shape)).sum() / mask.sum()
-    to_cut = [abs(points[:, 0] - edge) for edge in (field.left, field.right)]
-    to_cut += [abs(points[:, 1] - edge) for edge in (field.top, field.bottom)]
-    explained = (near(points, circle[None])[0] | (np.min(to_cut, axis=0) < 2)).mean()
-    is_disc = filled >= FILLED and outside <= OUTSIDE and explained >= EXPLAINED
-    return field if is_disc else None
+    from_x = np.arange(mask.shape[1]) + 0.5 - x
+    from_y = np.arange(mask.shape[0])[:, None] + 0.5 - y
+    disc = from_x**2 + from_y**2 < radius**2
+    left, right = cuts(mask & disc, disc, axis=0)
+    top, bottom = cuts(mask & disc, disc, axis=1)
+    left, right = max(x - radius, left), min(x + radius, right)
+    top, bottom = max(y - radius, top), min(y + radius, bottom)
+    to_box = np.abs(points[:, [0, 0, 1, 1]] - [left, right, top, bottom]).min(axis=1)
+    explained = near(points, circle[None])[0] | (to_box < 2)
+    return Field(*circle, (left, top, right, bottom)) if explained.mean() >= EXPLAINED else None
 
 
 def outline(mask):

@@ -1,38 +1,33 @@
 """What a prepared data set looks like: a table of who got what, and sheets of pictures."""
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from rich.console import Console
+from rich.table import Table
 
 from common.files import replacing
 from preparation.photos import open_image
 
 GRADE_NAMES = ("none", "mild", "moderate", "severe", "proliferative")
-WITH_IT = "DR"  # all grades but the first
+LINE = 140  # characters of the table, of which short names need less
 SHEET_COLUMNS = 12  # pictures in a row of the contact sheet ...
 SHEET_CELL = 128  # ... and pixels a side of each
 CHECK_ROWS = 60  # on the sheet of those to be checked
 
 
-def format_table(sets, hospitals):
-    """Text: a row for each of `sets`, a dict from a name to a list of records.
+def print_table(sets, hospitals):
+    """A row for each of `sets`, a dict from a name to a list of records: who got what.
 
-    With the number of patients where the records tell them. hospitals: of the names that have one.
+    hospitals: {name: what else is said of it}.
     """
-    headings = [*GRADE_NAMES, WITH_IT, "total"]
-    with_patients = all("patient" in record for records in sets.values() for record in records)
-    if with_patients:
-        headings.append("patients")
-    lines = [f"{'':9}" + "".join(f"  {heading:>5}" for heading in headings)]
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", *GRADE_NAMES, "DR", "total", "patients", "hospital"):
+        table.add_column(heading, justify="right")
     for name, records in sets.items():
         none, *dr = count_grades(records)
-        numbers = [none, *dr, sum(dr), len(records)]
-        if with_patients:
-            numbers.append(len({record["patient"] for record in records}))
-        cells = [
-            f"  {number:{max(5, len(heading))}}"
-            for heading, number in zip(headings, numbers, strict=True)
-        ]
-        lines.append(f"{name:9}" + "".join(cells) + f"  {hospitals.get(name, '')}".rstrip())
-    return "\n".join(lines)
+        patients = len({record.get("patient") for record in records} - {None})
+        numbers = [none, *dr, sum(dr), len(records), patients or "unknown"]
+        table.add_row(name, *map(str, numbers), hospitals.get(name, ""))
+    Console(width=LINE, highlight=False, markup=False).print(table)
 
 
 def count_grades(records):

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from preparation.field import DARK, find_field, whole_field, why_no_fundus
+from preparation.field import find_field, whole_field, why_no_fundus
 
 PREPROCESSINGS = ("graham", "colour")
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
@@ -30,21 +30,17 @@ def prepare_photograph(path, image_size, preprocessing="graham"):
     """The photograph at `path` as the network sees it: (uint8 (image_size, image_size, 3), doubt).
 
     preprocessing: one of PREPROCESSINGS. doubt: why it is no gradable photograph of a fundus, or
-    "". Of a black one there is no picture: (None, doubt). Raises ValueError where it cannot be
-    read.
+    "". Raises ValueError where it cannot be read.
     """
     image = open_image(path, shortest_side=SPARE * image_size)
     width = image.info["width"]
     field = find_field(image)
-    if field and field.bottom - field.top < SPARE * image_size / 2 and image.width < width:
+    if field and field.box[3] - field.box[1] < SPARE * image_size / 2 and image.width < width:
         # The eye is a small part of the photograph: it needs all of its pixels.
         image = open_image(path)
         field = find_field(image)
     doubt = why_no_fundus(image, field, width)
-    field = field or whole_field(image)
-    if field is None:
-        return None, f"nothing in it is brighter than grey level {DARK}"
-    square = stretch_field(image, field, image_size)
+    square = stretch_field(image, field or whole_field(image), image_size)
     if preprocessing == "graham":
         square = subtract_local_average(square)
     return square, doubt
@@ -193,7 +189,7 @@ def stretch_field(image, field, image_size):
 
     PIL image and its Field to uint8 (image_size, image_size, 3).
     """
-    top, bottom = max(0, field.top), min(image.height, field.bottom)
+    _, top, _, bottom = field.box
     rows = image.resize(
         (image.width, image_size), Image.Resampling.BOX, (0, top, image.width, bottom)
     )

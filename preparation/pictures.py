@@ -12,7 +12,6 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -31,15 +30,6 @@ DOUBT = "doubt"  # the text in a PNG that says why its photograph may be none of
 FEWEST_TO_SAY = 500
 
 
-class Job(NamedTuple):
-    """A picture to make."""
-
-    photo: object  # datasets.Photo
-    number: int  # of the photo in the data set; a synthetic one's random numbers follow from it
-    target: Path
-    made_with: dict  # see `folder_of`
-
-
 class Terminal(Console):
     """rich's, but it does not hide the cursor: a signal that ends the script would leave it so."""
 
@@ -56,26 +46,26 @@ def folder_of(made_with):
 def make_pictures(found, made_with):
     """Make NAME.png of every Photo in `found` that has none yet, in the folder of `made_with`.
 
-    made_with: preprocessing, image_size, channels ... Returns ({name: what is wrong with the
-    photograph}, {name: why it may be no fundus}).
+    made_with: dataset, preprocessing, image_size, keep_channels, of synthetic ones seed. Returns
+    ({name: what is wrong with the photograph}, {name: why it may be no fundus}).
     """
     folder = folder_of(made_with)
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
     publish_text(folder / MADE_FROM, json.dumps(made_with, indent=1) + "\n")
-    jobs, doubts, problems = [], {}, {}
-    for number, photo in enumerate(found):
-        target = folder / f"{photo.name}.png"
-        doubt = doubt_in(target)
-        if doubt is None:
-            jobs.append(Job(photo, number, target, made_with))
-        else:
-            doubts[photo.name] = doubt
-    print(f"{folder}: {len(doubts)} pictures are there, {len(jobs)} to make", flush=True)
+    doubts = {photo.name: doubt_in(folder / f"{photo.name}.png") for photo in found}
+    # of a synthetic one, the random numbers follow from its number
+    missing = [(i, photo) for i, photo in enumerate(found) if doubts[photo.name] is None]
+    problems = {}
+    num_there = len(found) - len(missing)
+    print(f"{folder}: {num_there} pictures are there, {len(missing)} to make", flush=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and NumPy work beside each other
-        made = progress(pool.map(make_picture, jobs), "pictures made", len(jobs))
-        for job, (problem, doubt) in zip(jobs, made, strict=True):
-            (problems if problem else doubts)[job.photo.name] = problem or doubt
+        made = pool.map(lambda each: make_picture(*each, folder, made_with), missing)
+        made = progress(made, "pictures made", len(missing))
+        for (_, photo), (problem, doubt) in zip(missing, made, strict=True):
+            doubts[photo.name] = doubt
+            if problem:
+                problems[photo.name] = problem
     return problems, {name: doubt for name, doubt in doubts.items() if doubt}
 
 
@@ -100,40 +90,30 @@ def progress(items, what, total, stderr=False):
             print(f"  {done:,} of {total:,} {what}", file=bar.file, flush=True)
 
 
-def make_picture(job):
+def make_picture(number, photo, folder, made_with):
     """Make one picture: (what is wrong with it, why it may be no fundus), "" where nothing is."""
-    photo, made_with = job.photo, job.made_with
     doubt = ""
     try:
         if photo.path is None:
-            rng = np.random.default_rng([made_with["seed"], 0, job.number])
+            rng = np.random.default_rng([made_with["seed"], 0, number])
             hospital = synthetic.hospital_of(photo.hospital)
             image, _ = synthetic.draw(photo.grade, rng, made_with["image_size"], hospital=hospital)
-        elif "channels" in made_with:
-            image = import_picture(photo.path, made_with["channels"])
+        elif made_with["dataset"] == "imported":
+            image = np.asarray(photos.open_image(photo.path))
+            if not made_with["keep_channels"]:  # OpenCV wrote them in the other order
+                image = np.ascontiguousarray(image[..., ::-1])
         else:
             image, doubt = photos.prepare_photograph(
                 photo.path, made_with["image_size"], made_with["preprocessing"]
             )
     except ValueError as error:
         return str(error), ""
-    if image is None:
-        return f"{photo.path}: {doubt}", ""
     text = PngInfo()
     if doubt:
         text.add_text(DOUBT, doubt)
-    with replacing(job.target) as written:
+    with replacing(folder / f"{photo.name}.png") as written:
         Image.fromarray(image).save(written, pnginfo=text)
     return "", doubt
-
-
-def import_picture(path, channels):
-    """A picture of the thesis as it is: uint8 (height, width, 3).
-
-    channels: "exchanged" puts red and blue right; OpenCV wrote them in the other order.
-    """
-    image = np.asarray(photos.open_image(path))
-    return np.ascontiguousarray(image[..., ::-1]) if channels == "exchanged" else image
 
 
 # --- folders of other choices --------------------------------------------------------------------
@@ -147,13 +127,12 @@ def tell_other_folders(used, remove):
             continue
         ours = [path for path in folder.iterdir() if OURS.fullmatch(path.name)]
         megabytes = sum(path.stat().st_size for path in ours) / 1e6
-        size = f"{len(ours):,} pictures, {megabytes:,.0f} MB"
+        size = f"{folder}: {len(ours):,} pictures, {megabytes:,.0f} MB"
         if not remove:
-            print(f"{folder}: {size} that no index here points to (--remove-old removes them)")
+            print(f"{size} that no index here points to (--remove-old removes them)")
             continue
         for path in (*ours, listed):
             path.unlink()
-        left = any(folder.iterdir())
-        if not left:
+        if not any(folder.iterdir()):
             folder.rmdir()
-        print(f"{folder}: {size} removed{'; files that are not ours stay' if left else ''}")
+        print(f"{size} removed")

@@ -47,23 +47,17 @@ def join_identical(photos, digests):
     A photograph is of one patient, whatever it is called: so the patients of its copies are made
     one, and lie on one side.
     """
-    copies = {}
+    by_digest = {}
     for photo, digest in zip(photos, digests, strict=True):
-        copies.setdefault(digest, []).append(photo)
-    copies = [same for same in copies.values() if len(same) > 1]
-    joined = {}  # patient -> the patient whose images they are, too
-
-    def patient_of(photo):
-        patient = photo.patient
-        while patient in joined:
-            patient = joined[patient]
-        return patient
-
-    for first, *others in copies:
-        for other in others:
-            if patient_of(other) != patient_of(first):
-                joined[patient_of(other)] = patient_of(first)
-    return [photo._replace(patient=patient_of(photo)) for photo in photos], copies
+        by_digest.setdefault(digest, []).append(photo)
+    copies = [same for same in by_digest.values() if len(same) > 1]
+    one = {photo.patient: photo.patient for photo in photos}  # patient -> who that is
+    for same in copies:
+        joined = {one[photo.patient] for photo in same}
+        if len(joined) > 1:
+            first = one[same[0].patient]
+            one = {name: first if who in joined else who for name, who in one.items()}
+    return [photo._replace(patient=one[photo.patient]) for photo in photos], copies
 
 
 def settle_parts(photos, val_part):
@@ -197,16 +191,13 @@ def deal(patients, how, num_clients, rng, alpha):
             parts = rng.dirichlet([alpha] * num_clients)
         else:
             parts = THESIS_HEALTHY if grades == (0,) else THESIS_DISEASED
-        shuffled = [group[i] for i in rng.permutation(len(group))]
+        order = rng.permutation(len(group))
         # Cut where the images, not the patients, are the parts.
-        num_photos = np.cumsum([len(patient.photos) for patient in shuffled])
-        total = num_photos[-1] if len(group) else 0
-        wanted = np.round(np.cumsum(parts)[:-1] * total)
-        cuts = np.searchsorted(num_photos, wanted, side="right")
-        starts = [0, *cuts]
-        ends = [*cuts, len(shuffled)]
-        for client, start, end in zip(clients, starts, ends, strict=True):
-            client += shuffled[start:end]
+        num_photos = [len(group[i].photos) for i in order]
+        wanted = np.round(np.cumsum(parts)[:-1] * sum(num_photos))
+        cuts = np.searchsorted(np.cumsum(num_photos), wanted, side="right")
+        for client, chosen in zip(clients, np.split(order, cuts), strict=True):
+            client += [group[i] for i in chosen]
     return clients
 
 

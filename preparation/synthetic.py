@@ -99,7 +99,7 @@ class Hospital(NamedTuple):
 
 
 # What every hospital is where hospitals are equal.
-EQUAL_HOSPITAL = Hospital("any hospital", GRADE_SHARES, LESIONS, Camera())
+EQUAL_HOSPITAL = Hospital("", GRADE_SHARES, LESIONS, Camera())
 
 # Three hospitals that differ as hospitals do: other patients come to them, and other cameras
 # photograph them. Half of the patients of each are healthy. A network that was trained at one

@@ -9,17 +9,15 @@ from pathlib import Path, PureWindowsPath
 
 from data import INDEX_COLUMNS
 from preparation.datasets import DataSet, Photo
-from preparation.tables import few
 
 # Names of one and the same index in several folders of the thesis.
 SAME_INDEX = {"iid_valid": "val_set"}
 
 
 def load(files, source):
-    """Read index files, and find their pictures.
+    """Read index files, and find their pictures: a DataSet with `indexes`, the paths of its Photos.
 
-    source: the folder of the pictures, or the one from which `dir` leads to them. Returns (DataSet,
-    {index: [paths of its Photos]}).
+    source: the folder of the pictures, or the one from which `dir` leads to them.
     """
     try:
         import pandas
@@ -27,29 +25,20 @@ def load(files, source):
         raise ValueError(
             "--index-from reads pandas DataFrames and needs pandas: pip install pandas"
         ) from None
+    found = DataSet()
     photos = {}  # by path: the same image is in several indexes
-    indexes = {}
-    missing = []
     for name, file in name_files(files).items():
-        indexes[name] = []
+        found.indexes[name] = []
         for picture, grade, directory, healthy in read_rows(pandas, file):
             check_row(file, picture, grade, healthy)
             path = find_picture(str(picture), str(directory), Path(source))
-            if path is None:
-                missing.append(f"{directory} of {file}")
-                continue
             photo = photos.setdefault(path, Photo(path, int(grade), str(path), name=path.stem))
             if photo.grade != int(grade):
                 raise ValueError(f"{file}: {path} has two grades, {photo.grade} and {grade}")
-            indexes[name].append(path)
-    if missing:
-        raise ValueError(
-            f"{len(missing):,} pictures are missing: {few(missing)}: --source must be the folder "
-            "of the pictures"
-        )
-    sentence = "the thesis's index tells no patients: each image is its own patient"
-    found = DataSet(list(photos.values()), None, sentence)
-    return found, complete_indexes(indexes, found)
+            found.indexes[name].append(path)
+    found.photos = list(photos.values())
+    complete_indexes(found)
+    return found
 
 
 def name_files(files):
@@ -92,7 +81,7 @@ def check_row(file, picture, grade, healthy):
 
 
 def find_picture(picture, directory, source):
-    """The path of a picture, or None.
+    """The path of a picture. Raises ValueError where it is missing.
 
     `directory` is like preprocessed/train/x.jpg, from the thesis's folder DR. A user may give that
     folder, preprocessed/, or preprocessed/train/.
@@ -103,27 +92,22 @@ def find_picture(picture, directory, source):
     for path in [*candidates, source / picture]:
         if path.is_file():
             return path
-    return None
+    raise ValueError(f"{directory} is not in {source}: --source must be the folder of the pictures")
 
 
-def complete_indexes(indexes, found):
-    """The indexes with share_data dealt to every worker, and a train_set if there is none.
-
-    Tells in found.notes what was done.
-    """
-    workers = [name for name in indexes if name.startswith("worker")]
-    shared = indexes.pop("share_data", [])
-    others = indexes.pop("new_trainset", [])
+def complete_indexes(found):
+    """Deal share_data to every worker, and make a train_set if there is none."""
+    shared = found.indexes.pop("share_data", [])
+    dealt = found.indexes.pop("new_trainset", [])
+    for name, paths in found.indexes.items():
+        if name.startswith("worker"):
+            found.indexes[name] = list(dict.fromkeys(paths + shared))
+            dealt = found.indexes[name] + dealt
+    found.indexes.setdefault("train_set", list(dict.fromkeys(dealt)))
     if shared:
         found.notes.append(f"share_data: every worker gets its {len(shared)} images")
-        for name in workers:
-            indexes[name] = list(dict.fromkeys(indexes[name] + shared))
-    if "train_set" not in indexes:
-        dealt = [name for worker in workers for name in indexes[worker]]
-        indexes["train_set"] = list(dict.fromkeys(dealt + others))
-    if "val_set" not in indexes:
+    if "val_set" not in found.indexes:
         found.notes.append(
             "no val_set.pkl (iid_valid.pkl) was given: there will be none, and a server needs one "
             "to score by"
         )
-    return indexes

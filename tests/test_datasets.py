@@ -34,45 +34,59 @@ def grades_of(found):
 
 # --- published ------------------------------------------------------------------------------------
 
-
-def test_idrid_validates_on_its_testing_set_and_keeps_equal_file_names_apart(tmp_path):
-    root = tmp_path / "B. Disease Grading"
-    for letter, title in (("a", "Training"), ("b", "Testing")):
-        photograph(root / "1. Original Images" / f"{letter}. {title} Set" / "IDRiD_001.jpg")
-        table = root / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{title} Labels.csv"
-        table.parent.mkdir(exist_ok=True)
-        table.write_text("Image name,Retinopathy grade,Risk ,,\r\nIDRiD_001,3,1,,\r\n")
-    for source in (tmp_path, root):
-        found = load("idrid", source, None)
-        assert [photo.part for photo in found.photos] == ["train", "val"]
-        assert len({photo.patient for photo in found.photos}) == 2 and found.patients is None
-
-
-def test_ddr_leaves_its_ungradable_class_out_and_says_so(tmp_path):
-    for name in ("train", "valid", "test"):
-        (tmp_path / f"{name}.txt").write_text(f"{name}-1.jpg 2\n{name}-2.jpg 5\n")
-        photograph(tmp_path / name / f"{name}-1.jpg")
-        photograph(tmp_path / name / f"{name}-2.jpg")
-    found = load("ddr", tmp_path, None)
-    assert [photo.part for photo in found.photos] == ["train", "val", "test"]
-    assert not found.left_out and "test.txt: 1 ungradable images are left out" in found.notes
-
-
-def test_eyepacs_knows_both_eyes_of_a_patient(tmp_path):
-    rows = "10_left,0\n10_right,4\n13_left,1\n15_left,1\n"
-    (tmp_path / "trainLabels.csv").write_text(f"image,level\n{rows}")
-    for name in ("10_left", "10_right", "13_left"):
-        photograph(tmp_path / "train" / f"{name}.jpeg")
-    found = load("eyepacs", tmp_path, None)
-    first, second, other = (photo.patient for photo in found.photos)
-    assert first == second != other and found.patients == "the file name"
-    assert found.left_out == {f"are not in {tmp_path / 'train'}": ["'15_left'"]}
+IDRID = "B. Disease Grading/"
+TREES = {  # tables with their text, photographs; parts and grades that must come of it
+    "idrid": (
+        {
+            f"{IDRID}2. Groundtruths/{letter}. IDRiD_Disease Grading_{title} Labels.csv": (
+                "Image name,Retinopathy grade,Risk ,,\r\nIDRiD_001,3,1,,\r\n"
+            )
+            for letter, title in (("a", "Training"), ("b", "Testing"))
+        },
+        [
+            f"{IDRID}1. Original Images/{folder} Set/IDRiD_001.jpg"
+            for folder in ("a. Training", "b. Testing")
+        ],
+        [("train", 3), ("val", 3)],
+    ),
+    "ddr": (
+        {f"{name}.txt": f"{name}-1.jpg 2\n{name}-2.jpg 5\n" for name in ("train", "valid", "test")},
+        [f"{name}/{name}-{number}.jpg" for name in ("train", "valid", "test") for number in (1, 2)],
+        [("train", 2), ("val", 2), ("test", 2)],
+    ),
+    "eyepacs": (
+        {"trainLabels.csv": "image,level\n10_left,0\n10_right,4\n13_left,1\n15_left,1\n"},
+        ["train/10_left.jpeg", "train/10_right.jpeg", "train/13_left.jpeg"],
+        [("", 0), ("", 4), ("", 1)],
+    ),
+    "aptos": (
+        {"train.csv": "id_code,diagnosis\nabc,2\n"},
+        ["train_images/abc.png"],
+        [("", 2)],
+    ),
+}
 
 
-def test_aptos(tmp_path):
-    (tmp_path / "train.csv").write_text("id_code,diagnosis\nabc,2\n")
-    photograph(tmp_path / "train_images" / "abc.png")
-    assert grades_of(load("aptos", tmp_path, None)) == {"abc": 2}
+@pytest.mark.parametrize("name", TREES)
+def test_a_published_set_is_read_as_it_is_unpacked(tmp_path, name):
+    tables, names, expected = TREES[name]
+    for each in names:
+        photograph(tmp_path / each)
+    for each, text in tables.items():
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        (tmp_path / each).write_text(text)
+    found = load(name, tmp_path, None)
+    assert [(photo.part, photo.grade) for photo in found.photos] == expected
+    patients = len({photo.patient for photo in found.photos})
+    if name == "eyepacs":  # both eyes are of one; 15_left is not there
+        assert patients == 2 and found.patients
+        assert list(found.left_out.values()) == [["'15_left'"]]
+    else:  # IDRiD's parts use the same names for different eyes
+        assert patients == len(expected) and not found.patients and not found.left_out
+    if name == "ddr":
+        assert "3 ungradable images are left out" in found.notes
+    if name == "idrid":
+        assert load(name, tmp_path / IDRID, None).photos == found.photos
 
 
 # --- a table of any name --------------------------------------------------------------------------
@@ -102,7 +116,7 @@ def test_a_column_without_a_known_name_is_found_by_what_it_holds(tmp_path):
     ("a.jpg,0\nb.jpg,2\nc.jpg,3\n", "the first line looks like a photograph's"),
     ("image,label\na,0\n,2\nc,3\n", "line 3: the image is blank"),
     ("image,label\na,0\nb,7\nc,x\n", "gives 'b' the grade '7', 'c' the grade 'x'"),
-    ("image,label,part\na,0,train\nb,2,left\nc,3,val\n", "'b' the part 'left'.*--part-column none"),
+    ("image,label,part\na,0,train\nb,2,left\nc,3,val\n", "part 'left'.*--part-column none"),
     ("image,label\na,0\nb,1\nc,1\n", "0 and 1 only.*--referable.*--grades-from 0"),
     ("image,label\na,1\nb,5\nc,2\n", "1 to 5 and none is 0.*--grades-from 1.*--grades-from 0"),
     ("image,label\na,0\na.jpg,2\n", "a.jpg twice"),
@@ -153,7 +167,7 @@ def test_a_patient_is_the_same_however_it_is_written(tmp_path, header):
     found = load("folder", tmp_path, flags())
     assert len({photo.patient for photo in found.photos}) == 2
     assert "1 images are of an unknown patient" in found.patients_sentence
-    assert load("folder", tmp_path, flags(patient_column="none")).patients is None
+    assert load("folder", tmp_path, flags(patient_column="none")).patients == ""
 
 
 def test_names_are_found_where_only_one_file_fits(tmp_path):
@@ -223,7 +237,7 @@ def test_dicom_tells_the_patient(tmp_path):
     one, other, second, unknown = (photo.patient for photo in found.photos)
     assert one == other and len({one, second, unknown}) == 3
     assert "by PatientID of DICOM files; 1 images are of an unknown" in found.patients_sentence
-    assert load("folder", tmp_path, flags(patient_column="none")).patients is None
+    assert load("folder", tmp_path, flags(patient_column="none")).patients == ""
 
 
 def test_without_pydicom_a_sentence_names_it(tmp_path, monkeypatch):

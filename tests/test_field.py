@@ -13,12 +13,11 @@ from preparation.photos import open_image
 IDRID = Path(__file__).parents[2] / "shared/fundus/idrid"
 
 
-def mask_of(image):
-    return Image.fromarray(find_field(image).mask((image.height, image.width)))
-
-
 def on_colour(colour):
-    return Image.composite(eye(), Image.new("RGB", eye().size, colour), mask_of(eye()))
+    image, field = Image.new("RGB", eye().size, colour), find_field(eye())
+    mask = Image.new("L", image.size)
+    ImageDraw.Draw(mask).circle((field.x - 0.5, field.y - 0.5), field.radius, fill=255)
+    return Image.composite(eye(), image, mask)
 
 
 def with_text(image, colour="white", xy=(4, 4)):
@@ -84,9 +83,9 @@ def test_without_a_disc_the_field_is_all_that_is_bright():
     ImageDraw.Draw(image).rectangle((10, 5, 59, 44), fill=(8, 8, 8))
     field = whole_field(image)
     left, right = field.edges(np.array([6.0, 44.0]))
-    assert (field.top, field.bottom) == (5, 45)
+    assert field.box == (10, 5, 60, 45)
     assert left.tolist() == [10, 10] and right.tolist() == [60, 60]
-    assert whole_field(Image.new("RGB", (40, 30))) is None
+    assert whole_field(Image.new("RGB", (40, 30))).box == (0, 0, 40, 30)
 
 
 def test_real_photographs_are_fundi_of_one_camera():

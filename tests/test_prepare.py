@@ -251,7 +251,7 @@ def test_size_and_preprocessing_follow_from_the_network(flags, expected):
 def test_photographs_are_split_by_patient_whom_the_index_does_not_name(photographs, capsys):
     assert prepare.main([*photographs(), "--num-clients", "2"]) == 0
     out = capsys.readouterr().out
-    assert "patients: by column 'patient'; 20 images of 10 patients" in out
+    assert "patients: 10, by column 'patient'; 20 images" in out
     sets = indexes()
     assert [len(sets[name]) for name in ("train_set", "val_set")] == [16, 4]
     at = {}
@@ -287,14 +287,14 @@ def test_broken_photographs_are_named_and_stop_it_unless_they_may_be_skipped(pho
     whole = (photographs.source / "eye03.png").read_bytes()
     (photographs.source / "eye03.png").write_bytes(whole[:4000])
     (photographs.source / "eye05.png").unlink()
-    Image.new("RGB", (40, 30)).save(photographs.source / "eye07.png")
+    (photographs.source / "eye07.png").write_text("no picture")
     assert prepare.main(choices) == 1
     out, err = capsys.readouterr()
     assert "1 of 20 images are not in" in err and "to make" not in out  # before any work
     assert prepare.main([*choices, "--skip-broken"]) == 0
     err = capsys.readouterr().err
-    for name, reason in (("eye03", "cannot be read"), ("eye07", "brighter than grey level 7")):
-        assert any(name in line and reason in line for line in err.splitlines()), err
+    for name in ("eye03", "eye07"):
+        assert any(name in line and "cannot be read" in line for line in err.splitlines()), err
     assert len(indexes()["train_set"] + indexes()["val_set"]) == 17
     assert prepare.main([*choices, "--check"]) == 10
     assert prepare.main([*choices, "--skip-broken", "--check"]) == 0
@@ -365,8 +365,8 @@ def test_what_may_be_no_fundus_is_listed_at_every_start_with_a_sheet(photographs
     (["--dataset", "folder", "--source", ".", "--split", "hospitals"], "is of --dataset synthetic"),
     (["--split", "column"], "--split column is of --dataset folder"),
     (["--split", "noniid", "--num-clients", "4"], "--split noniid is for 3 clients, found 4"),
-    (["--alpha", "0", "--split", "dirichlet"], "expected a number from 0.001"),
-    (["--alpha", "x"], "invalid number value: 'x'"),
+    (["--alpha", "0", "--split", "dirichlet"], "--alpha 0.0: expected 0.001 to 1000"),
+    (["--val-part", "nan"], "--val-part nan: expected a part, 0 to 1"),
     (["--num-client", "3"], "unrecognized arguments: --num-client"),
     (["--source", "photos"], "--source is a folder of photographs: say by --dataset which"),
     (
@@ -455,7 +455,7 @@ def test_an_import_that_does_not_fit_is_one_sentence(thesis, tmp_path, capsys):
     for words, *files in (
         ("expected worker1, worker2 ..., val_set", val),
         ("expected worker1, worker2", thesis("worker1.pkl", [0]), thesis("worker3.pkl", [3]), val),
-        ("2 pictures are missing", thesis("a/worker1.pkl", [0, 1], dir=["/x/0", "/x/1"]), val),
+        ("/x/0 is not in", thesis("a/worker1.pkl", [0, 1], dir=["/x/0", "/x/1"]), val),
         ("the grade 7", thesis("b/worker1.pkl", [0], label=[7]), val),
         ("do not fit together", thesis("c/worker1.pkl", [0], new_label=["False"]), val),
         (
