@@ -84,8 +84,7 @@ RUN_FILES = (
 )
 
 REPORT_EVERY_S = 30
-TELL_EVERY_S = 10  # a client says where it is this often, or sooner where that has changed
-SHORTEST_PAUSE_S = 2  # between two times
+TELL_EVERY_S = 5
 TELL_TIMEOUT_S = 10
 UNANSWERED_S = 60  # a server that answers nothing for so long is away, be its port open
 FIRST_PAUSE_S = 0.2
@@ -123,11 +122,7 @@ class RoundClosed(Exception):
 
 
 class GaveUp(Exception):
-    """The server has been away for --give-up-after."""
-
-    def __init__(self, sentence, exit_code):
-        super().__init__(sentence)
-        self.exit_code = exit_code
+    """GaveUp(sentence, exit code): the server has been away for --give-up-after."""
 
 
 def main(argv=None):
@@ -138,7 +133,7 @@ def main(argv=None):
             say(arguments.name, federate(Site(arguments)))
             return 0
     except GaveUp as error:
-        return fail(arguments.name, error, error.exit_code)
+        return fail(arguments.name, *error.args)
     except ValueError as error:
         return fail(arguments.name, error)
     except OSError as error:  # a full disk may have room again: its unit may start this again
@@ -471,7 +466,7 @@ def ClientgetWeight(stub, site):
     preprocessing. Where its round is behind the last, what was fetched is the result, and lies in
     server_weight.h5. Raises ValueError where the answer makes no sense, grpc.RpcError.
     """
-    site.reporter.begin(site.state, "waiting")
+    site.reporter.at(site.state, "waiting")
     request_metadata = (("fedml-client", site.name), ("fedml-accept", "blob"))
     call = stub.getWeight(todo_pb2.void(), metadata=request_metadata)
     with site.reporter.waiting("waiting for the weights", call):
@@ -568,12 +563,12 @@ def train(site, task):
     Returns False where the round was closed meanwhile: then nothing is kept.
     """
     title = f"round {task['round']}/{task['rounds']}"
-    site.reporter.begin(task, "loading")
+    site.reporter.at(task, "loading")
     site.prepare(task)
     model.load(site.network, site.weights_path, site.layout.tensors)
     measured = {}
     if site.held_out:
-        site.reporter.at("scoring")
+        site.reporter.at(task, "scoring")
         measured = site.scores()
         site.say(
             f"{title}: the fetched model on this site's own held-out images: {in_words(measured)}"
@@ -627,13 +622,14 @@ def train_network(site, task, title):
 
     def progress(epoch, step, steps, loss):
         nonlocal last_line
-        if site.reporter.round_closed:
+        if site.reporter.knows_closed(task):
             raise RoundClosed("the round was closed without this client")
         now = time.monotonic()
         done = (epoch - 1) * steps + step
         left_s = (now - began) / done * (epochs * steps - done)
         told_s = min(round(left_s), 10_000_000)  # as long as the server believes
-        site.reporter.at("training", epoch=epoch, epochs=epochs, seconds_left=told_s)
+        where = {"epoch": epoch, "epochs": epochs, "seconds_left": told_s}
+        site.reporter.at(task, "training", **where)
         text = f"epoch {epoch}/{epochs}, step {step}/{steps}, loss {loss:.4f}"
         bar.update(drawn, description=f"{title}: {text}", completed=done, total=epochs * steps)
         if now - last_line >= 2 * REPORT_EVERY_S:  # within a long epoch
@@ -679,14 +675,13 @@ def finish(site, task):
             with_card += f"predict.py --weights {site.result_path} scores photographs with it"
     measured = {}
     if site.held_out:
-        site.reporter.begin(task, "scoring")
+        site.reporter.at(task, "scoring")
         site.prepare(task)
         model.load(site.network, site.result_path, site.layout.tensors)
         measured = site.scores(card)
         site.say(f"the result on this site's own held-out images: {in_words(measured)}")
-    site.reporter.task = None  # `done` is the last word
-    if task["run"]:  # the thesis demo's server knows no such call
-        site.reporter.tell(task, {"phase": "done"}, measured)
+    site.reporter.at(task, "done", measured)
+    site.reporter.tell()
     return (
         f"the run is over after {task['rounds']} rounds; its result is {site.result_path}, "
         f"{with_card}"
@@ -702,9 +697,9 @@ def ClientsendWeight(stub, site):
     """
     state = site.state
     title = f"round {state['round']}/{state['rounds']}"
-    site.reporter.begin(state, "waiting")
     scores = state["trained"].get("scores")
-    if scores and site.reporter.tell(state, {"phase": "waiting"}, scores) is None:
+    site.reporter.at(state, "waiting", scores)
+    if scores and not site.reporter.tell():
         # A server that starts at this moment would count the upload without what was measured.
         raise ConnectionError("the server does not answer")
     messages, request_metadata = upload_of(site)
@@ -715,23 +710,19 @@ def ClientsendWeight(stub, site):
     except grpc.RpcError as error:
         if (error.details() or "").startswith(tls.SAID_BY_A_PROXY):
             site.sent = False  # a proxy has answered, and not the server
-        if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-            # Another run or another round is open by now, or the run is over.
-            site.say(
-                f"{title}: upload rejected: {plain(error.details())}; these weights are dropped"
-            )
-            site.save(trained=None)
-            return False
+        if error.code() not in (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ):
+            raise
+        site.save(trained=None)
         if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
             # Training is deterministic, so a second time would give the same. A new start trains
             # again, with what its user has changed.
-            site.save(trained=None)
-            raise ValueError(
-                f"{title}: the server rejected the upload: {plain(error.details())}. Look at the "
-                f"images in {site.arguments.index}, at this client's flags, and whether this "
-                "client and the server are of the same commit; started again, it trains again"
-            ) from None
-        raise
+            raise
+        # Another run or another round is open by now, or the run is over.
+        site.say(f"{title}: upload rejected: {plain(error.details())}; these weights are dropped")
+        return False
     if answer.value != 1:  # the thesis demo's server says 0 when the others did not come in time
         site.save(trained=None, round=state["round"] - 1)
         site.say(f"{title}: the server did not merge (answer {answer.value}): fetching again")
@@ -774,42 +765,31 @@ def keep_trying(attempt, site):
     Raises ValueError where the server refuses, GaveUp after --give-up-after.
     """
     away_since = None  # when the server was missed first; None as long as it was not
-    last_report = None
-    pause_s = FIRST_PAUSE_S
     while True:
         started = time.monotonic()
         try:
             with connect(site) as channel:
                 return attempt(todo_pb2_grpc.FedMLStub(channel), site)
         except grpc.RpcError as error:
-            said = error.details() or error.code().name
-            reason, may_help = tls.explain(said, site.arguments)
-            if reason == said:  # the server's own words
-                reason = plain(said)
-                if error.code() in REFUSALS:
-                    reason = f"the server refused: {reason} ({error.code().name})"
-                    may_help = False
-            if not may_help:
-                raise ValueError(reason) from None
-        except grpc.FutureCancelledError:  # by the reporter: the server is deaf
-            reason = f"it answered nothing for {UNANSWERED_S} s"
+            reason = why_it_failed(error, site.arguments)
+            was_served = time.monotonic() - started > SERVED_S
         except (tls.FilesNotReady, ChildProcessError, ConnectionError) as error:
-            # Certificates that are being renewed; the process that reads the first file was killed.
+            # Certificates that are being renewed; the process that reads the first file was killed;
+            # a server that is deaf.
             reason = str(error)
+            was_served = False
 
         now = time.monotonic()
-        waited_s = now - max(started, site.reporter.waits_since)
-        was_served = waited_s > SERVED_S and not site.reporter.is_unanswered
         if away_since is None or was_served:
             # The server was there until now: the time to give up begins anew.
             away_since = now
-            last_report = None
+            said_at = -math.inf
             pause_s = FIRST_PAUSE_S
         left_s = away_since + site.arguments.give_up_after - now
         if left_s <= 0:
             raise gave_up(site)
-        if last_report is None or now - last_report >= REPORT_EVERY_S:
-            last_report = now
+        if now - said_at >= REPORT_EVERY_S:
+            said_at = now
             site.say(
                 f"waiting for the server at {site.arguments.server} ({reason}); giving up "
                 f"in {left_s:.0f} s"
@@ -819,30 +799,40 @@ def keep_trying(attempt, site):
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
+def why_it_failed(error, arguments):
+    """A failed call in words. Raises ValueError with them where trying again does not help."""
+    said = error.details() or error.code().name
+    reason, may_help = tls.explain(said, arguments)
+    if reason == said:  # the server's own words
+        reason = plain(said)
+        if error.code() in REFUSALS:
+            reason = f"the server refused: {reason} ({error.code().name})"
+            may_help = False
+    if not may_help:
+        raise ValueError(reason) from None
+    return reason
+
+
 def gave_up(site):
     """The GaveUp of this moment: what is lost depends on what was delivered."""
     state = site.state
-    away = (
-        f"the server at {site.arguments.server} did not answer for "
-        f"{site.arguments.give_up_after:g} s"
-    )
     is_last = state["run"] and 0 < state["round"] == state["rounds"]
+    what, exit_code = "what was trained is kept: start this client again when the server is back", 4
     if is_last and state["trained"] and site.sent:
-        return GaveUp(
-            f"{away}; the last round's weights were delivered and never answered: the run is "
-            "probably over, look at the server; started again, this client asks again",
-            exit_code=5,
+        exit_code = 5
+        what = (
+            "the last round's weights were delivered and never answered: the run is probably over, "
+            "look at the server; started again, this client asks again"
         )
-    may_be_over = ""
-    if is_last:
-        may_be_over = (
+    elif is_last:
+        what = (
             f"round {state['round']} was the last, so the run may be over, and its result is the "
-            "server's server_weight.h5; "
+            f"server's server_weight.h5; {what}"
         )
     return GaveUp(
-        f"{away}; {may_be_over}what was trained is kept: start this client again when the server "
-        "is back",
-        exit_code=4,
+        f"the server at {site.arguments.server} did not answer for "
+        f"{site.arguments.give_up_after:g} s; {what}",
+        exit_code,
     )
 
 
@@ -869,95 +859,81 @@ def connect(site):
 class ProgressReporter:
     """Says where this client is, in a thread of its own: to the server, and to who looks on.
 
-    The server is told only where it named a run, every TELL_EVERY_S or where something changed.
-    From the answer this client learns that its round was closed. A server that answers nothing for
-    UNANSWERED_S is away, though its port may be open and pings be answered: then the call that
-    waits is ended.
+    The server is told only where it named a run. From the answer this client learns that its round
+    was closed. A server that answers nothing for UNANSWERED_S is away, though its port may be open
+    and pings be answered: then the call that waits is ended.
     """
 
     def __init__(self, site):
         self.site = site
-        self.task = None  # what this client works for: run and round; None: nothing is told
-        self.where = {}
-        self.round_closed = False
-        self.answered_at = self.waits_since = time.monotonic()
-        self.wait = None  # (what, the call) while this client waits
-        self.changed = threading.Event()
+        self.status = None  # what the server is told; None: nothing
+        self.answer = todo_pb2.openRound()
+        self.answered_at = time.monotonic()
+        self.wait = None  # (what, the call, since when) while this client waits
         self.telling = threading.Lock()  # held while one report is on its way
         threading.Thread(target=self._run, daemon=True).start()
 
-    def begin(self, task, phase):
-        """From now on it works for this task."""
-        self.task = {"run": task["run"], "round": task["round"]} if task["run"] else None
-        self.round_closed = False
-        self.at(phase)
+    def at(self, task, phase, scores=None, **where):
+        """It works for this task, and is in this phase; where: epoch, epochs, seconds_left."""
+        self.status = None
+        if task["run"]:
+            self.status = todo_pb2.clientStatus(
+                run=task["run"], round=task["round"], phase=phase, scores=scores, **where
+            )
 
-    def at(self, phase, **numbers):
-        """It is in this phase; numbers: epoch, epochs, seconds_left."""
-        before = (self.where.get("phase"), self.where.get("epoch"))
-        self.where = {"phase": phase, **numbers}
-        if before != (phase, numbers.get("epoch")):
-            self.changed.set()
-
-    @property
-    def is_unanswered(self):
-        return self.task is not None and time.monotonic() - self.answered_at > UNANSWERED_S
+    def knows_closed(self, task):
+        """Whether the task's round is known to be closed."""
+        return self.answer.run == task["run"] and self.answer.round > task["round"]
 
     @contextmanager
     def waiting(self, what, call):
-        """While the body waits for this call, say so; end it where the server is away."""
-        self.answered_at = self.waits_since = time.monotonic()
-        self.wait = (what, call)
+        """While the body waits for this call, say so. Raises ConnectionError if it was ended."""
+        self.wait = (what, call, time.monotonic())
         try:
             yield
+        except (grpc.RpcError, grpc.FutureCancelledError):
+            if call.cancelled():
+                raise ConnectionError(f"it answered nothing for {UNANSWERED_S} s") from None
+            raise
         finally:
             self.wait = None
 
-    def tell(self, task, where, scores=None):
-        """Tell the server where this client is. Returns the open round's number, None: no answer.
+    def tell(self):
+        """Tell the server where this client is. Returns whether it answered.
 
         On a connection of its own each time: routers and proxies drop silent ones. One at a time:
         the server ends a client's older report for a newer one.
         """
-        status = todo_pb2.clientStatus(run=task["run"], round=task["round"], scores=scores, **where)
+        if self.status is None:
+            return True
         try:
             with self.telling, connect(self.site) as channel:
                 stub = todo_pb2_grpc.FedMLStub(channel)
                 metadata = (("fedml-client", self.site.name),)
-                answer = stub.tell(status, metadata=metadata, timeout=TELL_TIMEOUT_S)
-            return answer.round if answer.run == task["run"] else task["round"]
+                self.answer = stub.tell(self.status, metadata=metadata, timeout=TELL_TIMEOUT_S)
         except (tls.FilesNotReady, RuntimeError):  # the second: no thread to be had
-            return None
+            return False
         except grpc.RpcError as error:
             # A server that refuses, or is of another commit and knows no `tell`, answers, too.
-            return None if error.code() in UNANSWERED else task["round"]
+            if error.code() in UNANSWERED:
+                return False
+        self.answered_at = time.monotonic()
+        return True
 
     def _run(self):
-        last_line = time.monotonic()
+        said_at = 0
         while True:
-            self.changed.wait(TELL_EVERY_S)
-            self.changed.clear()
-            self._tell_where()
+            time.sleep(TELL_EVERY_S)
+            self.tell()
+            if not (wait := self.wait):  # once: it may end here
+                continue
+            what, call, since = wait
             now = time.monotonic()
-            wait = self.wait  # once: it may end here
-            if wait is None:
-                last_line = now
-            elif now - last_line >= REPORT_EVERY_S:
-                last_line = now
-                self.site.say(f"{wait[0]} for {now - self.waits_since:.0f} s")
-            time.sleep(SHORTEST_PAUSE_S)
-
-    def _tell_where(self):
-        task, wait = self.task, self.wait
-        if task is None:
-            return
-        open_round = self.tell(task, self.where)
-        if open_round is not None:
-            self.answered_at = time.monotonic()
-            if task is self.task and open_round > task["round"]:
-                self.round_closed = True
-        elif wait is not None and self.is_unanswered:
-            wait[1].cancel()
+            if now - max(said_at, since) >= REPORT_EVERY_S:
+                said_at = now
+                self.site.say(f"{what} for {now - since:.0f} s")
+            if self.status and now - max(self.answered_at, since) > UNANSWERED_S:
+                call.cancel()
 
 
 if __name__ == "__main__":

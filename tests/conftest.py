@@ -491,7 +491,8 @@ def begun(shared_site, tmp_path):
 def holding(site, script, *patches):
     """A file: the script as it is, but for patches (Python text) that are run before."""
     path = site / f"{script}_patched.py"
-    path.write_text(
+    files.publish_text(  # whole at every instant: an earlier process may just begin to read it
+        path,
         "\n".join(
             [
                 "import sys, time",
@@ -502,7 +503,7 @@ def holding(site, script, *patches):
                 f"import {script}",
                 f"end_script({script}.main())",
             ]
-        )
+        ),
     )
     return path
 
@@ -575,7 +576,7 @@ def client_main(shared_site, tmp_path, monkeypatch, capsys):
     def main(*flags):
         code = todoClient.main(["--name", "client001", "--give-up-after", "0", *flags])
         for each in reporters:
-            each.task = None
+            each.status = None
         said = capsys.readouterr()
         return code, said.out + said.err
 

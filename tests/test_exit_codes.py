@@ -258,7 +258,7 @@ def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_ne
 
 IMPATIENT = [
     "todoClient.UNANSWERED_S, todoClient.TELL_EVERY_S, todoClient.TELL_TIMEOUT_S = 2, 0.5, 1",
-    "todoClient.CONNECT_S, todoClient.SERVED_S, todoClient.SHORTEST_PAUSE_S = 1, 2, 0.1",
+    "todoClient.CONNECT_S, todoClient.SERVED_S = 1, 2",
 ]
 
 

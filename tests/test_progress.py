@@ -34,7 +34,6 @@ def rows_of(path):
 def often(monkeypatch):
     """A client tells where it is many times a second."""
     monkeypatch.setattr(todoClient, "TELL_EVERY_S", 0.05)
-    monkeypatch.setattr(todoClient, "SHORTEST_PAUSE_S", 0.01)
 
 
 def trained(round_number):
@@ -117,7 +116,8 @@ def test_reports_of_a_client_do_not_end_each_other(client_main, monkeypatch):
     monkeypatch.setattr(todoClient.todo_pb2_grpc, "FedMLStub", lambda channel: stub)
     site = todoClient.Site(todoClient.parse(["--name", "client001"]))
     with site.reporter.telling:  # as its thread does
-        call = Call(site.reporter.tell, {"run": "run0", "round": 1}, {"phase": "done"})
+        site.reporter.at({"run": "run0", "round": 1}, "done")
+        call = Call(site.reporter.tell)
         call.thread.join(0.3)
         assert not call.ended and told == []
     call.result()

@@ -94,7 +94,7 @@ def test_a_rejected_upload_ends_the_client_with_1_and_the_next_start_trains_agai
     code, said = client_main("--server", address)
     assert code == 1 and said.count("training now") == 1
     last = said.splitlines()[-1]
-    assert "nan: only finite numbers" in last and "index/worker1.pkl" in last
+    assert "nan: only finite numbers" in last
     code, said = client_main("--server", address)
     assert code == 0 and said.count("training now") == 1
     assert run.rounds.state.evaluated == 1
@@ -171,8 +171,8 @@ def test_who_gives_up_says_what_is_lost(run, round_number, trained, sent, code, 
     state = {"run": run, "round": round_number, "rounds": 3, "trained": trained}
     arguments = SimpleNamespace(server="here:1", give_up_after=9)
     error = todoClient.gave_up(SimpleNamespace(state=state, sent=sent, arguments=arguments))
-    assert error.exit_code == code and words in str(error)
-    assert "did not answer for 9 s" in str(error)
+    assert error.args[1] == code and words in error.args[0]
+    assert "did not answer for 9 s" in error.args[0]
 
 
 # --- training that ends in NaN -------------------------------------------------------------------
