@@ -78,7 +78,7 @@ def main(argv=None):
         warn("predict", f"warning: this model must not be used: {card['warning']}")
     scored = score_all(network, card, paths)
     results = list(pictures.progress(scored, "photographs scored", len(paths), stderr=True))
-    threshold, table = judge(results, graded, args, cards.threshold_of(card))
+    threshold, table = judge(results, graded, args, card["tasks"][TASK]["threshold"])
     show(results, args.csv is None)
     if args.csv:
         write_csv(args.csv, results, threshold, sha256)

@@ -105,7 +105,8 @@ def make(state, row, prepared, validation_sha256, assessed):
     return {
         "card_version": CARD_VERSION,
         "input": f"{size} x {size} pixels, RGB, 0 to 255, uint8 or float: {picture}",
-        "output": "P(healthy), 0 to 1; the DR score is 1 - P(healthy)",
+        "output": "P(healthy), 0 to 1; the DR score is 1 - P(healthy), and a task's calibration, a "
+        "slope and an intercept on its logit, makes it the probability of that task",
         "arch": state.arch,
         "image_size": size,
         "preprocessing": str(told["preprocessing"])[:40],
@@ -219,72 +220,59 @@ def parse(content):
         raise ValueError("it is not JSON") from None
     if not isinstance(card, dict):
         raise ValueError(f"it holds a {type(card).__name__}, expected an object")
+    version = card.get("card_version")
+    if version != CARD_VERSION:
+        raise ValueError(
+            f"it has version {str(version)[:20]}, this program knows {CARD_VERSION}: use the "
+            "commit that made it"
+        )
     for name, kind in NEEDED.items():
         if type(card.get(name)) is not kind:
             raise ValueError(
                 f"its {name!r} is {str(card.get(name))[:40]!r}, expected {kind.__name__}"
             )
-    if card["card_version"] != CARD_VERSION:
-        raise ValueError(
-            f"it has version {card['card_version']}, this program knows {CARD_VERSION}"
-        )
     for name in ("image_size", "prepared_image_size"):
         if not 16 <= card[name] <= 4096:
             raise ValueError(f"its {name!r} is {card[name]}, expected 16 to 4096 pixels")
-    for task in TASKS:
-        check_task(task, card["tasks"].get(task))
-    check_rounds(card.get("by_round", []))  # older cards have none
+    for name, is_right in (("tasks", has_results), ("by_round", has_rounds)):
+        try:
+            if is_right(card):
+                continue
+        except (LookupError, TypeError, ValueError, OverflowError):
+            pass  # something is missing there, or of another kind
+        raise ValueError(f"its {name!r} holds other scores than a card of this program")
     return card
 
 
-def check_task(task, entry):
-    """Raises ValueError unless it has what `metrics.assess` gives of a task."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("measured"), dict):
-        raise ValueError(f"it does not say what was measured for {task}")
-    threshold = entry.get("threshold")
-    if threshold is not None and not is_part(threshold):
-        raise ValueError(f"its threshold for {task} is {str(threshold)[:40]}, expected 0 to 1")
-    check_calibration(task, entry.get("calibration"))
-    if type(entry.get("num_positive")) is not int:
-        raise ValueError(f"it does not say how many images have {task}")
-    for metric in MEASURED:
-        numbers = entry["measured"].get(metric)
-        if not isinstance(numbers, list) or len(numbers) != 3:
-            raise ValueError(f"its {metric} for {task} is not [value, low, high]")
-        if not all(number is None or is_part(number) for number in numbers):
-            raise ValueError(f"its {metric} for {task} has a number outside 0 to 1")
+def has_results(card):
+    """Whether the card says of each task what `metrics.assess` gives of one."""
+    for entry in (card["tasks"][task] for task in TASKS):
+        line = entry["calibration"]
+        slope, intercept = (1, 0) if line is None else line
+        lengths = {len(entry["measured"][name]) for name in MEASURED}
+        of_task = [entry["threshold"], entry["calibration_error"]]
+        numbers = sum((entry["measured"][name] for name in MEASURED), of_task)
+        if not (
+            slope > 0
+            and math.isfinite(slope + intercept)
+            and type(entry["num_positive"]) is int
+            and lengths == {3}
+            and all(map(is_part_or_none, numbers))
+        ):
+            return False
+    return True
 
 
-def check_calibration(task, calibration):
-    """Raises ValueError unless it is None or [slope, intercept], a line that rises."""
-    if calibration is None:
-        return
-    try:
-        slope, intercept = calibration
-        rises = slope > 0 and math.isfinite(slope) and math.isfinite(intercept)
-    except (TypeError, ValueError, OverflowError):
-        rises = False
-    if not rises:
-        raise ValueError(
-            f"its calibration for {task} is {str(calibration)[:60]}, expected a slope above 0 and "
-            "an intercept"
-        )
-
-
-def check_rounds(by_round):
-    """Raises ValueError unless it is what `publish` writes."""
+def has_rounds(card):
+    """Whether `by_round` is what `publish` writes; it may be missing."""
+    rows = card.get("by_round", [])
     names = ("threshold", *ROUND_METRICS)
-    try:
-        numbers = [row[task][name] for row in by_round for task in TASKS for name in names]
-        whole = all(type(row["round"]) is int for row in by_round)
-    except (TypeError, KeyError, IndexError):
-        whole = False
-    if not whole or not all(number is None or is_part(number) for number in numbers):
-        raise ValueError("its 'by_round' is not a list of rounds with the scores of each task")
+    numbers = [row[task][name] for row in rows for task in TASKS for name in names]
+    return all(type(row["round"]) is int for row in rows) and all(map(is_part_or_none, numbers))
 
 
-def is_part(number):
-    return type(number) in (int, float) and 0 <= number <= 1
+def is_part_or_none(number):
+    return number is None or (type(number) in (int, float) and 0 <= number <= 1)
 
 
 def to_wire(card):
@@ -307,11 +295,6 @@ def score(card, task, p_healthy):
     return metrics.recalibrated(p_healthy, card["tasks"][task]["calibration"])
 
 
-def threshold_of(card, task=TASK):
-    """The threshold that was chosen for a task, or None."""
-    return card["tasks"].get(task, {}).get("threshold")
-
-
 def summary(card, task=TASK):
     """A round's line: 'AUC 0.991  sensitivity 0.946  specificity 0.930 for referable DR, ...'.
 
@@ -321,7 +304,7 @@ def summary(card, task=TASK):
     if card["num_nan"]:
         return f"no model: {card['warning']}"
     measured = card["tasks"][task]["measured"]
-    shown = ["auc"] if threshold_of(card, task) is None else ROUND_METRICS
+    shown = ["auc"] if card["tasks"][task]["threshold"] is None else ROUND_METRICS
     numbers = [
         f"{name.replace('auc', 'AUC')} {'not measured' if value is None else f'{value:.3f}'}"
         for name, value in ((name, measured[name][0]) for name in shown)
@@ -332,5 +315,5 @@ def summary(card, task=TASK):
 
 def used_threshold(card, task):
     """The threshold that was chosen for a task; 0.5 where none was."""
-    threshold = threshold_of(card, task)
+    threshold = card["tasks"][task]["threshold"]
     return 0.5 if threshold is None else threshold

@@ -392,7 +392,7 @@ class Page:
         figures = (
             f"The mean score is {score.mean():.2f}, and {positive.mean():.2f} of the images have "
             f"{task}: a difference of {difference_text(bias)}. The expected calibration error is "
-            f"{metrics.calibration_error(groups):.2f}."
+            f"{number(self.card['tasks'][task]['calibration_error'])}."
         )
         if self.card["tasks"][task]["calibration"] is None:
             figures += (
