@@ -36,6 +36,8 @@ from federation.state import HISTORY_COLUMNS, file_sha256_of
 REPORT_EVERY_S = 30  # how often the server says for whom it waits
 RETRY_S = 1  # how soon a step is tried again for which no file could be opened
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # of this process, of this machine
+LONG_UPDATE = 5  # medians: a client whose update is longer is said
+ROUNDS_AGAINST = 3  # running, in which an update points against the others': said
 
 NEW = "new"
 REPEAT = "repeat"
@@ -117,13 +119,35 @@ def _fetch_again(state, client, what):
     )
 
 
+def _with_rounds_against(update, before):
+    """The update, with in how many rounds running it points against the others': `before` more."""
+    cosine = update.get("update_cosine")
+    is_against = cosine is not None and cosine < 0
+    return {**update, "rounds_against": before + 1 if is_against else 0}
+
+
+def _remarks(counted):
+    """What a person should look at in a client's counted upload: sentences without its name."""
+    length = counted.get("update_length")
+    if length == 0:
+        yield "sends back what it fetched: it trains nothing"
+    if length is not None and length > LONG_UPDATE:
+        yield f"sends an update {length:.3g} times as long as the median for its examples"
+    if counted["rounds_against"] >= ROUNDS_AGAINST:
+        yield (
+            f"pulls against the other clients for {counted['rounds_against']} rounds running: are "
+            "its labels exchanged?"
+        )
+
+
 class Rounds:
     """All rounds of one run. Any thread may call the public methods; `open`, then `run`, only one.
 
     folder           where state.json, history.csv, server_weight.h5 and a folder for each client
                      lie (pathlib.Path)
     state            a RunState: a new run's, or the one that state.json holds
-    merge            merge(paths, num_examples) -> SHA-256: publishes server_weight.h5
+    merge            merge(paths, num_examples) -> (SHA-256, updates): publishes server_weight.h5;
+                     of each update {"update_length", "update_cosine"}, as `weights` says
     evaluate         evaluate() -> dict: metrics of server_weight.h5
     publish_result   publish_result(state, row) -> (dict, text): publishes what is known of the
                      evaluated round `row`, and the model if it is the best; what RunState.best says
@@ -164,6 +188,7 @@ class Rounds:
         self.waiting = {}  # client -> a token of its newest waiting call: only that one is answered
         self.client_table = status.Clients(state.clients)  # who is where
         self.scores = {}  # client -> what it measured, for its upload of the open round
+        self.is_first_merge = False  # of a frozen round: server_weight.h5 is what was fetched
         self.done_clients = set()  # that have the result, or all that they can use of it
         self.stop_reason = None  # a Refused for everyone, once no round can be closed any more
         self.opened_at = time.monotonic()  # when the round opened, or the server started again
@@ -342,6 +367,7 @@ class Rounds:
     def _freeze(self):
         """From here on the set is fixed, and a crash cannot change it."""
         with self.changed:
+            self.is_first_merge = True
             self._save(
                 frozen=sorted(self.uploads),
                 # Of a replaced upload only the entry that holds is kept.
@@ -361,25 +387,28 @@ class Rounds:
 
     def _merge_and_commit(self):
         """Merge the frozen uploads, then open the next round: from here on they are counted."""
-        started = time.monotonic()
         number = self.state.round
         names = self.state.frozen
         num_examples = [self.uploads[name]["num_examples"] for name in names]
         # Without the lock: a merge may take long, and repeats and disconnects go on meanwhile. The
         # freeze keeps the uploads as they are.
-        weights_sha256 = self.merge([self.upload_path(name) for name in names], num_examples)
+        paths = [self.upload_path(name) for name in names]
+        is_first_merge, self.is_first_merge = self.is_first_merge, False
+        weights_sha256, updates = self.merge(paths, num_examples)
+        if not is_first_merge:  # the file may have been the merged one already
+            updates = [{} for _ in names]
         with self.changed:
             merged = {
                 "round": number,
                 "clients": len(names),
                 "missing": " ".join(sorted(set(self.state.clients) - set(names))),
                 "num_examples": sum(num_examples),
-                "wait_seconds": started - self.opened_at,
-                "merge_seconds": time.monotonic() - started,
             }
             counted = dict(self.state.counted)
-            for name, upload in self.uploads.items():
-                counted[name] = {"round": number, **upload}
+            for name, update in zip(names, updates, strict=True):
+                against = counted.get(name, {}).get("rounds_against", 0)
+                update = _with_rounds_against(update, against)
+                counted[name] = {"round": number, **self.uploads[name], **update}
             self._save(
                 round=number + 1,
                 weights_sha256=weights_sha256,
@@ -392,14 +421,14 @@ class Rounds:
             self.scores = {}
             self.client_table.begin_round()
             self.changed.notify_all()
+        for name in names:
+            for remark in _remarks(counted[name]):
+                self.say(f"round {number}: warning: {name} {remark}")
 
     def _evaluate(self):
         """Evaluate the merged weights, write the row of the history; then answer everyone."""
-        started = time.monotonic()
         row = {**self.state.merged, **self.evaluate()}
-        now = time.monotonic()
-        row["evaluate_seconds"] = now - started
-        row["seconds"] = now - self.opened_at
+        row["seconds"] = time.monotonic() - self.opened_at
         history = [*self.state.history, row]
         best, scores = self.publish_result(self.state, row)
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, history)
@@ -410,13 +439,14 @@ class Rounds:
         self.after_round(row)
 
     def _publish_scores(self):
-        """Add to clients.csv what the counted uploads say that their clients measured."""
+        """Add to clients.csv what the clients measured, and how their updates compare."""
         with self.changed:
             self._add_scores(
-                # A client scores the weights that it fetched, the result of the round before.
-                {**upload, **upload["scores"], "client": name, "round": upload["round"] - 1}
+                # Its row is that of the weights which it fetched, the result of the round before:
+                # it scores these, and its training begins with them.
+                {**upload, **upload.get("scores", {}), "client": name, "round": upload["round"] - 1}
                 for name, upload in sorted(self.state.counted.items())
-                if upload.get("scores") and upload["round"] <= self.state.evaluated
+                if upload["round"] <= self.state.evaluated
             )
 
     def _add_scores(self, rows):

@@ -103,7 +103,10 @@ class RunState:
     # on no other upload is accepted for this round, so a merge after a crash has the same inputs.
     frozen: list | None = None
 
-    # Each client's last merged upload: {client: {"round": 3, "num_examples": 300, "sha256": ...}}.
+    # Each client's last merged upload: {client: {"round": 3, "num_examples": 300, "sha256": ...,
+    # "update_length", "update_cosine": beside the others', as `weights.compare_updates` says,
+    # "rounds_against": in how many rounds running the cosine was negative}}. A crash between the
+    # freeze and the commit leaves the two numbers out.
     # A client that never got its answer sends the same upload again: it is found here, and answered
     # instead of being counted twice.
     counted: dict = field(default_factory=dict)
@@ -162,11 +165,20 @@ class RunState:
 
 # What the records of a state hold: name -> types. All of them are flat, but for an upload's scores.
 NUMBER = (int, float)
-UPLOAD_KINDS = {"num_examples": (int,), "sha256": (str,), "file_sha256": (str,)}
+OPTIONAL_NUMBER = (*NUMBER, type(None))
+UPLOAD_KINDS = {
+    "num_examples": (int,),
+    "sha256": (str,),
+    "file_sha256": (str,),
+    "update_length": OPTIONAL_NUMBER,
+    "update_cosine": OPTIONAL_NUMBER,
+    "rounds_against": (int,),
+}
+NO_UPLOAD = {**dict.fromkeys(UPLOAD_KINDS), "file_sha256": "", "scores": {}, "rounds_against": 0}
 MERGED_KINDS = {"round": (int,), "clients": (int,), "missing": (str,), "num_examples": (int,)}
 # a metric is None where it cannot be measured
-ROW_KINDS = {**dict.fromkeys(HISTORY_COLUMNS, (*NUMBER, type(None))), **MERGED_KINDS}
-BEST_KINDS = {"round": (int,), "auc": (*NUMBER, type(None)), "sha256": (str,)}
+ROW_KINDS = {**dict.fromkeys(HISTORY_COLUMNS, OPTIONAL_NUMBER), **MERGED_KINDS}
+BEST_KINDS = {"round": (int,), "auc": OPTIONAL_NUMBER, "sha256": (str,)}
 MOST_EXAMPLES = 2**31 - 1  # that the wire can name
 
 
@@ -209,7 +221,7 @@ def _problem_of(state):
 
 
 def _is_upload(entry):
-    entry = {"file_sha256": "", "scores": {}, **(entry if isinstance(entry, dict) else {})}
+    entry = {**NO_UPLOAD, **(entry if isinstance(entry, dict) else {})}
     scores = entry.pop("scores")
     return (
         _holds(entry, UPLOAD_KINDS)

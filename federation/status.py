@@ -38,7 +38,8 @@ SCORES = {  # what a client measured: (least, most)
     "training_loss": (0, 1_000_000),
     "training_seconds": (0, 10_000_000),
 }
-SCORES_COLUMNS = ["round", "client", "num_examples", *SCORES]
+UPDATE = ["update_length", "update_cosine"]  # as weights.compare_updates says
+SCORES_COLUMNS = ["round", "client", "num_examples", *SCORES, *UPDATE]
 
 
 def within(values, limits):
@@ -127,6 +128,8 @@ def status_of(rounds):
                 "name": name,
                 **row,
                 "num_examples": rounds.uploads.get(name, {}).get("num_examples"),
+                # of its last update that was merged
+                **{column: state.counted.get(name, {}).get(column) for column in UPDATE},
                 "is_done": name in rounds.done_clients,
             }
             for name, row in rounds.client_table.rows.items()
@@ -224,12 +227,13 @@ def draw(status, written, most_rounds=None, names=None):
     )
     if now - written > LATE_S and not is_ended:
         title += f"\nwritten {duration(now - written)} ago: the server is gone, or this is a copy"
-    clients = Table("client", "where", "images", box=None, pad_edge=False)
+    clients = Table("client", "where", "images", "update", "cosine", box=None, pad_edge=False)
     for row in status["clients"]:
-        images = "" if row["num_examples"] is None else str(row["num_examples"])
+        numbers = [row[name] for name in ("num_examples", *UPDATE)]
+        numbers = ["" if number is None else _cell(number) for number in numbers]
         # What others write stays text: without markup, and without control characters.
         name = (names or {}).get(row["name"], row["name"])
-        clients.add_row(Text(plain(name)), Text(plain(where(row, now))), images)
+        clients.add_row(Text(plain(name)), Text(plain(where(row, now))), *numbers)
     rounds = Table(*ROUND_COLUMNS, "missing", box=None, pad_edge=False)
     first = 0 if most_rounds is None else max(0, len(status["history"]) - most_rounds)
     for row in status["history"][first:]:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ SLAB_ELEMENTS = 1 << 16  # tensors are read in slabs: memory does not follow the
 MOST_NAMES = 10_000  # of layers, of one layer's weights and of all tensors, that a file may list
 NUMBER_BYTES = 4  # float32
 MOST_OUTSIDE_BYTES = 256 << 20  # of a file, beside its tensors: a layout keeps them in memory
+LONGEST = 1e19  # update whose length is told: the square of a longer one is no float32
+LEAST_DIRECTION = 1e-6  # square of the length of a sum that still points somewhere
 
 
 # --- file -> messages ---------------------------------------------------------------------------
@@ -561,7 +564,7 @@ def _write(path, layout, numbers_of):
 # --- FedAvg -------------------------------------------------------------------------------------
 
 
-def fedavg(paths, num_examples, layout, target):
+def fedavg(paths, num_examples, layout, target, trainable):
     """Federated averaging: w = sum(n_k w_k) / sum(n_k), published as `target`.
 
     McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
@@ -570,27 +573,85 @@ def fedavg(paths, num_examples, layout, target):
     paths         files of the server's layout, in the order of their clients' names
     num_examples  n_k, the number of training examples of each
     layout        Layout of these files and of the result
+    target        where the result goes; until then it is what the clients fetched
+    trainable     of each tensor of the layout, whether it is trained (bool)
 
-    Returns the SHA-256 of the result.
+    Returns the SHA-256 of the result, and for `compare_updates` the scalar products of all pairs of
+    updates (what was sent, less what was fetched) over the trainable tensors: float64 (n, n).
     """
     total_examples = sum(num_examples)
+    products = np.zeros((len(paths), len(paths)))
+    is_trainable = dict(zip(layout.tensors, trainable, strict=True))
     # One set of buffers for the whole merge: memory that is given back and taken again costs as
     # much time as the arithmetic.
-    numbers = np.empty(SLAB_ELEMENTS, "<f4")
+    numbers = np.empty((len(paths), SLAB_ELEMENTS), "<f4")
+    merged = np.empty(SLAB_ELEMENTS, "<f4")
     product = np.empty(SLAB_ELEMENTS, np.float64)
     total = np.empty(SLAB_ELEMENTS, np.float64)
 
     def averages(tensor):
         for first, count in _slabs(tensor.shape):
+            slab = numbers[:, :count]
+            for upload, row in zip(uploads, slab, strict=True):
+                _read(upload, tensor, first, row)
             total[:count] = 0
-            for n, upload in zip(num_examples, uploads, strict=True):
-                _read(upload, tensor, first, numbers[:count])
-                np.multiply(numbers[:count], n, out=product[:count], dtype=np.float64)
+            for n, row in zip(num_examples, slab, strict=True):
+                np.multiply(row, n, out=product[:count], dtype=np.float64)
                 total[:count] += product[:count]
             total[:count] /= total_examples
-            numbers[:count] = total[:count]
-            yield numbers[:count]
+            if is_trainable[tensor]:
+                _read(fetched, tensor, first, merged[:count])
+                _add_products(products, slab, merged[:count])
+            merged[:count] = total[:count]
+            yield merged[:count]
 
-    with replacing(target) as merged, ExitStack() as stack:
-        uploads = [stack.enter_context(open(path, "rb", buffering=0)) for path in paths]
-        return _write(merged, layout, averages)
+    with replacing(target) as written, ExitStack() as stack:
+        fetched, *uploads = [
+            stack.enter_context(open(path, "rb", buffering=0)) for path in (target, *paths)
+        ]
+        return _write(written, layout, averages), products
+
+
+def _add_products(products, slab, fetched):
+    """Add to (n, n) what these numbers (n, count) add to the products; the slab is used up."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of a client that sends 1e38
+        slab -= fetched
+        for number, row in enumerate(slab):
+            products[number, : number + 1] += slab[: number + 1] @ row
+            products[: number + 1, number] = products[number, : number + 1]
+
+
+def compare_updates(products, num_examples):
+    """Whose update pulls where: [{"update_length", "update_cosine"}] of the clients.
+
+    update_length  for its number of steps, relative to the median: 1 is as long as the others. The
+                   length grows as the square root of the number of steps: with Adam, and measured
+                   (12 to 200 images of one network: within 0.7 and 1.1). The server does not know
+                   the steps; of clients that make as many passes over batches of one size, they go
+                   by the number of examples.
+    update_cosine  with the mean of the other clients' updates, each at unit length. The merged
+                   update would not do, for it holds the client's own: with it, even a hospital
+                   with exchanged labels has a positive one.
+
+    A number is None where there is none: what is 0 has no direction.
+    """
+    lengths = np.nan_to_num(np.sqrt(np.diagonal(products)), nan=LONGEST, posinf=LONGEST)
+    per_step = (lengths / np.sqrt(num_examples)).tolist()
+    # of two the shorter, so that the longer one can stand out
+    median = statistics.median_low([length for length in per_step if length] or [1.0])
+    has_direction = (lengths > 0) & (lengths < LONGEST)
+    cosines = np.zeros_like(products)
+    there = np.ix_(has_direction, has_direction)
+    cosines[there] = products[there] / np.outer(lengths, lengths)[there]
+    # |sum of the others|^2 is the sum of all pairs, less those of this client
+    with_all = cosines.sum(axis=1)
+    of_others = cosines.sum() - 2 * with_all + 1
+    return [
+        {
+            "update_length": length / median,
+            "update_cosine": float((with_all[number] - 1) / math.sqrt(of_others[number]))
+            if has_direction[number] and of_others[number] > LEAST_DIRECTION
+            else None,
+        }
+        for number, length in enumerate(per_step)
+    ]

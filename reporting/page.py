@@ -412,6 +412,21 @@ class Page:
         names = {client: cards.name_of(client, self.run.prepared) for client in clients}
         return [(names[client], clients[client]) for client in sorted(clients)]
 
+    def updates(self):
+        """{client: [length, cosine, rounds against the others, rounds]}, the first two medians."""
+        rows = {}
+        for row in self.run.client_rows:
+            if row.get("update_length") is not None:
+                name = cards.name_of(row["client"], self.run.prepared)
+                rows.setdefault(name, []).append((row["update_length"], row.get("update_cosine")))
+        found = {}
+        for name, pairs in sorted(rows.items()):
+            cosines = [cosine for _, cosine in pairs if cosine is not None]
+            cosine = np.median(cosines) if cosines else None
+            against = sum(each < 0 for each in cosines)
+            found[name] = [np.median([length for length, _ in pairs]), cosine, against, len(pairs)]
+        return found
+
     def seconds(self):
         """{what: median seconds of a round, or None}; training is the slowest client's."""
         training = {}

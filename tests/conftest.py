@@ -167,7 +167,10 @@ class Run:
         self.start()
 
     def average(self, paths, num_examples):
-        return weights.fedavg(paths, num_examples, weights.Layout(self.weights), self.weights)
+        layout = weights.Layout(self.weights)
+        trainable = [True] * len(layout.tensors)
+        sha256, products = weights.fedavg(paths, num_examples, layout, self.weights, trainable)
+        return sha256, weights.compare_updates(products, num_examples)
 
     def start(self, rounds=None, clients=None):
         """Opens what is on disk, as a server does that is started."""

@@ -124,7 +124,12 @@ def initialize(network, source):
 
 def shapes(network):
     """Those of STANDIN_WEIGHTS; where nothing is said, whatever was loaded last is right."""
-    return weights.Layout(os.environ.get("STANDIN_WEIGHTS", network.path)).shapes
+    return weights.Layout(os.environ.get("STANDIN_WEIGHTS", file_of(network))).shapes
+
+
+def file_of(network):
+    """What was loaded last; a server's network has loaded nothing before its first evaluation."""
+    return network.path or "server/server_weight.h5"
 
 
 def load(network, path, tensors=None):
@@ -150,7 +155,8 @@ def save(network, path):
 def tensors(network):
     if "STANDIN_SEED" in os.environ:
         return random_tensors(int(os.environ["STANDIN_SEED"]), shapes(network))
-    return [Moved(network.path, tensor) for tensor in weights.Layout(network.path).tensors]
+    path = file_of(network)
+    return [Moved(path, tensor) for tensor in weights.Layout(path).tensors]
 
 
 class Moved:
@@ -158,6 +164,8 @@ class Moved:
 
     A list of arrays would be a second copy of the model, beside the one that a network is.
     """
+
+    trainable = True
 
     def __init__(self, path, tensor):
         self.path = path

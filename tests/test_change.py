@@ -192,7 +192,8 @@ from standin import read_weights, write_weights
 from federation import weights
 paths = [write_weights(Path(f"{number}.h5"), number) for number in range(3)]
 layout = weights.Layout(paths[0])
-weights.fedavg(paths, [1, 1, 1_000_000], layout, Path("merged.h5"))
+merged = write_weights(Path("merged.h5"), 9)
+weights.fedavg(paths, [1, 1, 1_000_000], layout, merged, [True] * len(layout.tensors))
 for merged, *three in zip(*map(read_weights, ["merged.h5", *paths])):
     assert np.array_equal(merged, np.median(three, axis=0)), merged
 """

@@ -142,6 +142,8 @@ def test_too_few_clients_within_the_limit_is_exit_3(start, begun):
 
 
 FULL_DISK = """
+import standin
+sys.modules["model"] = standin
 from federation import weights
 def fedavg(*_, **__):
     raise OSError(28, "No space left on device", "server/server_weight.h5")

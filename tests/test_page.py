@@ -182,6 +182,8 @@ def full(pictures):
     run.client_rows = [
         {"round": 1, "client": "client001", "examples": 24, "auc": 0.91234, "training_seconds": 3},
         {"round": 1, "client": "<i>client002</i>", "examples": 30, "auc": None},
+        {"round": 1, "client": "client003", "update_length": 6.5, "update_cosine": -0.25},
+        {"round": 2, "client": "client003", "update_length": 0.5, "update_cosine": None},
     ]
     return Page(run)
 
@@ -215,6 +217,7 @@ def test_figures_are_those_of_the_card(full, source):
             assert f"{value:.3f} {low:.2f} to {high:.2f}" in text
         assert f"{entry['threshold']:.3f}" in text
     assert "client001 (screening <centre>) 24 images 0.912 not measured" in text
+    assert "3.50 -0.25 1 of 2" in text  # whose update pulls where, over the rounds
 
 
 def test_what_is_unknown_is_not_measured(pictures):

@@ -18,7 +18,7 @@ from serving import serve
 
 import todoServer
 from common import files
-from federation import rounds, weights
+from federation import rounds, status, weights
 from federation.rounds import Refused
 from federation.state import RunState
 from generated import todo_pb2, todo_pb2_grpc
@@ -349,8 +349,12 @@ def test_killed_at_any_step_of_a_round_the_run_ends_in_the_same_bits(
     assert run.holds((A, 1, 3), (B, 1, 4))
     assert [row["round"] for row in state_on_disk(run).history] == [1, 2]
     assert [row["round"] for row in rows_of(run.folder / "history.csv")] == ["1", "2"]
-    [row] = rows_of(run.folder / "clients.csv")
-    assert (row["round"], row["client"], row["auc"]) == ("0", A, "0.75")
+    rows = rows_of(run.folder / "clients.csv")
+    found = [(row["round"], row["client"], row["auc"]) for row in rows]
+    assert found == [("0", A, "0.75"), ("0", B, ""), ("1", A, ""), ("1", B, "")]
+    # a merge that is repeated may not see what the clients fetched
+    is_repeated = (number, when) in [(3, "after"), (4, "before"), (4, "after"), (5, "before")]
+    assert [not row["update_length"] for row in rows] == [is_repeated] * 2 + [False] * 2
 
 
 @pytest.mark.parametrize("step", ["merge", "evaluate", "history.csv", "state.json"])
@@ -452,14 +456,42 @@ def test_what_the_clients_measured_is_in_clients_csv_once_its_round_is_evaluated
         with pytest.raises(OSError, match="No space"):
             run.rounds.hear(A, "run0", 2, {"phase": "done"}, {"auc": 0.25})
     assert run.rounds.done_clients == {A}  # its last word counts all the same
-    kept = [
-        {name: row[name] for name in ("round", "client", "num_examples", "auc", "examples")}
-        for row in rows_of(path)
-    ]
-    assert [list(row.values()) for row in kept] == [
+    names = ("round", "client", "num_examples", "auc", "examples")
+    assert [[row[name] for name in names] for row in rows_of(path)] == [
         ["0", A, "3", "0.5", "4"],
+        ["0", B, "1", "", ""],
         ["1", B, "", "0.75", ""],
     ]
+
+
+def test_whose_update_pulls_where_is_kept_and_what_stands_out_is_said(make_run):
+    run = make_run(clients=[A, B, C], rounds=4)
+    of_b = [(1.5, -0.1), (1.5, -0.2), (0.0, None), (1.5, -0.2)]
+    of_c = [(5.5, 0.5), (1.0, -0.25), (1.0, -0.25), (1.0, -0.25)]
+    rounds_of_pairs = iter(zip(of_b, of_c, strict=True))
+
+    def merge(paths, num_examples):
+        pairs = ((1.0, 0.5), *next(rounds_of_pairs))
+        updates = [{"update_length": one, "update_cosine": other} for one, other in pairs]
+        return run.average(paths, num_examples)[0], updates
+
+    run.merge = merge
+    for seed in range(4):
+        all_deliver(run, client001=seed, client002=seed, client003=seed)
+    run.coordinator.result()
+    warnings = [line for line in run.said if "warning" in line]
+    expected = [(1, C, "5.5 times"), (3, B, "trains nothing"), (4, C, "pulls against")]
+    for line, (number, client, words) in zip(warnings, expected, strict=True):
+        assert f"round {number}: warning: {client}" in line and words in line
+    found = [row for row in rows_of(run.folder / "clients.csv") if row["client"] == B]
+    assert [(row["update_length"], row["update_cosine"]) for row in found] == [
+        ("1.5", "-0.1"),
+        ("1.5", "-0.2"),
+        ("0.0", ""),
+        ("1.5", "-0.2"),
+    ]
+    [*_, last] = status.status_of(run.rounds)["clients"]
+    assert (last["update_length"], last["update_cosine"]) == (1.0, -0.25)
 
 
 @pytest.mark.parametrize("spoiled", [None, '"' + 200_000 * "x"])

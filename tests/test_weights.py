@@ -346,14 +346,24 @@ def test_numbers_stop_at_the_end_of_the_file(own):
 # --- FedAvg --------------------------------------------------------------------------------------
 
 
+def fedavg(paths, num_examples, target, layout=None, trainable=None):
+    """weights.fedavg of files as long as the first, onto what `target` is, or zeros."""
+    layout = layout or weights.Layout(paths[0])
+    if not target.exists():
+        weights.write_tensors(target, layout, [np.zeros(shape, "f4") for _, shape in layout.shapes])
+    trainable = trainable or [True] * len(layout.tensors)
+    return weights.fedavg(paths, num_examples, layout, target, trainable)
+
+
 def test_fedavg_by_hand(tmp_path):
     shapes = [("dense", (2,)), ("dense", ())]
     a = write_weights(tmp_path / "a.h5", [np.float32([1, 2]), np.float32(0)], shapes)
     b = write_weights(tmp_path / "b.h5", [np.float32([5, 10]), np.float32(4)], shapes)
-    digest = weights.fedavg([a, b], [1, 3], weights.Layout(a), tmp_path / "merged.h5")
+    digest, products = fedavg([a, b], [1, 3], tmp_path / "merged.h5")
     merged = read_weights(tmp_path / "merged.h5")
     assert merged[0].tolist() == [4, 8] and merged[1] == 3
     assert digest == sha256_of(tmp_path / "merged.h5")
+    assert products.tolist() == [[1 + 4, 5 + 20], [5 + 20, 25 + 100 + 16]]
 
 
 @settings(deadline=None)  # disks differ
@@ -364,7 +374,7 @@ def test_fedavg_is_the_formula_in_float64_cast_once(tmp_path_factory, sizes):
     for _, _, tensors in uploads:
         tensors[0].reshape(-1)[:2] = [-0.0, 0.0]  # the sign of zero, too, is the formula's
     paths = [write_weights(folder / f"{name}.h5", tensors) for name, _, tensors in uploads]
-    weights.fedavg(paths, sizes, weights.Layout(paths[0]), folder / "merged.h5")
+    fedavg(paths, sizes, folder / "merged.h5")
     assert same_bits(read_weights(folder / "merged.h5"), averaged(uploads))
 
 
@@ -372,10 +382,11 @@ def test_fedavg_in_slabs_is_fedavg_at_once_and_opens_no_hdf5(tmp_path, monkeypat
     paths = [write_weights(tmp_path / f"{k}.h5", k) for k in range(3)]
     layout = weights.Layout(paths[0])
     monkeypatch.setattr(h5py, "File", None)
-    weights.fedavg(paths, [1, 2, 3], layout, tmp_path / "once.h5")
+    _, at_once = fedavg(paths, [1, 2, 3], tmp_path / "once.h5", layout)
     monkeypatch.setattr(weights, "SLAB_ELEMENTS", 5)
-    weights.fedavg(paths, [1, 2, 3], layout, tmp_path / "slabs.h5")
+    _, in_slabs = fedavg(paths, [1, 2, 3], tmp_path / "slabs.h5", layout)
     assert (tmp_path / "once.h5").read_bytes() == (tmp_path / "slabs.h5").read_bytes()
+    assert np.allclose(at_once, in_slabs)
 
 
 @pytest.mark.parametrize(("size", "failure"), [(None, OSError), (-1, ValueError)])
@@ -388,5 +399,65 @@ def test_a_merge_that_fails_leaves_the_old_file(tmp_path, size, failure):
         end = max(tensor.end for tensor in layout.tensors)
         paths[1].write_bytes(paths[0].read_bytes()[: end + size])
     with pytest.raises(failure):
-        weights.fedavg(paths, [1, 1], layout, target)
+        fedavg(paths, [1, 1], target, layout)
     assert target.read_bytes() == before
+
+
+# --- whose update pulls where --------------------------------------------------------------------
+
+
+def compared(folder, updates, sizes, trainable=None):
+    """[(length, cosine)] of clients whose files differ from what they fetched by these numbers."""
+    fetched = write_weights(folder / "server_weight.h5", 9)
+    layout, start = weights.Layout(fetched), read_weights(fetched)
+    paths = [folder / f"{number}.h5" for number in range(len(updates))]
+    for path, update in zip(paths, updates, strict=True):
+        weights.write_tensors(path, layout, [a + b for a, b in zip(start, update, strict=True)])
+    _, products = fedavg(paths, sizes, fetched, layout, trainable)
+    found = weights.compare_updates(products, sizes)
+    return [(each["update_length"], each["update_cosine"]) for each in found]
+
+
+def scaled(factor, tensors):
+    return [np.float32(factor) * tensor for tensor in tensors]
+
+
+def test_updates_are_compared_by_length_and_with_the_others_as_the_formula_says(tmp_path):
+    updates, sizes = [random_tensors(seed) for seed in range(4)], [10, 40, 90, 160]
+    trainable = [True, False, True, True]
+    found = compared(tmp_path, updates, sizes, trainable)
+    rows = [
+        np.concatenate(
+            [tensor.ravel() for tensor, is_one in zip(each, trainable, strict=True) if is_one]
+        )
+        for each in updates
+    ]
+    units = [row / np.linalg.norm(row) for row in rows]
+    lengths = [np.linalg.norm(row) / np.sqrt(n) for row, n in zip(rows, sizes, strict=True)]
+    for number, (length, cosine) in enumerate(found):
+        others = np.mean([unit for each, unit in enumerate(units) if each != number], axis=0)
+        expected = units[number] @ others / np.linalg.norm(others)
+        assert cosine == pytest.approx(expected, abs=1e-5)
+        assert length == pytest.approx(lengths[number] / sorted(lengths)[1], rel=1e-5)
+
+
+SAME = random_tensors(1)
+LONGEST = weights.LONGEST / np.sqrt(sum(np.sum(tensor**2) for tensor in SAME))
+
+
+@pytest.mark.parametrize(
+    ("updates", "expected"),
+    [
+        ([SAME], [(1, None)]),  # nobody to compare it with
+        ([SAME, scaled(1000, SAME)], [(1, 1), (1000, 1)]),
+        ([SAME, SAME, scaled(-1, SAME)], [(1, None), (1, None), (1, -1)]),  # 0 has no direction
+        ([SAME, SAME, scaled(0, SAME)], [(1, 1), (1, 1), (0, None)]),
+        ([scaled(0, SAME)] * 2, [(0, None)] * 2),
+        ([SAME, SAME, scaled(1e30, SAME)], [(1, 1), (1, 1), (LONGEST, None)]),
+    ],
+)
+def test_one_without_a_direction_or_a_bound_leaves_the_others_compared(tmp_path, updates, expected):
+    found = compared(tmp_path, updates, [1] * len(updates))
+    for (length, cosine), (expected_length, expected_cosine) in zip(found, expected, strict=True):
+        assert length == pytest.approx(expected_length, rel=1e-4)
+        assert cosine == (expected_cosine and pytest.approx(expected_cosine, abs=1e-4))
