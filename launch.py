@@ -1,23 +1,26 @@
-"""All of it on this machine: images, a server, its clients, each hospital alone, the page.
+"""The whole demo on this machine: packages, images, one server, its clients, each hospital alone,
+and the page of the result.
 
-    ./run_local.sh --rounds 10       # makes .venv, and starts this in it; ./compare.sh: --central
+  ./run_local.sh                                  ten rounds on synthetic images
+  ./run_local.sh --rounds 20 --seed 1
+  ./run_local.sh --dataset folder --source DIR --arch lite0     your own photographs
+  ./compare.sh                                    the same, and --central
 
-A flag is declared in the script that it belongs to, and goes to every script that knows it. Nothing
-is trained, scored or written in here but the log.
+Run the same command again to resume an unfinished run. After a finished one it begins a new run.
+PYTHON=/path/to/python names an interpreter that has the packages, instead of .venv.
+Exit codes: 0 finished, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM; else of the process that failed.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # which run_local.sh has blocked
+# A flag is declared in the script that it belongs to, and goes to every script that knows it.
+# Nothing is trained, scored or written in here but the log.
 
 import argparse
 import ctypes
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -55,7 +58,7 @@ TITLES = {  # of --help, where a script has no titles of its own
     "todoServer.py": "the run",
     "todoClient.py": "the training in each hospital",
 }
-# Flags of the scripts that are chosen in here.
+# Flags of the scripts that are chosen in here: nobody else gives them.
 CHOSEN_HERE = set(
     "listen clients server_dir name server client_dir index index_dir threads out like "
     "fine_tune score_every check insecure tls_ca tls_cert tls_key".split()
@@ -78,22 +81,7 @@ ALONE = Path("alone")  # each client trained alone, for comparison
 LOG = Path("run_local.log")
 
 LOOK_EVERY_S = 0.3
-STOP_S = 10  # how long what was started may take to end, before it is killed
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-
-HELP = """\
-The whole demo on this machine: packages, images, one server, its clients, each hospital alone, and
-the page of the result.
-
-  ./run_local.sh                                  ten rounds on synthetic images
-  ./run_local.sh --rounds 20 --seed 1
-  ./run_local.sh --dataset folder --source DIR --arch lite0     your own photographs
-  ./compare.sh                                    the same, and --central
-
-Run the same command again to resume an unfinished run. After a finished one it begins a new run."""
-ENDING = """\
-PYTHON=/path/to/python names an interpreter that has the packages, instead of .venv.
-Exit codes: 0 finished, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM; else of the process that failed."""
 
 
 class Failed(Exception):
@@ -103,15 +91,16 @@ class Failed(Exception):
 def main():
     """Runs the command. Returns the exit code."""
     processes = Processes()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     argparse.ArgumentParser.error = refuse  # every script's, and in the name of this command
     try:
+        # run_local.sh has blocked it: during the imports above Ctrl-C would be a traceback
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         given = parse(sys.argv[1:])
         os.chdir(PROJECT)
         with files.alone_in(PROJECT):
-            run(processes, given)
+            return run(processes, given)
     except Failed as error:
         name, code = error.args
         print(*last_words(name), sep="\n")
@@ -122,11 +111,12 @@ def main():
         log.say(WHO, "stopping; the same command goes on with the run")
         return error.args[0]
     finally:
-        processes.stop()
+        processes.kill()
 
 
 def stop(number, frame):
     """A signal handler."""
+    signal.signal(number, signal.SIG_IGN)  # who is impatient presses Ctrl-C twice
     raise KeyboardInterrupt(128 + number)
 
 
@@ -139,13 +129,13 @@ def refuse(parser, message):
 
 
 def all_flags():
-    """A parser that knows the flags of every script, with the words of the first that has it."""
+    """A parser of the flags of all scripts, with the words of the first that has it."""
     parser = argparse.ArgumentParser(
         usage="./run_local.sh [flags]",
-        description=HELP,
-        epilog=ENDING,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     own = parser.add_argument_group("beside the federation")
     own.add_argument(
@@ -156,37 +146,32 @@ def all_flags():
         action="store_true",
         help="also train on the images of all hospitals in one place",
     )
-    known = {"help"}
+    known = {"help", *CHOSEN_HERE}
     for script, module in SCRIPTS.items():
         for group in module.parser()._action_groups:
-            new = [action for action in group._group_actions if action.dest not in known]
             title = TITLES.get(script) if group.title == "options" else group.title
             shown = parser.add_argument_group(title)
-            for action in new:
+            for action in group._group_actions:
+                if action.dest in known:
+                    continue
                 known.add(action.dest)
-                action.required = False
-                action.help = SAID_HERE.get(action.dest, action.help)
-                if action.dest in CHOSEN_HERE:
-                    action.help = argparse.SUPPRESS
+                action.help = SAID_HERE.get(action.dest, action.help) % vars(action)
+                action.default = argparse.SUPPRESS  # it is the script's own
+                if re.search("DIR|FILE", action.metavar or ""):
+                    action.type = path_from_here
                 shown._add_action(action)
     return parser
 
 
+def path_from_here(text):
+    """An argparse type: of what there is, the path from anywhere; all else as it is ("none")."""
+    path = Path(text).expanduser()
+    return path.absolute() if path.exists() else text
+
+
 def parse(words):
     """{flag's name: value} of what the user says, and of what follows from it."""
-    parser = all_flags()
-    # argparse fills in no default where there is a value already
-    nothing = argparse.Namespace(**{action.dest: None for action in parser._actions})
-    given = {
-        name: value
-        for name, value in vars(parser.parse_args(words, nothing)).items()
-        if value is not None
-    }
-    for action in parser._actions:
-        if action.dest in given and action.dest in CHOSEN_HERE:
-            parser.error(f"{action.option_strings[0]} is chosen by this command itself")
-        if action.dest in given and re.search("DIR|FILE", action.metavar or ""):
-            given[action.dest] = absolute(given[action.dest])
+    given = vars(all_flags().parse_args(words))
     if "index_from" not in given and given.get("dataset", "synthetic") == "synthetic":
         given.setdefault("epochs", SYNTHETIC_EPOCHS)
     for script in ("prepare.py", "todoServer.py"):  # refused before any work
@@ -194,25 +179,16 @@ def parse(words):
     return given
 
 
-def absolute(value):
-    """A path relative to where the user is, or several; what is none stays as it is."""
-    if isinstance(value, list):
-        return [absolute(each) for each in value]
-    path = Path(value).expanduser()
-    return path.absolute() if path.exists() else value
-
-
 def words_for(script, given):
     """The command line of a script: those of the given flags that it knows."""
     words = []
     for action in SCRIPTS[script].parser()._actions:
-        value = given.get(action.dest)
-        if isinstance(value, bool):
+        if action.dest in given:
+            value = given[action.dest]
             # of --freeze-base and --no-freeze-base the second is the one that says no
-            words.append(action.option_strings[0 if value else -1])
-        elif value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [action.option_strings[0], *map(str, values)]
+            words.append(action.option_strings[-1 if value is False else 0])
+            if action.nargs != 0:
+                words += map(str, value if isinstance(value, list) else [value])
     return words
 
 
@@ -220,42 +196,37 @@ def words_for(script, given):
 
 
 def belong_to_launcher():
-    """In a new process: the kernel ends it when the launcher is gone, be it by kill -9.
+    """In a new process: the kernel kills it when the launcher ends, however that ends.
 
-    A Ctrl-C in the terminal is for the launcher, which passes it on: in the imports of this one it
-    would be a traceback.
+    A Ctrl-C in the terminal is for the launcher: in the imports of this one it would be a
+    traceback.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def one_of_ours(script, *words):
+    """What Popen needs to start a script."""
+    command = [sys.executable, script, *map(str, words)]
+    return {"args": command, "stdin": subprocess.DEVNULL, "preexec_fn": belong_to_launcher}
+
+
+def run_in_terminal(script, *words):
+    """Its exit code; why it fails it says itself."""
+    return exit_code(subprocess.run(**one_of_ours(script, *words)).returncode)
+
+
 class Processes:
-    """What the launcher has started; none outlives it."""
+    """What runs side by side, with its lines in the log."""
 
     def __init__(self):
         self.running = {}  # name: Popen
 
     def start(self, name, script, *words):
-        """One of several: its lines go into the log."""
         with open(LOG, "ab") as output:
-            self._popen(name, [script, *words], output)
-
-    def run(self, script, *words):
-        """One by itself: it has the terminal, and says there why it fails."""
-        self._popen(script, [script, *words], None)
-        code = self.running[script].wait()
-        del self.running[script]
-        if code:
-            sys.exit(exit_code(code))
-
-    def _popen(self, name, words, output):
-        self.running[name] = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            preexec_fn=belong_to_launcher,
-        )
+            self.running[name] = subprocess.Popen(
+                **one_of_ours(script, *words), stdout=output, stderr=output
+            )
 
     def until_ended(self):
         """Yields again and again until all have ended. Raises Failed."""
@@ -268,15 +239,11 @@ class Processes:
             yield
             time.sleep(LOOK_EVERY_S)
 
-    def stop(self):
-        """Ends what still runs."""
+    def kill(self):
+        """What still runs, at any instant: all that it has written is whole."""
         for process in self.running.values():
-            process.terminate()
-        for process in self.running.values():
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.kill()
+            process.wait()
 
 
 def exit_code(returncode):
@@ -295,7 +262,7 @@ def last_words(name, most=8):
 
 
 def run(processes, given):
-    """All steps, or those that an unfinished run still needs."""
+    """All steps, or those that an unfinished run still needs. Returns the exit code."""
     console = Console(highlight=False, markup=False)
     console.print(f"1/4 packages: those of {sys.prefix}")
     with files.alone_in("server"):  # nobody trains with these images
@@ -304,7 +271,8 @@ def run(processes, given):
         console.print("the run in server/ is over: a new one begins, its files are moved aside")
         state, given["fresh"] = None, True
     console.print("2/4 images")
-    prepare_images(processes, given, is_new=state is None)
+    if code := prepare_images(given, is_new=state is None):
+        return code
     names = names_of_clients()
     done = len(state.history) if state else 0
     resumed = f", of which {done} rounds are done" if done else ""
@@ -316,28 +284,24 @@ def run(processes, given):
     beside = train_beside(processes, console, given, names)
     show_table(console, {"federated": CARD, **beside})
     in_one_place = ["--beside", "all images in one place=central"] if "central" in given else []
-    processes.run("report.py", *in_one_place)
+    return run_in_terminal("report.py", *in_one_place)
 
 
-def prepare_images(processes, given, is_new):
-    """Of a new run; a run that is resumed goes on with its own. Raises ValueError: it has others.
+def prepare_images(given, is_new):
+    """Of a new run; a run that is resumed goes on with its own. Returns the exit code.
 
-    prepare.py keeps the pictures that are there.
+    prepare.py keeps the pictures that are there. Raises ValueError: the run has other images.
     """
     words = words_for("prepare.py", given)
     if is_new:
         LOG.unlink(missing_ok=True)
-        processes.run("prepare.py", *words)
-        return
-    command = [sys.executable, "prepare.py", "--check", *words]
-    checked = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, preexec_fn=belong_to_launcher
-    )
-    if checked.returncode:
+        return run_in_terminal("prepare.py", *words)
+    if run_in_terminal("prepare.py", "--check", *words):
         raise ValueError(
-            f"server/ holds an unfinished run, but {checked.stdout.strip()}; resume it with the "
-            "flags that it began with, or begin a new run with --fresh"
+            "server/ holds an unfinished run of other images: resume it with the flags that it "
+            "began with, or begin a new run with --fresh"
         )
+    return 0
 
 
 def names_of_clients():

@@ -66,7 +66,7 @@ def test_what_follows_from_the_flags(given, script, expected, tmp_path, monkeypa
         (["--roundz", "3"], "unrecognized arguments: --roundz 3"),
         (["--round", "3"], "unrecognized arguments: --round 3"),
         (["rounds"], "unrecognized arguments: rounds"),
-        (["--listen", "localhost:1"], "--listen is chosen by this command itself"),
+        (["--listen", "localhost:1"], "unrecognized arguments: --listen localhost:1"),
         (["--rounds", "x"], "'x' is not a whole number of at least 1"),
         (["--dataset", "idrid"], "--dataset idrid needs --source"),
         (["--min-clients", "2"], "--min-clients needs --round-timeout"),
