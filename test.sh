@@ -22,7 +22,7 @@ case ${1:-} in
     ;;
 esac
 
-. ./setup.sh requirements.txt requirements-report.txt requirements-test.txt
+. ./setup.sh tests/requirements.txt
 if [ $# -gt 0 ]; then
     exec $python -m pytest "${which[@]}" -m "$marked" "$@"
 fi

@@ -1,6 +1,6 @@
 """A round of this project and one of Flower, in turn: the same bytes, nobody trains.
 
-    pip install -r requirements-flower.txt      # in an environment of its own
+    pip install -r flower_app/requirements.txt      # in an environment of its own
     python3 benchmarks/peers.py --clients 3 --megabytes 84.6
 
 Both are real processes on this machine, in plaintext: todoServer and todoClients; a SuperLink and
@@ -37,7 +37,7 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=3, help="pairs that count (default: 3)")
     arguments = parser.parse_args(argv)
     if not flower.IS_INSTALLED:
-        sys.exit(f"{sys.executable} has no flwr: pip install -r requirements-flower.txt")
+        sys.exit(f"{sys.executable} has no flwr: pip install -r flower_app/requirements.txt")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = folder / "start.h5"

@@ -71,7 +71,7 @@ def explain_missing_package(kind, error, trace):
     log.fail(
         Path(sys.argv[0]).name,
         f"{sys.executable} has no package {error.name!r}: start it with .venv/bin/python, which "
-        "`bash setup.sh requirements.txt` makes, or pip install -r requirements.txt",
+        "`bash setup.sh` makes, or pip install -r requirements.txt",
     )
 
 

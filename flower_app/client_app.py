@@ -5,9 +5,8 @@ PYTHONPATH. Flower starts a process for each training, so nothing is kept from r
 client and round say it all.
 """
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from server_app import set_tensors, tensors_of
 
 import data
 import model
@@ -48,3 +47,13 @@ def train(message, context):
         }
     )
     return Message(content=content, reply_to=message)
+
+
+def tensors_of(network):
+    """The network's weights as Flower sends them, in the order of the weight file."""
+    return ArrayRecord([variable.numpy() for variable in model.tensors(network)])
+
+
+def set_tensors(network, arrays):
+    for variable, array in zip(model.tensors(network), arrays.to_numpy_ndarrays(), strict=True):
+        variable.assign(array)

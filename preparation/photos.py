@@ -147,7 +147,7 @@ def read_dicom(path, tags=None):
         import pydicom
     except ImportError:
         raise ValueError(
-            "DICOM needs the package pydicom: pip install -r requirements-report.txt"
+            "DICOM needs the package pydicom: pip install -r requirements.txt"
         ) from None
     packed = pydicom.uid.DeflatedExplicitVRLittleEndian
     if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == packed:

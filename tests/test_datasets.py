@@ -243,7 +243,7 @@ def test_dicom_tells_the_patient(tmp_path):
 def test_without_pydicom_a_sentence_names_it(tmp_path, monkeypatch):
     save_dicom(tmp_path / "0" / "x.dcm", "P0")
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ValueError, match="pydicom: pip install -r requirements-report.txt"):
+    with pytest.raises(ValueError, match="pydicom: pip install -r requirements.txt"):
         load("folder", tmp_path, flags())
 
 

@@ -1,6 +1,6 @@
 """The same federation under Flower, by the commands of its README: its merged weights are ours.
 
-Needs requirements-flower.txt; without it this is skipped.
+Needs flower_app/requirements.txt; without it this is skipped.
 """
 
 import flower
@@ -35,7 +35,7 @@ def ours(start, site, rounds):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not flower.IS_INSTALLED, reason="flwr is absent (requirements-flower.txt)")
+@pytest.mark.skipif(not flower.IS_INSTALLED, reason="flwr is absent (flower_app/requirements.txt)")
 @pytest.mark.parametrize("rounds", CLOSE)
 def test_flowers_merged_weights_are_ours(start, site, rounds):
     system = flower.Flower(site, CLIENTS)

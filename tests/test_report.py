@@ -3,7 +3,6 @@
 What the page says is tested in test_page.py.
 """
 
-import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
@@ -205,13 +204,11 @@ def test_a_card_with_other_rounds_than_ours_is_refused(here, capsys):
         assert "by_round" in refused(capsys)
 
 
-def test_what_is_missing_is_one_sentence(here, monkeypatch, capsys):
+def test_what_is_missing_is_one_sentence(here, capsys):
     (here / "server" / "clients.csv").write_text("series,round\ncentral,1\n")
     assert "clients.csv is no table of a run" in refused(capsys)
     assert "elsewhere/server_weight.h5 is missing" in refused(capsys, "--server-dir", "elsewhere")
     assert "nothing/val_set.pkl is missing" in refused(capsys, "--index-dir", "nothing")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install -r requirements-report.txt" in refused(capsys)
 
 
 def test_a_table_with_numbers_that_are_none(tmp_path):

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
+INSTALLING = "setup: installing requirements.txt into .venv (a minute or two)"
 AGAIN = "setup: .venv was moved, or its Python is gone: making it again"
 
 
@@ -16,53 +17,52 @@ def project(tmp_path):
     folder = tmp_path / "project"
     folder.mkdir()
     shutil.copy(ROOT / "setup.sh", folder)
-    (folder / "none.txt").touch()
+    (folder / "requirements.txt").touch()
     return folder
 
 
 def set_up(folder):
-    shown = subprocess.run(
-        ["bash", "setup.sh", "none.txt"], cwd=folder, capture_output=True, text=True
+    return subprocess.run(
+        ["bash", "setup.sh"], cwd=folder, capture_output=True, text=True, start_new_session=True
     )
+
+
+def said(folder):
+    shown = set_up(folder)
     assert shown.returncode == 0, shown.stderr
     return shown.stdout.splitlines()
 
 
 def pip_works(folder):
     """By the program's own first line, which names the folder that it was installed into."""
-    shown = subprocess.run(
-        [folder / ".venv" / "bin" / "pip", "--version"], capture_output=True, text=True
-    )
+    pip = folder / ".venv" / "bin" / "pip"
+    shown = subprocess.run([pip, "--version"], capture_output=True, text=True)
     return str(folder) in shown.stdout
 
 
 def test_it_installs_once_and_again_after_a_move_or_without_its_python(project):
-    installing = "setup: installing none.txt into .venv (a minute or two)"
-    assert set_up(project) == [installing] and pip_works(project)
-    assert set_up(project) == []
+    assert said(project) == [INSTALLING] and pip_works(project)
+    assert said(project) == []
 
     moved = project.with_name("moved")
     project.rename(moved)
-    assert set_up(moved) == [AGAIN, installing] and pip_works(moved)
+    assert said(moved) == [AGAIN, INSTALLING] and pip_works(moved)
 
-    copied = project.with_name("copied")
-    shutil.copytree(moved, copied, symlinks=True)
-    assert set_up(copied) == [AGAIN, installing] and pip_works(copied)
-    assert set_up(moved) == []
+    linked = project.with_name("linked")
+    shutil.copytree(moved, linked, ignore=shutil.ignore_patterns(".venv"))
+    (linked / ".venv").symlink_to(moved / ".venv")
+    assert said(linked) == []
 
     (moved / ".venv" / "bin" / "python").unlink()
     (moved / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
-    assert set_up(moved) == [AGAIN, installing] and pip_works(moved)
+    assert said(moved) == [AGAIN, INSTALLING] and pip_works(moved)
 
 
-@pytest.mark.parametrize(
-    "path, text", [(".venv/.installed-*", "Python 2.7, of another time"), ("none.txt", "# nothing")]
-)
-def test_another_python_or_another_requirement_installs_once_more(project, path, text):
-    set_up(project)
-    next(project.glob(path)).write_text(text)
-    assert set_up(project) == ["setup: installing none.txt into .venv (a minute or two)"]
-    assert set_up(project) == []
+def test_another_python_or_another_requirement_installs_once_more(project):
+    said(project)
+    for name, text in ((".venv/.installed-*", "Python 2.7"), ("requirements.txt", "# nothing")):
+        next(project.glob(name)).write_text(text)
+        assert said(project) == [INSTALLING] and said(project) == []
 
 
 INTERRUPTED = """#!/usr/bin/env bash
@@ -78,17 +78,14 @@ def test_ctrl_c_during_the_check_leaves_venv_as_it_is(project):
     python.parent.mkdir(parents=True)
     python.write_text(INTERRUPTED)
     python.chmod(0o755)
-    command = ["bash", "setup.sh", "none.txt"]
-    shown = subprocess.run(command, cwd=project, capture_output=True, start_new_session=True)
-    assert shown.returncode == 130 and shown.stdout == b""
+    shown = set_up(project)
+    assert shown.returncode == 130 and shown.stdout == ""
     assert python.read_text() == INTERRUPTED
 
 
 def test_what_pip_refuses_is_a_sentence_and_tried_again(project):
-    (project / "none.txt").write_text("no such requirement !\n")
+    (project / "requirements.txt").write_text("no such requirement !\n")
     for _ in range(2):
-        shown = subprocess.run(
-            ["bash", "setup.sh", "none.txt"], cwd=project, capture_output=True, text=True
-        )
+        shown = set_up(project)
         assert shown.returncode == 1
-        assert "setup: error: pip could not install none.txt" in shown.stderr
+        assert "setup: error: pip could not install requirements.txt" in shown.stderr
