@@ -313,6 +313,7 @@ def names_of_clients():
 
 def federate(processes, console, given, names, num_shown):
     """A server and its clients until all have ended; a line for each round after `num_shown`."""
+    STATUS.unlink(missing_ok=True)  # of an earlier run, maybe of another commit
     begin = LOG.stat().st_size if LOG.exists() else 0
     where = ["--listen", "localhost:0", "--clients", ",".join(names)]
     processes.start("server", "todoServer.py", *where, *words_for("todoServer.py", given))

@@ -164,11 +164,13 @@ def test_compare_also_trains_on_all_images_in_one_place(first_run, tmp_path):
 # --- how it ends: with scripts that only wait -----------------------------------------------------
 
 WAITING_SERVER = """
-    import json, signal
+    import signal
     from pathlib import Path
+    from federation import status
     client = {"name": "client002", "last_seen": None, "num_examples": None, "is_done": False}
     said = {"run": "r", "arch": "drcnn", "round": 1, "rounds": 2, "phase": "open", "history": []}
-    Path("server/status.json").write_text(json.dumps({"version": 2, **said, "clients": [client]}))
+    version = {"version": status.STATUS_VERSION}
+    status.write(Path("server"), {**version, **said, "clients": [client]})
     print("2026-01-01 00:00:00 server: listening on localhost:1", flush=True)
     signal.pause()
 """
