@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.log import fail, say, warn
@@ -54,6 +55,7 @@ class Result:
     score: float | None = None  # of the card, 0..1; None where there is none
     verdict: str = ""
     reason: str = ""  # why there is no score
+    image: np.ndarray | None = None  # uint8 (size, size, 3), until it is scored
 
 
 def main(argv=None):
@@ -113,12 +115,12 @@ def parser():
     )
     add("--csv", type=Path, metavar="FILE", help=f"write a table of {', '.join(CSV_COLUMNS)}")
     add = made.add_mutually_exclusive_group().add_argument
-    add("--threshold", type=float, help="the score above which it is referable (the model's)")
+    add("--threshold", type=part, help="the score above which it is referable (the model's)")
     add(
         "--sensitivity",
-        type=float,
-        help="choose the threshold that finds this part of those with referable DR in half of the "
-        "patients of --labels; what is measured is of the other half",
+        type=part,
+        help="choose the best threshold that finds at least this part of those with referable DR "
+        "in half of the patients of --labels; what is measured is of the other half",
     )
     add = made.add_argument_group("photographs that are graded already").add_argument
     add(
@@ -138,13 +140,19 @@ def parse(argv):
     args = known.parse_args(argv)
     if not args.images and not args.labels:
         known.error("expected images, or --labels with a table that names some")
-    for name in ("threshold", "sensitivity"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value <= 1:
-            known.error(f"--{name} {value}: expected a number from 0 to 1")
     if args.sensitivity is not None and not args.labels:
         known.error("--sensitivity needs --labels: photographs that are graded already")
     return args
+
+
+def part(text):
+    """An argparse type: a number from 0 to 1."""
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
 
 
 # --- what there is --------------------------------------------------------------------------------
@@ -174,11 +182,8 @@ def read_graded(args):
     """{path: datasets.Photo} of the photographs that --labels names."""
     if not args.labels:
         return {}
-    if not args.labels.is_file():
-        raise ValueError(f"--labels {args.labels}: there is no such file")
-    folder = args.labels.parent
-    args.labels = args.labels.name
-    found = datasets.load("folder", folder, args)
+    flags = argparse.Namespace(**{**vars(args), "labels": args.labels.name})
+    found = datasets.load("folder", args.labels.parent, flags)
     for note in found.notes:
         say("predict", note)
     for why, images in found.left_out.items():
@@ -246,40 +251,36 @@ def score_all(network, card, paths):
     # Decoding takes longer than scoring, and Pillow decodes in several threads at once.
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), AT_ONCE):  # so that memory does not follow their number
-            chosen = paths[start : start + AT_ONCE]
-            prepared = list(pool.map(prepare, chosen, [card] * len(chosen)))
-            pixels = [image for _, image in prepared if image is not None]
-            answers = model.predict(network, np.stack(pixels)) if pixels else np.array([])
-            scores = iter(cards.score(card, TASK, answers))
-            for result, image in prepared:
-                if image is not None:
-                    result.score = float(next(scores))
-                    if np.isnan(result.score):
-                        result.score = None
+            results = list(pool.map(partial(prepare, card), paths[start : start + AT_ONCE]))
+            gradable = [result for result in results if result.image is not None]
+            if gradable:
+                images = np.stack([result.image for result in gradable])
+                scores = cards.score(card, TASK, model.predict(network, images))
+                for result, score in zip(gradable, scores, strict=True):
+                    result.image = None
+                    if np.isnan(score):
                         result.verdict, result.reason = "not scored", "the model answers NaN"
-                yield result
+                    else:
+                        result.score = float(score)
+            yield from results
 
 
-def prepare(path, card):
-    """(Result without a score, uint8 (size, size, 3), or None where it cannot be scored)."""
-    result = Result(path)
+def prepare(card, path):
+    """A Result without a score; with the image where it is to be scored."""
     try:
-        if kind_of_pictures(path):
-            image = photos.open_image(path)  # it was judged when it was made
-            doubt = pictures.doubt_in(path)
+        if kind_of_pictures(path):  # it was judged when it was made
+            pixels, doubt = np.asarray(photos.open_image(path)), pictures.doubt_in(path)
         else:
             # The function that made the training images, so that the score is of the same picture.
             trained_on = card["preprocessing"]
             known = trained_on if trained_on in photos.PREPROCESSINGS else "graham"
-            made, doubt = photos.prepare_photograph(path, card["prepared_image_size"], known)
-            image = Image.fromarray(made)
+            pixels, doubt = photos.prepare_photograph(path, card["prepared_image_size"], known)
     except ValueError as error:
-        result.verdict, result.reason = "not readable", str(error)
-        return result, None
+        return Result(path, verdict="not readable", reason=str(error))
     if doubt:
-        result.verdict, result.reason = NOT_GRADABLE, doubt
-        return result, None
-    return result, np.asarray(image.resize((card["image_size"], card["image_size"])))
+        return Result(path, verdict=NOT_GRADABLE, reason=doubt)
+    size = (card["image_size"], card["image_size"])
+    return Result(path, image=np.asarray(Image.fromarray(pixels).resize(size)))
 
 
 def judge(results, graded, args, threshold):
@@ -287,50 +288,35 @@ def judge(results, graded, args, threshold):
 
     graded: {path: Photo}. threshold: the model's own, or None.
     """
-    measured = [result for result in results if result.path in graded and result.score is not None]
-    score = np.array([result.score for result in measured])
-    grades = np.array([graded[result.path].grade for result in measured], int)
-    patients = np.array([graded[result.path].patient for result in measured], str)
-    reported = np.ones(len(measured), bool)
+    known = [result for result in results if result.path in graded and result.score is not None]
+    score = np.array([result.score for result in known])
+    grades = np.array([graded[result.path].grade for result in known], int)
+    patients = np.array([graded[result.path].patient for result in known], str)
+    positive = grades >= metrics.TASKS[TASK]
+    reported = np.ones(len(known), bool)
     if args.threshold is not None:
         threshold = args.threshold
     elif args.sensitivity is not None:
-        choosing = metrics.choosing_half(grades, patients)
-        threshold = threshold_for(
-            score[choosing], grades[choosing] >= metrics.TASKS[TASK], args.sensitivity
-        )
-        reported = ~choosing
+        chooses = metrics.choosing_half(grades, patients)
+        threshold = metrics.choose_threshold(score[chooses], positive[chooses], args.sensitivity)
+        reported = ~chooses
     for result in results:
         if result.score is not None and threshold is not None:
             result.verdict = TASK if result.score > threshold else CLEARED
     if not graded:
         return threshold, []
-    positive = grades[reported] >= metrics.TASKS[TASK]
     at = 0.5 if threshold is None else threshold
-    here = metrics.measure(score[reported], positive, patients[reported], at)
+    here = metrics.measure(score[reported], positive[reported], patients[reported], at)
     lines = [
         f"{TASK} in {reported.sum():,} graded photographs of "
-        f"{len(set(patients[reported])):,} patients, {positive.sum():,} with it, at the threshold "
-        f"{at:.4g}{' (the model has none)' if threshold is None else ''}:"
+        f"{len(set(patients[reported])):,} patients, {positive[reported].sum():,} with it, at the "
+        f"threshold {at:.4g}{' (there is none)' if threshold is None else ''}:"
     ]
     for name in ("sensitivity", "specificity", "auc"):
         value, low, high = here[name]
         number = "not measured" if np.isnan(value) else f"{value:.3f} ({low:.3f} to {high:.3f})"
         lines.append(f"  {name:11}  {number}")
     return threshold, lines
-
-
-def threshold_for(score, positive, sensitivity):
-    """The highest threshold that finds this part of the positive; None where there are none.
-
-    It lies midway between two scores, so that rounding moves no photograph across it.
-    """
-    if not positive.any() or positive.all():
-        return None
-    thresholds, _, found_rate = metrics.roc(score, positive)
-    best = int(np.argmax(found_rate >= sensitivity - 1e-9))
-    lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
-    return float((min(thresholds[best], 1.0) + lower) / 2)
 
 
 # --- what the user sees ---------------------------------------------------------------------------
@@ -357,16 +343,14 @@ def summary_of(results):
 
 def write_csv(path, results, threshold, sha256):
     """Publish the table, with a byte order mark: without one a spreadsheet misreads `München`."""
-    text = io.StringIO("\ufeff")
-    text.seek(0, io.SEEK_END)
+    text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    at = "" if threshold is None else f"{threshold:.6g}"
     for result in results:
-        score = "" if result.score is None else f"{result.score:.6g}"
-        cells = (result.path, score, at, result.verdict, sha256, result.reason)
+        numbers = ["" if each is None else f"{each:.6g}" for each in (result.score, threshold)]
+        cells = (result.path, *numbers, result.verdict, sha256, result.reason)
         writer.writerow(map(plain_cell, cells))
-    files.publish_text(path, text.getvalue())
+    files.publish_text(path, "\ufeff" + text.getvalue())
 
 
 def plain_cell(cell):
