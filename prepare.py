@@ -158,8 +158,8 @@ def parser():
     add(
         "--preprocessing",
         choices=photos.PREPROCESSINGS,
-        help="of photographs: less their local average, as the thesis did (graham, the default), "
-        "or in their colours (colour, the default for lite0)",
+        help="of photographs: stretched to the square, less their local average, as the thesis did "
+        "(graham, the default), or in their shape and colours (colour, the default for lite0)",
     )
     add("--remove-old", action="store_true", help="remove the pictures of other choices")
     add = made.add_argument_group("who gets which").add_argument

@@ -57,7 +57,7 @@ ROUND_METRICS = ("auc", "sensitivity", "specificity")  # what a card keeps of ea
 KINDS_OF_PICTURES = {
     "synthetic": "a drawn eye",
     "graham": "the round field of a photograph, stretched to the square, less its local average",
-    "colour": "the round field of a photograph, stretched to the square, in its colours",
+    "colour": "the round field of a photograph, in its shape and colours, on black",
 }
 # What is told of the images, where prepared.json says it.
 UNKNOWN_DATA = {"dataset": "unknown", "split": "unknown", "preprocessing": "unknown"}

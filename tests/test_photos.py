@@ -7,10 +7,11 @@ from io import BytesIO
 import numpy as np
 import pytest
 from eyes import eye
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_datasets import save_dicom
 
 from preparation import photos
+from preparation.field import find_field
 
 TURNED = Image.Transpose.ROTATE_90  # how a picture is stored that orientation 6 puts upright
 
@@ -159,13 +160,36 @@ def test_other_dicom_is_refused(tmp_path):
 # --- the picture ---------------------------------------------------------------------------------
 
 
-def test_the_field_fills_the_square_and_in_colour_only_the_local_average_stays(tmp_path):
+def test_of_graham_the_field_fills_the_square_less_its_local_average(tmp_path):
     eye().save(tmp_path / "eye.png")
-    colour, doubt = photos.prepare_photograph(tmp_path / "eye.png", 64, "colour")
-    graham, _ = photos.prepare_photograph(tmp_path / "eye.png", 64)
-    assert doubt == "" and colour.shape == (64, 64, 3) and colour.dtype == np.uint8
-    assert colour[[0, 0, -1, -1], [0, -1, 0, -1], 0].min() > 20  # the corners are retina
-    assert (photos.subtract_local_average(colour) == graham).all() and (colour != graham).any()
+    graham, doubt = photos.prepare_photograph(tmp_path / "eye.png", 64)
+    assert doubt == "" and graham.shape == (64, 64, 3) and graham.dtype == np.uint8
+    stretched = photos.stretch_field(eye(), find_field(eye()), 64)
+    assert stretched[[0, 0, -1, -1], [0, -1, 0, -1], 0].min() > 20  # the corners are retina
+    assert (photos.subtract_local_average(stretched) == graham).all()
+
+
+@pytest.mark.parametrize("surround", ["black", "white"])
+@pytest.mark.parametrize("cut", [0, 80])
+def test_in_colour_the_field_keeps_its_shape_on_black(tmp_path, surround, cut):
+    """As large as it fits, in the middle; where the photograph cut it, black."""
+    field = find_field(eye())
+    disc = Image.new("L", eye().size)
+    box = [field.x - field.radius, field.y - field.radius, field.x + field.radius]
+    ImageDraw.Draw(disc).ellipse([*box, field.y + field.radius], fill=255)
+    photograph = Image.composite(eye(), Image.new("RGB", eye().size, surround), disc)
+    photograph = photograph.crop((0, cut, eye().width, eye().height - cut))
+    photograph.save(tmp_path / "eye.png")
+    picture, doubt = photos.prepare_photograph(tmp_path / "eye.png", 120, "colour")
+    assert doubt == "" and picture.shape == (120, 120, 3) and picture.dtype == np.uint8
+    scale = 120 / (2 * field.radius)
+    y, x = (np.mgrid[:120, :120] + 0.5 - 60) / scale
+    height = field.radius if not cut else eye().height / 2 - cut
+    shown = (np.hypot(x, y) < field.radius - 4) & (abs(y) < height - 4)
+    hidden = (np.hypot(x, y) > field.radius + 4) | (abs(y) > height + 4)
+    assert not picture[hidden].any()
+    there = np.asarray(eye())[(y[shown] + field.y).astype(int), (x[shown] + field.x).astype(int)]
+    assert np.abs(picture[shown].astype(int) - there).mean() < 10
 
 
 def test_stretching_averages_what_a_pixel_covers():
