@@ -283,8 +283,7 @@ def run(processes, given):
     console.print(f"4/4 {'the page' if 'no_alone' in given else alone}")
     beside = train_beside(processes, console, given, names)
     show_table(console, {"federated": CARD, **beside})
-    in_one_place = ["--beside", "all images in one place=central"] if "central" in given else []
-    return run_in_terminal("report.py", *in_one_place)
+    return run_in_terminal("report.py")
 
 
 def prepare_images(given, is_new):

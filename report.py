@@ -4,14 +4,13 @@
     python3 report.py --client-dir client002   # a hospital's, of its own held-out patients
 
 Beside the federated model it shows what central.py trained --like this run: each hospital alone,
-at home also the result that was fine-tuned there. The page names the command where one is missing,
-and needs nothing else: no network, no script, no other file.
+all images in one place, at home also the result that was fine-tuned there. The page names the
+command where one is missing, and needs nothing else: no network, no script, no other file.
 No model is trained in here.
 """
 
 import argparse
 import csv
-import math
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from reporting import card as cards
 from reporting import metrics
 from reporting.page import Page
 
+TRAINED_HERE = "central_weight.h5"  # what central.py writes
 TEXT_COLUMNS = ("client", "missing")  # of history.csv and clients.csv; the others are numbers
 
 
@@ -70,24 +70,8 @@ def parse(argv):
         metavar="DIR",
         help="where val_set.pkl lies (index)",
     )
-    add(
-        "--beside",
-        type=named_folder,
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="show the model in DIR as well; may be given several times",
-    )
     add("--out", type=Path, metavar="FILE", help="(report.html in the server's or client's folder)")
     return parser.parse_args(argv)
-
-
-def named_folder(text):
-    """An argparse type: 'tuned=fine-tuned/client001' -> ("tuned", Path)."""
-    name, equals, folder = text.partition("=")
-    if not name or not equals or not folder:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=DIR")
-    return name, Path(folder)
 
 
 # --- what the page is made of ---------------------------------------------------------------------
@@ -97,7 +81,7 @@ def named_folder(text):
 class Model:
     """A weight file, its card, and what it says of each held-out image."""
 
-    kind: str  # "federated", "alone", "fine-tuned", or "beside": only shown
+    kind: str  # "federated", "alone", "fine-tuned" or "central"
     name: str  # as the page calls it
     path: Path
     card: dict  # its scores are those of the patients of this page
@@ -130,33 +114,27 @@ def load_server(args):
             f"{answers.val_path} is not the validation set that this run was scored on (data set "
             f"{card['dataset']}): prepare that one again, or give its folder as --index-dir"
         )
-    prepared = cards.read_prepared(args.index_dir)
     run = Run(
         federated=answers.of("federated", "federated", weights, card),
         val=answers.val,
-        prepared=prepared,
+        prepared=cards.read_prepared(args.index_dir),
         history=read_table(args.server_dir / "history.csv", "round"),
         client_rows=read_table(args.server_dir / "clients.csv", "round", "client"),
     )
     best = args.server_dir / "best_weight.h5"
-    try:
-        best_card = cards.read(best) if best.exists() else card
-        if best_card["run"] == card["run"] and best_card["round"] != card["round"]:
-            run.candidates.append(answers.of("federated", "federated", best, best_card))
-    except ValueError as error:
-        run.left_out.append(f"the model of the best round is left out: {error}")
+    if files.sha256_of(best) != card["weights_sha256"]:
+        add_model(run, run.candidates, answers, "federated", "the model of the best round", best)
     for client in sorted(card["clients"]):
-        title = f"{cards.name_of(client, prepared)} alone"
-        folder = Path("alone") / client
+        title = f"{cards.name_of(client, run.prepared)} alone"
         index = data.worker_index(client, args.index_dir)
-        known = compare(run, answers, "alone", title, folder)
-        if not known and index and index.exists():
+        folder = Path("alone") / client
+        is_there = add_model(run, run.others, answers, "alone", title, folder / TRAINED_HERE)
+        if not is_there and index and index.exists():
             run.commands.append(alone_command(weights, index, folder, Path(client)))
     if not run.commands and not run.others:  # the hospitals' images are elsewhere
         run.commands.append("python3 report.py --client-dir client001    # at the hospital")
-    for name, folder in args.beside:
-        if not compare(run, answers, "beside", name, folder, of_this_run=False):
-            raise ValueError(f"--beside {folder} holds no model: {'; '.join(run.left_out)}")
+    in_one_place = Path("central") / TRAINED_HERE
+    add_model(run, run.others, answers, "central", "all images in one place", in_one_place)
     return run
 
 
@@ -179,11 +157,12 @@ def load_client(args):
     index = data.worker_index(client, args.index_dir)
     if index is None or not index.exists():  # a hospital prepares its images as those of one client
         index = args.index_dir / "worker1.pkl"
-    alone = Path("alone") / client
-    if not compare(run, answers, "alone", "this hospital alone", alone):
+    alone, tuned = Path("alone") / client, Path("fine-tuned") / client
+    name = "this hospital alone"
+    if not add_model(run, run.others, answers, "alone", name, alone / TRAINED_HERE):
         run.commands.append(alone_command(weights, index, alone, args.client_dir))
-    tuned = Path("fine-tuned") / client
-    if not compare(run, answers, "fine-tuned", "federated, then fine-tuned here", tuned):
+    name = "federated, then fine-tuned here"
+    if not add_model(run, run.others, answers, "fine-tuned", name, tuned / TRAINED_HERE):
         run.commands.append(central_command("--fine-tune", weights, index, tuned))
     run.candidates = run.others
     return run
@@ -203,23 +182,21 @@ def central_command(source_flag, weights, index, folder):
     return shlex.join(["python3", "central.py", *map(str, words)])
 
 
-def compare(run, answers, kind, name, folder, of_this_run=True):
-    """Adds the model in a folder to those that the run is compared with; False where it cannot.
+def add_model(run, models, answers, kind, name, path):
+    """Adds the Model of a weight file to a list of the run's; False where there is none to add.
 
-    of_this_run: whether it has to be one that central.py trained --like this run, or tuned from
-    it. One that lies there but does not fit is left out, and the page says so.
+    It has to be of this run, or trained like it or tuned from it by central.py. One that lies
+    there but does not fit is left out, and the page says so.
     """
-    paths = (folder / "central_weight.h5", folder / "server_weight.h5")
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
+    if not path.exists():
         return False
     try:
         card = cards.read(path)
-        if of_this_run and card["run"] != run.federated.card["run"]:
+        if card["run"] != run.federated.card["run"]:
             raise ValueError(f"{path} is of another run")
         if card["validation_sha256"] != answers.val_sha256:
             raise ValueError(f"{path} was scored on other patients than those of this page")
-        run.others.append(answers.of(kind, name, path, card))
+        models.append(answers.of(kind, name, path, card))
     except ValueError as error:
         run.left_out.append(f"{name} is left out: {error}")
         return False
@@ -251,27 +228,29 @@ class Answers:
 
 
 def read_table(path, *columns):
-    """The rows of a CSV file as dicts: numbers, None for what is no finite number; [] without it.
+    """The rows of a CSV file of a run as dicts: numbers, None where a cell is empty; [] without it.
 
-    The columns client and missing are text. Raises ValueError where one of `columns` is not there.
+    The columns client and missing are text. Raises ValueError where it is no such table, or does
+    not have all of `columns`.
     """
     if not path.exists():
         return []
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    if rows and not set(columns) <= set(rows[0]):
-        raise ValueError(f"{path} is no table of a run: expected columns {', '.join(columns)}")
-    return [
-        {name: text or "" if name in TEXT_COLUMNS else number(text) for name, text in row.items()}
-        for row in rows
-    ]
-
-
-def number(text):
     try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
+        if rows and not set(columns) <= set(rows[0]):
+            raise ValueError("a column is missing")
+        return [{name: cell_of(name, text) for name, text in row.items()} for row in rows]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no table of a run ({error}): expected numbers and the columns "
+            f"{', '.join(columns)}"
+        ) from None
+
+
+def cell_of(name, text):
+    if name in TEXT_COLUMNS:
+        return text or ""
+    return float(text) if text else None
 
 
 if __name__ == "__main__":

@@ -235,12 +235,9 @@ class Page:
             )
             if difference.low > 0 and difference.value > most:
                 best, most = other, difference.value
-            name = other.name
-            if other.kind == "federated":
-                name = f"the model of the best round, {other.card['round']},"
             sentences.append(
-                f"On the patients who choose, {name} {how_it_did(difference)} the federated model "
-                f"of the last round: AUC {difference_text(difference, digits=3)}."
+                f"On the patients who choose, {other.name} {how_it_did(difference)} the federated "
+                f"model of the last round: AUC {difference_text(difference, digits=3)}."
             )
         return best, sentences
 

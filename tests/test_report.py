@@ -139,23 +139,23 @@ def test_where_the_hospitals_are_elsewhere_it_says_what_they_can_do(here):
     assert command.startswith("python3 report.py --client-dir")
 
 
-def test_another_model_can_be_shown_beside_it(here, capsys):
-    run = loaded("--beside", "the same=server")
-    assert names_of(run)[-1] == ("beside", "the same")
-    assert np.array_equal(run.others[-1].p_healthy, run.federated.p_healthy)
-    assert "nothing holds no model" in refused(capsys, "--beside", "that=nothing")
+def test_the_model_of_all_images_in_one_place_is_shown_beside_it(here):
+    shutil.copytree("alone/client001", "central")
+    run = loaded()
+    assert names_of(run)[-1] == ("central", "all images in one place")
 
 
 def test_the_best_round_is_a_candidate(here):
     shutil.copy("server/server_weight.h5", "server/best_weight.h5")
     card = json.loads((here / "server" / "server_weight.json").read_text())
-    for run, number, count in (("run0", 1, 1), ("run0", 2, 0), ("another", 1, 0)):
-        changed = {**card, "run": run, "round": number}
-        (here / "server" / "best_weight.json").write_text(json.dumps(changed))
-        assert len(loaded().candidates) == count
+    (here / "server" / "best_weight.json").write_text(json.dumps({**card, "round": 1}))
+    assert loaded().candidates == []  # the last round is the best
     with open("server/best_weight.h5", "ab") as file:
         file.write(b"x")
     assert "the best round is left out" in loaded().left_out[0]
+    changed = {"round": 1, "weights_sha256": files.sha256_of("server/best_weight.h5")}
+    (here / "server" / "best_weight.json").write_text(json.dumps({**card, **changed}))
+    assert len(loaded().candidates) == 1
 
 
 def test_a_hospital_gets_the_answer_at_home(here, capsys):
@@ -205,14 +205,15 @@ def test_a_card_with_other_rounds_than_ours_is_refused(here, capsys):
 
 
 def test_what_is_missing_is_one_sentence(here, capsys):
-    (here / "server" / "clients.csv").write_text("series,round\ncentral,1\n")
-    assert "clients.csv is no table of a run" in refused(capsys)
+    for table in ("series,round\ncentral,1\n", "round,client\n1,x,3\n", "round,client\none,x\n"):
+        (here / "server" / "clients.csv").write_text(table)
+        assert "clients.csv is no table of a run" in refused(capsys)
     assert "elsewhere/server_weight.h5 is missing" in refused(capsys, "--server-dir", "elsewhere")
     assert "nothing/val_set.pkl is missing" in refused(capsys, "--index-dir", "nothing")
 
 
-def test_a_table_with_numbers_that_are_none(tmp_path):
-    (tmp_path / "clients.csv").write_text("round,client,auc,loss\n1,007,nan,\n2,x,inf,0.5,9\n3\n")
+def test_a_table_with_empty_cells(tmp_path):
+    (tmp_path / "clients.csv").write_text("round,client,auc,loss\n1,007,,\n2,x,,0.5\n3\n")
     rows = report.read_table(tmp_path / "clients.csv", "round", "client")
     assert [(row["client"], row["auc"], row["loss"]) for row in rows] == [
         ("007", None, None),
