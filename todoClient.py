@@ -113,6 +113,10 @@ REFUSALS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
+# Those of an upload that never will count: another run or another round is open by now, or the run
+# is over; what was trained cannot be used. Training is deterministic, so a second time would give
+# the same: a new start trains again, with what its user has changed.
+REJECTIONS = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT}
 # Those of a server that does not answer.
 UNANSWERED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 
@@ -149,314 +153,11 @@ def federate(site):
                 return finish(site, task)
             if not train(site, task):  # 3: create the model, load the weights, train, save
                 continue  # the round went on without this client
-        is_last = keep_trying(ClientsendWeight, site)  # 4: send the weights, wait for the answer
-        if is_last:
-            return (
-                f"the run is over; {site.weights_path} is this site's last; the merged model is "
-                "the server's"
-            )
+        keep_trying(ClientsendWeight, site)  # 4: send the weights, wait for the answer
         # 5: next round
 
 
-def parser():
-    """The flags of this script, for itself and for the launcher."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--name",
-        required=True,
-        type=client_name,
-        help="this client's name in the server's --clients",
-    )
-    add(
-        "--server",
-        type=tls.address,
-        default="localhost:50051",
-        metavar="HOST:PORT",
-        help="(default: %(default)s)",
-    )
-    add(
-        "--epochs",
-        type=at_least(1),
-        default=1,
-        help="passes over the images in a round (default: %(default)s)",
-    )
-    add("--batch-size", type=at_least(1), default=16, metavar="N", help="(default: %(default)s)")
-    add(
-        "--learning-rate",
-        type=positive,
-        metavar="RATE",
-        help="of round 1; each network has its own, and lowers it from round to round",
-    )
-    add(
-        "--seed",
-        type=at_least(0),
-        default=0,
-        help="of shuffling and augmentation (default: %(default)s)",
-    )
-    add(
-        "--index",
-        type=Path,
-        metavar="FILE",
-        help="the images to train on "
-        "(default: index/workerK.pkl, K the number at the end of the name)",
-    )
-    add(
-        "--val-index",
-        type=Path,
-        metavar="FILE",
-        help="held-out images of its own: score each fetched model on them, in the log and in "
-        "history.csv, and tell the server the scores",
-    )
-    add(
-        "--client-dir", type=Path, metavar="DIR", help="weights, state, history (default: the name)"
-    )
-    add(
-        "--rounds",
-        type=at_least(1),
-        default=100,
-        help="only for a server that names none (default: %(default)s)",
-    )
-    add(
-        "--threads",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="of TensorFlow (default: 0, all cores)",
-    )
-    add(
-        "--freeze-base",
-        action=argparse.BooleanOptionalAction,
-        help="train only the layers after the base of a vgg16 or lite0; --no-freeze-base: train "
-        "all (default: as the server says)",
-    )
-    add(
-        "--no-augmentation",
-        action="store_true",
-        help="train on the images as they are, without rotation and flips",
-    )
-    add(
-        "--give-up-after",
-        type=seconds,
-        default=600,
-        metavar="S",
-        help="end when the server has been away for S seconds (default: %(default)s)",
-    )
-    tls.add_arguments(
-        add,
-        "the CA that signed the server's certificate: speak TLS",
-        "this client's certificate, in its --name",
-    )
-    return parser
-
-
-def parse(argv):
-    flags = parser()
-    arguments = flags.parse_args(argv)
-    tls.check_arguments(flags, arguments, arguments.server, bool(arguments.tls_ca), arguments.name)
-    arguments.index = arguments.index or data.worker_index(arguments.name)
-    if arguments.index is None:
-        flags.error(
-            f"--name {arguments.name} ends in no number: say which images are its own "
-            "with --index FILE"
-        )
-    arguments.client_dir = arguments.client_dir or Path(arguments.name)
-    return arguments
-
-
-class Site:
-    """What one hospital has: its images, its network and its state file.
-
-    weights_path  of client_weights.h5: fetched, then trained
-    result_path   of server_weight.h5: the merged model of the last round, once the run is over
-    layout        of the weight files of this run, once one was fetched
-
-    state["trained"] says for which settings client_weights.h5 was trained, and its SHA-256, as long
-    as it is not delivered; None otherwise. A client that finds it when it starts delivers that file
-    instead of training again.
-    """
-
-    def __init__(self, arguments):
-        self.arguments = arguments
-        self.name = arguments.name
-        self.folder = arguments.client_dir
-        self.weights_path = self.folder / "client_weights.h5"
-        self.result_path = self.folder / "server_weight.h5"
-        files.clean(self.folder)
-        self.records = data.read_index(arguments.index)
-        self.held_out = data.read_index(arguments.val_index) if arguments.val_index else []
-        self.state = self.load_state()
-        arguments.threads = arguments.threads or model.default_threads()
-        self.settings = {flag: getattr(arguments, flag) for flag in TRAINING_FLAGS}
-        self.settings["index"] = files.sha256_of(arguments.index)[:12]
-        self.settings["num_examples"] = len(self.records)
-        self.layout = None
-        self.network = None  # made for a run, as the three that follow
-        self.batches = None
-        self.held_out_images = None
-        self.sent = False  # whether the open round's weights went out whole at least once
-        self.reporter = ProgressReporter(self)
-
-    def say(self, line):
-        say(self.name, line)
-
-    def load_state(self):
-        path = self.folder / "state.json"
-        remedy = "move it away; this client then begins with the open round"
-        state = files.load_state(path, STATE_KINDS, remedy) or dict(NEW_STATE)
-        if not is_possible(state):
-            raise ValueError(f"{path} says what no state of a client can: {remedy}")
-        return state
-
-    def save(self, **changes):
-        self.state.update(changes)
-        files.save_state(self.folder / "state.json", self.state)
-
-    def begin_run(self, run):
-        """What lies here is of another run, or nobody knows of which: it is moved aside."""
-        moved = files.move_aside(self.folder, [self.folder / name for name in RUN_FILES])
-        if moved:
-            self.say(f"another run begins: what lay in {self.folder} is in {moved}")
-        self.state = {**NEW_STATE, "run": run}
-        self.save()
-        self.layout = None
-        self.network = None
-
-    def has_trained_weights(self):
-        """Whether client_weights.h5 is trained, not delivered, and by the settings of now."""
-        trained = self.state["trained"]
-        if trained is None or trained.get("sha256") != files.sha256_of(self.weights_path):
-            return False
-        changed = [
-            f"{name} was {trained.get(name)}, is {value}"
-            for name, value in self.settings.items()
-            if trained.get(name) != value
-        ]
-        if changed:
-            self.say(
-                f"round {self.state['round']}: trained before with other settings "
-                f"({'; '.join(changed)}): training again"
-            )
-        return not changed
-
-    def prepare(self, task):
-        """Make the network and load the images; once a run."""
-        if self.network is not None:
-            return
-        self.check_pictures(task)
-        model.configure(self.arguments.seed, self.arguments.threads)
-        self.network = model.build(task["arch"], task["image_size"])
-        self.check_layers(task)
-        if self.freezes_base(task):
-            model.freeze_base(self.network)
-        if self.follows_frozen_base(task):
-            self.say(
-                "the base keeps its ImageNet weights and only the layers after it are trained: "
-                f"the features of {len(self.records)} images are computed once, without rotation "
-                "and flips (--no-freeze-base trains all layers)"
-            )
-        self.batches = data.TrainingBatches(
-            self.load_images(self.records, task),
-            data.healthy(self.records),
-            self.arguments.batch_size,
-            self.arguments.seed,
-            self.name,
-            augment=not (self.arguments.no_augmentation or self.follows_frozen_base(task)),
-        )
-        if self.held_out:
-            self.held_out_images = self.load_images(self.held_out, task)
-
-    def check_layers(self, task):
-        """Raises ValueError where a server of ours sends the file of a network of other layers."""
-        described = self.layout.layers if task["run"] else None
-        if described and described != weights.digest_of_layers(self.network.to_json()):
-            raise ValueError(
-                f"this server runs another version: its weight file is of a {task['arch']} with "
-                "other layers than this client's: the same commit everywhere"
-            )
-
-    def load_images(self, records, task):
-        spill = files.temporary(self.folder / "images.npy")
-        return data.load_images(records, task["image_size"], spill)
-
-    def check_pictures(self, task):
-        """Raises ValueError where this site's pictures are of another kind than the server's.
-
-        Nobody would notice: the network trains on either, and is good for neither.
-        """
-        folder = self.arguments.index.parent
-        prepared = cards.read_prepared(folder)
-        own, expected = prepared.get("preprocessing"), task["preprocessing"]
-        kinds = cards.KINDS_OF_PICTURES
-        if own != expected and own in kinds and expected in kinds:
-            raise ValueError(
-                f"the pictures of {self.arguments.index} are of the kind {own!r} ({folder}/"
-                f"prepared.json), and those that the server scores with of the kind {expected!r}: "
-                "all sites have to prepare theirs in the same way (prepare.py --preprocessing)"
-            )
-        own_size = prepared.get("image_size")
-        if task["run"] and isinstance(own_size, int) and own_size < task["image_size"]:
-            self.say(
-                f"warning: the pictures here have {own_size} pixels a side, and the server's "
-                f"network takes {task['image_size']}: enlarging adds no detail "
-                f"(prepare.py --image-size {task['image_size']})"
-            )
-
-    def scores(self, card=None):
-        """What the network scores on the held-out images; {} where there are none.
-
-        card: of the result. While the run goes on there is none: the score is then the network's
-        own, and sensitivity and specificity are at 0.5.
-        The names are those of federation.status.SCORES. A metric that cannot be measured (the AUC
-        of one class) is left out.
-        """
-        if not self.held_out:
-            return {}
-        p_healthy = model.predict(self.network, self.held_out_images)
-        if answers_nan := metrics.answers_nan(p_healthy):
-            self.say(f"warning: the fetched model must not be used: {answers_nan}")
-        threshold = 0.5
-        if card:
-            p_healthy = 1 - cards.score(card, metrics.LEARNT, p_healthy)
-            threshold = cards.used_threshold(card, metrics.LEARNT)
-        measured = metrics.scores(p_healthy, data.healthy(self.held_out), threshold)
-        measured["threshold"] = threshold
-        names = ("loss", "auc", "threshold", "sensitivity", "specificity")
-        scores = {name: measured[name] for name in names if measured[name] is not None}
-        return {"examples": len(self.held_out), **scores}
-
-    def follows_frozen_base(self, task):
-        """Whether the server announced a frozen base, and no flag says otherwise.
-
-        Then the images are trained on as they are: their features are computed once, and a round
-        takes seconds. With --freeze-base, as the thesis did it, they are rotated and flipped.
-        """
-        return self.arguments.freeze_base is None and task["freeze_base"]
-
-    def freezes_base(self, task):
-        return self.arguments.freeze_base or self.follows_frozen_base(task)
-
-
-def is_possible(state):
-    """Whether a state's values, whose types are right, are such as a client writes."""
-    rows = [row if isinstance(row, dict) else {} for row in state["history"]]
-    numbers = [state["round"], state["rounds"], *(row.get("round") for row in rows)]
-    scores = (state["trained"] or {}).get("scores", {})
-    run = state["run"] or ""
-    return (
-        all(type(number) is int and 0 <= number <= 999_999_999 for number in numbers)
-        and isinstance(scores, dict)
-        and all(type(value) in (int, float) for value in scores.values())
-        and run.isascii()
-        and run.isprintable()
-    )
-
-
-# --- the steps -----------------------------------------------------------------------------------
+# --- the steps ------------------------------------------------------------------------------------
 
 
 def ClientgetWeight(stub, site):
@@ -494,35 +195,6 @@ def ClientgetWeight(stub, site):
     return task
 
 
-def layout_of(path, earlier):
-    """The Layout of a file that the server sent; it is not trusted more than one of a client.
-
-    earlier  the Layout of the one before, which most files have, or None
-    Raises ValueError.
-    """
-    try:
-        if earlier is not None and weights.fits(path, earlier):
-            return earlier
-        return weights.Layout(path, *convert.contents_of(path))
-    except ValueError as error:
-        raise ValueError(f"the server's weights cannot be used: {plain(error)}") from None
-
-
-def save_card(site, text, sha256):
-    """Publish the model card of the result beside it, where the server sent one that is good."""
-    cards.path_of(site.result_path).unlink(missing_ok=True)  # of the result of fewer rounds
-    if text is None:
-        return
-    try:
-        card = cards.parse(text)
-        if card["weights_sha256"] != sha256:
-            raise ValueError("it describes other weights")
-    except ValueError as error:
-        site.say(f"the server's model card is left out: {plain(error)}")
-        return
-    cards.publish(site.result_path, card)
-
-
 def task_from(initial_metadata):
     """The task that a server of ours names. Raises ValueError where it is none."""
     try:
@@ -555,6 +227,35 @@ def next_seed_task(site):
     return {**SEED_TASK, "round": finished + 1, "rounds": site.arguments.rounds}
 
 
+def layout_of(path, earlier):
+    """The Layout of a file that the server sent; it is not trusted more than one of a client.
+
+    earlier  the Layout of the one before, which most files have, or None
+    Raises ValueError.
+    """
+    try:
+        if earlier is not None and weights.fits(path, earlier):
+            return earlier
+        return weights.Layout(path, *convert.contents_of(path))
+    except ValueError as error:
+        raise ValueError(f"the server's weights cannot be used: {plain(error)}") from None
+
+
+def save_card(site, text, sha256):
+    """Publish the model card of the result beside it, where the server sent one that is good."""
+    cards.path_of(site.result_path).unlink(missing_ok=True)  # of the result of fewer rounds
+    if text is None:
+        return
+    try:
+        card = cards.parse(text)
+        if card["weights_sha256"] != sha256:
+            raise ValueError("it describes other weights")
+    except ValueError as error:
+        site.say(f"the server's model card is left out: {plain(error)}")
+        return
+    cards.publish(site.result_path, card)
+
+
 def train(site, task):
     """Create the model, load the weights, train on the site's own images, save.
 
@@ -564,27 +265,26 @@ def train(site, task):
     """
     title = f"round {task['round']}/{task['rounds']}"
     site.reporter.at(task, "loading")
-    site.prepare(task)
-    model.load(site.network, site.weights_path, site.layout.tensors)
-    measured = {}
-    if site.held_out:
-        site.reporter.at(task, "scoring")
-        measured = site.scores()
-        site.say(
-            f"{title}: the fetched model on this site's own held-out images: {in_words(measured)}"
-        )
+    training = site.training_for(task)
+    measured = training.scores(task, f"{title}: the fetched model")
     site.say(f"{title}: training on {len(site.records)} images")
     try:
-        rows = train_network(site, task, title)
+        rows = train_network(training, task, title)
     except RoundClosed as reason:
         site.say(f"{title}: {reason}; what was trained is dropped")
         return False
     try:
         # The numbers go into the file that was fetched: outside its tensors an upload is then the
         # server's own file, which the server can check without opening HDF5 from outside.
-        digest = weights.write_tensors(site.weights_path, site.layout, model.tensors(site.network))
+        digest = weights.write_tensors(
+            site.weights_path, site.layout, model.tensors(training.network)
+        )
     except weights.NotFinite as error:
-        raise not_finite(site, f"{title}, epoch {site.arguments.epochs}: {error}") from None
+        raise ValueError(
+            f"{title}: {error}. Training ended in numbers that are not finite, and nothing of it "
+            "is kept: try a smaller --learning-rate, or look for damaged images in "
+            f"{site.arguments.index}, then start this client again"
+        ) from None
     held_out = {f"held_out_{name}": value for name, value in measured.items()}
     earlier = [row for row in site.state["history"] if row["round"] < task["round"]]
     history = earlier + [{**row, **held_out} for row in rows]
@@ -602,19 +302,13 @@ def train(site, task):
     return True
 
 
-def in_words(measured):
-    """'examples 60, loss 0.31, auc 0.9'."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-
-
-def train_network(site, task, title):
+def train_network(training, task, title):
     """model.train, with a line an epoch. Returns the rows of the history; raises RoundClosed."""
+    site = training.site
     epochs = site.arguments.epochs
     began = last_line = time.monotonic()
 
     def report(row):
-        if not math.isfinite(row["loss"]):
-            raise not_finite(site, f"{title}, epoch {row['epoch']}: the loss is {row['loss']}")
         site.say(
             f"{title}: epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  "
             f"accuracy {row['accuracy']:.3f}  ({row['seconds']:.1f} s)"
@@ -628,8 +322,7 @@ def train_network(site, task, title):
         done = (epoch - 1) * steps + step
         left_s = (now - began) / done * (epochs * steps - done)
         told_s = min(round(left_s), 10_000_000)  # as long as the server believes
-        where = {"epoch": epoch, "epochs": epochs, "seconds_left": told_s}
-        site.reporter.at(task, "training", **where)
+        site.reporter.at(task, "training", epoch=epoch, epochs=epochs, seconds_left=told_s)
         text = f"epoch {epoch}/{epochs}, step {step}/{steps}, loss {loss:.4f}"
         bar.update(drawn, description=f"{title}: {text}", completed=done, total=epochs * steps)
         if now - last_line >= 2 * REPORT_EVERY_S:  # within a long epoch
@@ -642,8 +335,8 @@ def train_network(site, task, title):
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
         drawn = bar.add_task("")
         return model.train(
-            site.network,
-            site.batches,
+            training.network,
+            training.batches,
             task["round"],
             epochs,
             report,
@@ -652,48 +345,10 @@ def train_network(site, task, title):
         )
 
 
-def not_finite(site, what):
-    """The ValueError of a training that ended in numbers that are not finite."""
-    return ValueError(
-        f"{what}. Training ended in numbers that are not finite, and nothing of it is kept: try a "
-        f"smaller --learning-rate, or look for damaged images in {site.arguments.index}, then "
-        "start this client again"
-    )
-
-
-def finish(site, task):
-    """Score the result on the held-out images, tell the server that it is here. Returns words."""
-    card_path = cards.path_of(site.result_path)
-    card = None
-    with_card = "without a model card"
-    if card_path.exists():
-        card = cards.read(site.result_path)
-        with_card = f"with its model card {card_path}: "
-        if card["warning"]:
-            with_card += f"it must not be used: {card['warning']}"
-        else:
-            with_card += f"predict.py --weights {site.result_path} scores photographs with it"
-    measured = {}
-    if site.held_out:
-        site.reporter.at(task, "scoring")
-        site.prepare(task)
-        model.load(site.network, site.result_path, site.layout.tensors)
-        measured = site.scores(card)
-        site.say(f"the result on this site's own held-out images: {in_words(measured)}")
-    site.reporter.at(task, "done", measured)
-    site.reporter.tell()
-    return (
-        f"the run is over after {task['rounds']} rounds; its result is {site.result_path}, "
-        f"{with_card}"
-    )
-
-
 def ClientsendWeight(stub, site):
     """send weight to server, and wait for its answer. Afterwards nothing is left to deliver.
 
-    Returns whether that was the last of a server that names no rounds; one of ours hands out the
-    result, so the next step fetches it. Raises ValueError where the server rejects what is trained,
-    again and for the same reason, grpc.RpcError.
+    Raises ValueError where the server refuses it, grpc.RpcError, ConnectionError.
     """
     state = site.state
     title = f"round {state['round']}/{state['rounds']}"
@@ -710,25 +365,17 @@ def ClientsendWeight(stub, site):
     except grpc.RpcError as error:
         if (error.details() or "").startswith(tls.SAID_BY_A_PROXY):
             site.sent = False  # a proxy has answered, and not the server
-        if error.code() not in (
-            grpc.StatusCode.FAILED_PRECONDITION,
-            grpc.StatusCode.INVALID_ARGUMENT,
-        ):
+        if error.code() in REJECTIONS:
+            site.save(trained=None)
+        if error.code() != grpc.StatusCode.FAILED_PRECONDITION:
             raise
-        site.save(trained=None)
-        if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
-            # Training is deterministic, so a second time would give the same. A new start trains
-            # again, with what its user has changed.
-            raise
-        # Another run or another round is open by now, or the run is over.
         site.say(f"{title}: upload rejected: {plain(error.details())}; these weights are dropped")
-        return False
-    if answer.value != 1:  # the thesis demo's server says 0 when the others did not come in time
+        return
+    if answer.value == 1:
+        site.save(trained=None)
+    else:  # the thesis demo's server says 0 when the others did not come in time
         site.save(trained=None, round=state["round"] - 1)
         site.say(f"{title}: the server did not merge (answer {answer.value}): fetching again")
-        return False
-    site.save(trained=None)
-    return not state["run"] and state["round"] >= state["rounds"]
 
 
 def upload_of(site):
@@ -755,7 +402,232 @@ def upload_of(site):
     return noting_the_end(), request_metadata
 
 
-# --- the connection ------------------------------------------------------------------------------
+def finish(site, task):
+    """Score the result on the held-out images, tell the server that it is here. Returns words."""
+    card_path = cards.path_of(site.result_path)
+    card = None
+    with_card = "without a model card"
+    if card_path.exists():
+        card = cards.read(site.result_path)
+        with_card = f"with its model card {card_path}: "
+        if card["warning"]:
+            with_card += f"it must not be used: {card['warning']}"
+        else:
+            with_card += f"predict.py --weights {site.result_path} scores photographs with it"
+    measured = {}
+    if site.held_out:
+        measured = site.training_for(task).scores(task, "the result", card)
+    site.reporter.at(task, "done", measured)
+    site.reporter.tell()
+    return (
+        f"the run is over after {task['rounds']} rounds; its result is {site.result_path}, "
+        f"{with_card}"
+    )
+
+
+# --- the site -------------------------------------------------------------------------------------
+
+
+class Site:
+    """What one hospital has: its images, its folder and its state file.
+
+    weights_path  of client_weights.h5: fetched, then trained
+    result_path   of server_weight.h5: the merged model of the last round, once the run is over
+    layout        of the weight files of this run, once one was fetched
+    training      the Training of this run, once it was needed
+    sent          whether the open round's weights went out whole at least once
+
+    state["trained"] says for which settings client_weights.h5 was trained, and its SHA-256, as long
+    as it is not delivered; None otherwise. A client that finds it when it starts delivers that file
+    instead of training again.
+    """
+
+    def __init__(self, arguments):
+        self.arguments = arguments
+        self.name = arguments.name
+        self.folder = arguments.client_dir
+        self.weights_path = self.folder / "client_weights.h5"
+        self.result_path = self.folder / "server_weight.h5"
+        files.clean(self.folder)
+        self.records = data.read_index(arguments.index)
+        self.held_out = data.read_index(arguments.val_index) if arguments.val_index else []
+        self.state = self.load_state()
+        arguments.threads = arguments.threads or model.default_threads()
+        self.settings = {flag: getattr(arguments, flag) for flag in TRAINING_FLAGS}
+        self.settings["index"] = files.sha256_of(arguments.index)[:12]
+        self.settings["num_examples"] = len(self.records)
+        self.layout = None
+        self.training = None
+        self.sent = False
+        self.reporter = ProgressReporter(self)
+
+    def say(self, line):
+        say(self.name, line)
+
+    def load_state(self):
+        path = self.folder / "state.json"
+        remedy = "move it away; this client then begins with the open round"
+        state = files.load_state(path, STATE_KINDS, remedy) or dict(NEW_STATE)
+        if not is_possible(state):
+            raise ValueError(f"{path} says what no state of a client can: {remedy}")
+        return state
+
+    def save(self, **changes):
+        self.state.update(changes)
+        files.save_state(self.folder / "state.json", self.state)
+
+    def begin_run(self, run):
+        """What lies here is of another run, or nobody knows of which: it is moved aside."""
+        moved = files.move_aside(self.folder, [self.folder / name for name in RUN_FILES])
+        if moved:
+            self.say(f"another run begins: what lay in {self.folder} is in {moved}")
+        self.state = {**NEW_STATE, "run": run}
+        self.save()
+        self.layout = None
+        self.training = None
+
+    def has_trained_weights(self):
+        """Whether client_weights.h5 is trained, not delivered, and by the settings of now."""
+        trained = self.state["trained"]
+        if trained is None or trained.get("sha256") != files.sha256_of(self.weights_path):
+            return False
+        changed = [
+            f"{name} was {trained.get(name)}, is {value}"
+            for name, value in self.settings.items()
+            if trained.get(name) != value
+        ]
+        if changed:
+            self.say(
+                f"round {self.state['round']}: trained before with other settings "
+                f"({'; '.join(changed)}): training again"
+            )
+        return not changed
+
+    def training_for(self, task):
+        """Its Training with the weights of this task; the first of a run takes long to make."""
+        self.training = self.training or Training(self, task)
+        path = self.result_path if task["round"] > task["rounds"] else self.weights_path
+        model.load(self.training.network, path, self.layout.tensors)
+        return self.training
+
+
+def is_possible(state):
+    """Whether a state's values, whose types are right, are such as a client writes."""
+    rows = [row if isinstance(row, dict) else {} for row in state["history"]]
+    numbers = [state["round"], state["rounds"], *(row.get("round") for row in rows)]
+    scores = (state["trained"] or {}).get("scores", {})
+    run = state["run"] or ""
+    return (
+        all(type(number) is int and 0 <= number <= 999_999_999 for number in numbers)
+        and isinstance(scores, dict)
+        and all(type(value) in (int, float) for value in scores.values())
+        and run.isascii()
+        and run.isprintable()
+    )
+
+
+class Training:
+    """The network of one run, and a site's images as that network takes them."""
+
+    def __init__(self, site, task):
+        check_pictures(site, task)
+        arguments = site.arguments
+        model.configure(arguments.seed, arguments.threads)
+        self.site = site
+        self.image_size = task["image_size"]
+        self.network = model.build(task["arch"], self.image_size)
+        check_layers(site, task, self.network)
+        # Where the server announced a frozen base, and no flag says otherwise, the images are
+        # trained on as they are: their features are computed once, and a round takes seconds. With
+        # --freeze-base, as the thesis did it, they are rotated and flipped.
+        on_features = arguments.freeze_base is None and task["freeze_base"]
+        if arguments.freeze_base or on_features:
+            model.freeze_base(self.network)
+        if on_features:
+            site.say(
+                "the base keeps its ImageNet weights and only the layers after it are trained: "
+                f"the features of {len(site.records)} images are computed once, without rotation "
+                "and flips (--no-freeze-base trains all layers)"
+            )
+        self.batches = data.TrainingBatches(
+            self.load_images(site.records),
+            data.healthy(site.records),
+            arguments.batch_size,
+            arguments.seed,
+            site.name,
+            augment=not (arguments.no_augmentation or on_features),
+        )
+        self.held_out_images = self.load_images(site.held_out) if site.held_out else None
+
+    def load_images(self, records):
+        spill = files.temporary(self.site.folder / "images.npy")
+        return data.load_images(records, self.image_size, spill)
+
+    def scores(self, task, what, card=None):
+        """What the network scores on the held-out images; {} where there are none.
+
+        what  whose scores that are, for the log
+        card  of the result. While the run goes on there is none: the score is then the network's
+              own, and sensitivity and specificity are at 0.5.
+        The names are those of federation.status.SCORES. A metric that cannot be measured (the AUC
+        of one class) is left out.
+        """
+        site = self.site
+        if not site.held_out:
+            return {}
+        site.reporter.at(task, "scoring")
+        p_healthy = model.predict(self.network, self.held_out_images)
+        if answers_nan := metrics.answers_nan(p_healthy):
+            site.say(f"warning: the fetched model must not be used: {answers_nan}")
+        threshold = 0.5
+        if card:
+            p_healthy = 1 - cards.score(card, metrics.LEARNT, p_healthy)
+            threshold = cards.used_threshold(card, metrics.LEARNT)
+        measured = metrics.scores(p_healthy, data.healthy(site.held_out), threshold)
+        measured["threshold"] = threshold
+        names = ("loss", "auc", "threshold", "sensitivity", "specificity")
+        scores = {name: measured[name] for name in names if measured[name] is not None}
+        scores = {"examples": len(site.held_out), **scores}
+        words = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        site.say(f"{what} on this site's own held-out images: {words}")
+        return scores
+
+
+def check_layers(site, task, network):
+    """Raises ValueError where a server of ours sends the file of a network of other layers."""
+    described = site.layout.layers if task["run"] else None
+    if described and described != weights.digest_of_layers(network.to_json()):
+        raise ValueError(
+            f"this server runs another version: its weight file is of a {task['arch']} with "
+            "other layers than this client's: the same commit everywhere"
+        )
+
+
+def check_pictures(site, task):
+    """Raises ValueError where this site's pictures are of another kind than the server's.
+
+    Nobody would notice: the network trains on either, and is good for neither.
+    """
+    index = site.arguments.index
+    prepared = cards.read_prepared(index.parent)
+    own, expected = prepared.get("preprocessing"), task["preprocessing"]
+    kinds = cards.KINDS_OF_PICTURES
+    if own != expected and own in kinds and expected in kinds:
+        raise ValueError(
+            f"the pictures of {index} are of the kind {own!r} ({index.parent}/prepared.json), and "
+            f"those that the server scores with of the kind {expected!r}: all sites have to "
+            "prepare theirs in the same way (prepare.py --preprocessing)"
+        )
+    own_size = prepared.get("image_size")
+    if task["run"] and isinstance(own_size, int) and own_size < task["image_size"]:
+        site.say(
+            f"warning: the pictures here have {own_size} pixels a side, and the server's "
+            f"network takes {task['image_size']}: enlarging adds no detail "
+            f"(prepare.py --image-size {task['image_size']})"
+        )
+
+
+# --- the connection -------------------------------------------------------------------------------
 
 
 def keep_trying(attempt, site):
@@ -875,11 +747,9 @@ class ProgressReporter:
 
     def at(self, task, phase, scores=None, **where):
         """It works for this task, and is in this phase; where: epoch, epochs, seconds_left."""
-        self.status = None
-        if task["run"]:
-            self.status = todo_pb2.clientStatus(
-                run=task["run"], round=task["round"], phase=phase, scores=scores, **where
-            )
+        of_task = {"run": task["run"], "round": task["round"]}
+        status = todo_pb2.clientStatus(**of_task, phase=phase, scores=scores, **where)
+        self.status = status if task["run"] else None
 
     def knows_closed(self, task):
         """Whether the task's round is known to be closed."""
@@ -904,13 +774,14 @@ class ProgressReporter:
         On a connection of its own each time: routers and proxies drop silent ones. One at a time:
         the server ends a client's older report for a newer one.
         """
-        if self.status is None:
+        status = self.status  # once: it may change here
+        if status is None:
             return True
         try:
             with self.telling, connect(self.site) as channel:
                 stub = todo_pb2_grpc.FedMLStub(channel)
                 metadata = (("fedml-client", self.site.name),)
-                self.answer = stub.tell(self.status, metadata=metadata, timeout=TELL_TIMEOUT_S)
+                self.answer = stub.tell(status, metadata=metadata, timeout=TELL_TIMEOUT_S)
         except (tls.FilesNotReady, RuntimeError):  # the second: no thread to be had
             return False
         except grpc.RpcError as error:
@@ -934,6 +805,119 @@ class ProgressReporter:
                 self.site.say(f"{what} for {now - since:.0f} s")
             if self.status and now - max(self.answered_at, since) > UNANSWERED_S:
                 call.cancel()
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+def parser():
+    """The flags of this script, for itself and for the launcher."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--name",
+        required=True,
+        type=client_name,
+        help="this client's name in the server's --clients",
+    )
+    add(
+        "--server",
+        type=tls.address,
+        default="localhost:50051",
+        metavar="HOST:PORT",
+        help="(default: %(default)s)",
+    )
+    add(
+        "--epochs",
+        type=at_least(1),
+        default=1,
+        help="passes over the images in a round (default: %(default)s)",
+    )
+    add("--batch-size", type=at_least(1), default=16, metavar="N", help="(default: %(default)s)")
+    add(
+        "--learning-rate",
+        type=positive,
+        metavar="RATE",
+        help="of round 1; each network has its own, and lowers it from round to round",
+    )
+    add(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="of shuffling and augmentation (default: %(default)s)",
+    )
+    add(
+        "--index",
+        type=Path,
+        metavar="FILE",
+        help="the images to train on "
+        "(default: index/workerK.pkl, K the number at the end of the name)",
+    )
+    add(
+        "--val-index",
+        type=Path,
+        metavar="FILE",
+        help="held-out images of its own: score each fetched model on them, in the log and in "
+        "history.csv, and tell the server the scores",
+    )
+    add(
+        "--client-dir", type=Path, metavar="DIR", help="weights, state, history (default: the name)"
+    )
+    add(
+        "--rounds",
+        type=at_least(1),
+        default=100,
+        help="only for a server that names none (default: %(default)s)",
+    )
+    add(
+        "--threads",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="of TensorFlow (default: 0, all cores)",
+    )
+    add(
+        "--freeze-base",
+        action=argparse.BooleanOptionalAction,
+        help="train only the layers after the base of a vgg16 or lite0; --no-freeze-base: train "
+        "all (default: as the server says)",
+    )
+    add(
+        "--no-augmentation",
+        action="store_true",
+        help="train on the images as they are, without rotation and flips",
+    )
+    add(
+        "--give-up-after",
+        type=seconds,
+        default=600,
+        metavar="S",
+        help="end when the server has been away for S seconds (default: %(default)s)",
+    )
+    tls.add_arguments(
+        add,
+        "the CA that signed the server's certificate: speak TLS",
+        "this client's certificate, in its --name",
+    )
+    return parser
+
+
+def parse(argv):
+    flags = parser()
+    arguments = flags.parse_args(argv)
+    tls.check_arguments(flags, arguments, arguments.server, bool(arguments.tls_ca), arguments.name)
+    arguments.index = arguments.index or data.worker_index(arguments.name)
+    if arguments.index is None:
+        flags.error(
+            f"--name {arguments.name} ends in no number: say which images are its own "
+            "with --index FILE"
+        )
+    arguments.client_dir = arguments.client_dir or Path(arguments.name)
+    return arguments
 
 
 if __name__ == "__main__":

@@ -94,10 +94,12 @@ def test_the_result_is_scored_by_its_card(monkeypatch):
         todoClient.model, "predict", lambda network, images: np.array([0.9, 0.8, 0.7, 0.6])
     )
     records = [{"new_label": text} for text in ("True", "True", "False", "False")]
-    site = SimpleNamespace(held_out=records, held_out_images=None, network=None)
+    reporter = SimpleNamespace(at=lambda task, phase: None)
+    site = SimpleNamespace(held_out=records, reporter=reporter, say=lambda line: None)
+    training = SimpleNamespace(site=site, held_out_images=None, network=None)
     entry = {"calibration": [1.0, 1.0], "threshold": 0.42}  # 0.23, 0.40, 0.54, 0.64 then
-    of_round = todoClient.Site.scores(site)
-    of_result = todoClient.Site.scores(site, {"tasks": {"any DR": entry}})
+    of_round = todoClient.Training.scores(training, {}, "the fetched model")
+    of_result = todoClient.Training.scores(training, {}, "the result", {"tasks": {"any DR": entry}})
     names = ("threshold", "sensitivity", "specificity")
     assert [of_round[name] for name in names] == [0.5, 0, 1]
     assert [of_result[name] for name in names] == [0.42, 1, 1]

@@ -293,9 +293,9 @@ def test_a_warning_where_the_network_is_larger_than_the_pictures(
     monkeypatch.setattr(todoClient.cards, "read_prepared", lambda folder: prepared)
     site = todoClient.Site(todoClient.parse(["--name", "client001"]))
     task = {"run": "run0", "image_size": 32, "preprocessing": "colour"}
-    site.check_pictures(task)
+    todoClient.check_pictures(site, task)
     assert ("warning" in capsys.readouterr().out) == warns
-    site.check_pictures({**task, **todoClient.SEED_TASK})  # not of a peer of 2020
+    todoClient.check_pictures(site, {**task, **todoClient.SEED_TASK})  # not of a peer of 2020
     assert "warning" not in capsys.readouterr().out
 
 
