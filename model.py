@@ -409,6 +409,11 @@ def tensors(network):
     return [variable for _, variable in _named_tensors(network)]
 
 
+def trainable(network):
+    """Of each tensor whether it is trained (bool), as no moving statistic is."""
+    return [variable.trainable for variable in tensors(network)]
+
+
 def shapes(network):
     """[(layer name, shape)] of every tensor, in the order of the weight file."""
     return [(layer, tuple(variable.shape)) for layer, variable in _named_tensors(network)]

@@ -371,7 +371,9 @@ def open_rounds(arguments, state, evaluator):
     layout = weights.Layout(path)
 
     def merge(paths, num_examples):
-        sha256, products = weights.fedavg(paths, num_examples, layout, path, evaluator.trainable())
+        # A frozen base counts as trained: who leaves it as it is adds nothing to its update.
+        trainable = model.trainable(evaluator.network)
+        sha256, products = weights.fedavg(paths, num_examples, layout, path, trainable)
         return sha256, weights.compare_updates(products, num_examples)
 
     def after_round(row):
@@ -442,13 +444,6 @@ class Evaluator:
         # Built for the first merge: clients can fetch before TensorFlow is loaded.
         model.configure(self.state.seed)
         return model.build(self.state.arch, self.state.image_size)
-
-    def trainable(self):
-        """Of each tensor of a weight file whether it is trained, and no moving statistic.
-
-        A frozen base counts as trained: whoever leaves it as it is adds nothing to its update.
-        """
-        return [variable.trainable for variable in model.tensors(self.network)]
 
     def evaluate(self):
         """The metrics (dict) of server_weight.h5 over all validation images."""

@@ -117,8 +117,7 @@ def train_federated(network, batches, arguments, report_round):
             model.train(network, batches[client], round_number, arguments.epochs, ignore)
             model.save(network, upload)
         layout = weights.Layout("merged.h5")
-        trainable = [variable.trainable for variable in model.tensors(network)]
-        weights.fedavg(uploads, num_examples, layout, "merged.h5", trainable)
+        weights.fedavg(uploads, num_examples, layout, "merged.h5", model.trainable(network))
         model.load(network, "merged.h5")
         report_round(f"  round {round_number}")
 

@@ -123,13 +123,16 @@ def initialize(network, source):
 
 
 def shapes(network):
-    """Those of STANDIN_WEIGHTS; where nothing is said, whatever was loaded last is right."""
-    return weights.Layout(os.environ.get("STANDIN_WEIGHTS", file_of(network))).shapes
+    """Those of STANDIN_WEIGHTS; where nothing is said, whatever was loaded last is right.
+
+    A server merges before it has loaded anything.
+    """
+    path = network.path or "server/server_weight.h5"
+    return weights.Layout(os.environ.get("STANDIN_WEIGHTS", path)).shapes
 
 
-def file_of(network):
-    """What was loaded last; a server's network has loaded nothing before its first evaluation."""
-    return network.path or "server/server_weight.h5"
+def trainable(network):
+    return [True for _ in shapes(network)]
 
 
 def load(network, path, tensors=None):
@@ -155,8 +158,7 @@ def save(network, path):
 def tensors(network):
     if "STANDIN_SEED" in os.environ:
         return random_tensors(int(os.environ["STANDIN_SEED"]), shapes(network))
-    path = file_of(network)
-    return [Moved(path, tensor) for tensor in weights.Layout(path).tensors]
+    return [Moved(network.path, tensor) for tensor in weights.Layout(network.path).tensors]
 
 
 class Moved:
@@ -164,8 +166,6 @@ class Moved:
 
     A list of arrays would be a second copy of the model, beside the one that a network is.
     """
-
-    trainable = True
 
     def __init__(self, path, tensor):
         self.path = path

@@ -43,7 +43,7 @@ class Federation:
         merged = folder / "server_weight.h5"
         model.save(network, merged)
         self.layout = weights.Layout(merged)
-        self.trainable = [variable.trainable for variable in model.tensors(network)]
+        self.trainable = model.trainable(network)
         self.fetched = folder / "fetched.h5"
         self.uploads = [folder / f"{number}.h5" for number in range(3)]
         self.updates = []
