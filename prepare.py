@@ -47,6 +47,12 @@ WRITTEN = re.compile(
 )
 # --check found that index/ was made from other choices, or is not complete.
 EXIT_NOT_MADE = 10
+# Flags that say nothing of other data sets.
+ONLY_OF = {
+    "synthetic": ("num_train", "num_val"),
+    "folder": ("labels", "referable", "grades_from", *datasets.COLUMN_FLAGS),
+    "ddr": ("balanced",),
+}
 
 
 def main(argv=None):
@@ -71,8 +77,8 @@ def prepare(args):
     choose_indexes(usable, found.indexes, args)  # what cannot be is better said before the work
     made_with = made_with_of(args)
     problems, doubts = pictures.make_pictures(usable, made_with)
-    for name, sentence in problems.items():
-        print(f"unreadable: {name}: {sentence}", file=sys.stderr)
+    for sentence in problems.values():
+        print(f"unreadable: {sentence}", file=sys.stderr)
     leave_out(args, len(usable), {"cannot be used": list(problems)})
     readable = [photo for photo in usable if photo.name not in problems]
     sets = choose_indexes(readable, found.indexes, args)
@@ -124,7 +130,12 @@ def parser():
     add("--num-train", type=at_least(10), default=450, metavar="N", help="to train on (450)")
     add("--num-val", type=at_least(10), default=300, metavar="N", help="to validate on (300)")
     add = made.add_argument_group("any folder of photographs, --dataset folder").add_argument
-    add("--labels", default="", metavar="NAME", help="its table, where there are several")
+    add(
+        "--labels",
+        default="",
+        metavar="NAME",
+        help="its table, where there are several; none: folders tell the grades",
+    )
     datasets.add_flags(add)
     add = made.add_argument_group(
         "indexes and pictures of the thesis, taken as they are (other flags change nothing)"
@@ -239,9 +250,6 @@ def parse(argv):
         ),
         f"--val-part {args.val_part}: expected a part, 0 to 1": not 0 <= (args.val_part or 0) <= 1,
         f"--alpha {args.alpha}: expected 0.001 to 1000": not 0.001 <= args.alpha <= 1000,
-        f"--balanced is the thesis's draw from ddr, not from {args.dataset}": (
-            args.balanced and args.dataset != "ddr"
-        ),
         f"--split {args.split} is of --dataset {of_kind}, not of {args.dataset}: use iid, noniid "
         "or dirichlet": args.dataset != of_kind,
         f"--split noniid is for 3 clients, found {args.num_clients}: use --split dirichlet": (
@@ -250,6 +258,14 @@ def parse(argv):
         "--hospital-column is of --split column: each client is then a hospital": (
             args.hospital_column and args.split != "column"
         ),
+        "--keep-channels is of --index-from": args.keep_channels and not args.index_from,
+    }
+    wrong |= {
+        f"--{name.replace('_', '-')} is of --dataset {kind}, not of {args.dataset}": (
+            args.dataset != kind and getattr(args, name) != known.get_default(name)
+        )
+        for kind, names in ONLY_OF.items()
+        for name in names
     }
     for sentence, holds in wrong.items():
         if holds:
@@ -410,7 +426,10 @@ def settle(found, args):
     at = Counter(patient for patient, _ in {(each.patient, each.hospital) for each in settled})
     num_moved = sum(count > 1 for count in at.values())
     if num_moved:
-        print(f"{num_moved:,} patients are of several hospitals: each goes to one, with all images")
+        print(
+            f"{num_moved:,} patients are of several hospitals: each goes to one, with all images; "
+            "if these are different people, write the hospital before the patient's number"
+        )
     return settled
 
 

@@ -94,7 +94,7 @@ class DataSet:
     def patients_sentence(self):
         """How many patients there are and what tells them, or that nothing does."""
         if not self.patients:
-            return "nothing tells them, each image counts as its own"
+            return "nothing tells them (of a table --patient-column may), each image is its own"
         patients = {photo.patient for photo in self.photos}
         unknown = sum(patient.startswith(IMAGE) for patient in patients)
         of_nobody = f"; {unknown:,} images are of an unknown patient each" if unknown else ""
@@ -139,6 +139,9 @@ PUBLISHED = {
 NAMES = (*PUBLISHED, "folder")
 
 
+COLUMN_FLAGS = [f"{role}_column" for role in COLUMN_NAMES]
+
+
 def add_flags(add, roles=tuple(COLUMN_NAMES)):
     """Add the flags that say how a table is read, but for --labels; add: an argparse method."""
     for role in roles:
@@ -173,10 +176,10 @@ def load(dataset, source, flags):
     else:
         load_published(found, source, **PUBLISHED[dataset])
     if not found.photos:
-        counts = [f"{len(images)} {why}" for why, images in found.left_out.items()]
+        whys = [f"{len(them)} {why}, {few(them)}" for why, them in found.left_out.items()]
         raise ValueError(
-            f"{source} has no graded image ({', '.join(counts) or 'it names none'}): is it the "
-            f"folder of the data set {dataset!r}, fully unpacked?"
+            f"{source} has no graded image ({'; '.join(whys) or 'it names none'}): is it the "
+            f"folder of the data set {dataset!r}, unpacked, and the column that of the images?"
         )
     counts = Counter(photo.path for photo in found.photos)
     repeated = [f"{path} twice" for path, count in counts.items() if count > 1]
@@ -251,6 +254,11 @@ def load_folder(found, source, flags):
         rows = rows_of_table(found, table, files, flags)
     else:
         where = source
+        given = [name for name in COLUMN_FLAGS if fold(getattr(flags, name)) not in ("", "none")]
+        if given:
+            raise ValueError(
+                f"{source} has no table, of which --{given[0].replace('_', '-')} would be a column"
+            )
         rows = rows_of_class_folders(source, files)
         names = sorted({row.label for row in rows})
         found.notes.append(f"grades by the names of folders: {', '.join(names)}")
@@ -262,6 +270,8 @@ def load_folder(found, source, flags):
 
 def find_table(source, name):
     """The path of the folder's table, called `name` if that is not ""; None if there is none."""
+    if fold(name) == "none":
+        return None
     files = [] if name else sorted(path for path in source.iterdir() if path.name[0] != ".")
     tables = [name] if name else [path.name for path in files if path.suffix.lower() in TABLES]
     if len(tables) > 1:
