@@ -38,7 +38,18 @@ def test_drcnn_is_small_and_answers_for_any_image_size():
         network = model.build("drcnn", size)
         assert network.count_params() < 300_000
         assert network.output_shape == (None, 1)
-    assert [layer.name for layer in network.layers][:4] == ["image", "scale", "conv1", "norm1"]
+    names = [layer.name for layer in network.layers]
+    assert names[:5] == ["image", "scale", "standardise", "conv1", "norm1"]
+
+
+def test_drcnn_does_not_see_the_cameras_light_and_colours():
+    network = model.build("drcnn", 32, seed=1)
+    images = np.random.default_rng(7).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    for number, image in enumerate(images):
+        image[: 8 * number] //= 8  # or they would be alike to it
+    answers = model.predict(network, images)
+    other_camera = images * np.float32([0.9, 0.6, 0.5]) + np.float32([5, 40, 20])
+    assert model.predict(network, other_camera) == pytest.approx(answers, abs=np.ptp(answers) / 20)
 
 
 def test_vgg16_is_the_thesis_network():
