@@ -1,79 +1,47 @@
 """Where people run it: file systems without locks, and another project's Keras settings."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
-import subprocess
+import stat
 from pathlib import Path
 
 import pytest
-from conftest import client_script, server_script, start_server
+from conftest import start_server
 
 from common import files
 from federation import weights
 
-# Stands for a network file system: no locks, no fsync of folders.
-NETWORK_FILE_SYSTEM = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdlib.h>
-#include <sys/stat.h>
 
-static int fails(const char *variable) {
-    errno = atoi(getenv(variable));
-    return -1;
-}
+@pytest.mark.parametrize(
+    ("fsync", "code", "words"),
+    [
+        (errno.EINVAL, 0, "warning: this file system cannot flush folders"),
+        (errno.ENOTSUP, 0, "warning: this file system cannot flush folders"),
+        (errno.EIO, 1, "Input/output error"),  # that is a disk which fails
+    ],
+)
+def test_without_locks_and_without_fsync_of_folders(
+    client_main, served, monkeypatch, fsync, code, words
+):
+    """As on some network file systems."""
 
-int flock(int fd, int operation) { return fails("FLOCK_ERRNO"); }
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-int fsync(int fd) {
-    struct stat status;
-    if (fstat(fd, &status) == 0 && S_ISDIR(status.st_mode)) return fails("FSYNC_ERRNO");
-    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
-}
-"""
+    def not_of_folders(fd, inner=os.fsync):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(fsync, os.strerror(fsync))
+        inner(fd)
 
-
-@pytest.fixture
-def preloaded(tmp_path):
-    """preloaded(flock errno, fsync errno) -> environment of a process on such a file system."""
-    if not shutil.which("gcc"):
-        pytest.skip("needs gcc, to build what stands for a network file system")
-    source, library = tmp_path / "network.c", tmp_path / "network.so"
-    source.write_text(NETWORK_FILE_SYSTEM)
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, capture_output=True
-    )
-    return lambda flock, fsync: {
-        "LD_PRELOAD": str(library),
-        "FLOCK_ERRNO": str(flock),
-        "FSYNC_ERRNO": str(fsync),
-    }
-
-
-@pytest.mark.parametrize("fsync", [errno.EINVAL, errno.ENOTSUP])
-def test_without_locks_and_without_fsync_of_folders(start, begun, preloaded, fsync):
-    site = begun(clients=["client001"], rounds=2)
-    environment = preloaded(errno.ENOLCK, fsync)
-    server, address = start_server(start, site, script=server_script(site), env=environment)
-    arguments = ["--name", "client001", "--server", address]
-    client = start(client_script(site), *arguments, cwd=site, env=environment)
-    for process in (client, server):
-        assert process.wait() == 0, process.output
-        assert process.output.count("warning: this file system has no locks") == 1
-        assert process.output.count("warning: this file system cannot flush folders") == 1
-
-
-def test_a_disk_that_fails_is_no_such_file_system(start, begun, preloaded):
-    site = begun(clients=["client001"], rounds=2)
-    _, address = start_server(start, site, script=server_script(site))
-    arguments = ["--name", "client001", "--server", address]
-    environment = preloaded(errno.ENOLCK, errno.EIO)
-    client = start(client_script(site), *arguments, cwd=site, env=environment)
-    assert client.wait() == 1
-    assert "Input/output error" in client.lines[-1] and "Traceback" not in client.output
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(os, "fsync", not_of_folders)
+    files._warn_once.cache_clear()
+    ended, said = client_main("--server", served[1])
+    assert ended == code and said.count(words) == 1 and "Traceback" not in said
+    assert said.count("warning: this file system has no locks") == 1
 
 
 def write_half(path, *_, **__):

@@ -49,12 +49,8 @@ def state_of(site):
     return RunState.load(site / "server" / "state.json")
 
 
-def take_part(start, site, address, name="client001", *arguments, training_s=0, patches=()):
+def take_part(start, site, address, name="client001", *arguments, training_s=0):
     script = client_script(site, training_s)
-    if patches:
-        text = script.read_text()
-        script = site / "patched_client.py"
-        script.write_text(text.replace("end_script(todo", "\n".join(patches) + "\nend_script(todo"))
     return start(script, "--name", name, "--server", address, *arguments, cwd=site)
 
 
@@ -134,7 +130,7 @@ def test_too_few_clients_within_the_limit_is_exit_3(start, begun):
     site = begun(clients=["client001", "client002", "client003"])
     server, address = start_server(start, site, "--round-timeout", "2", "--min-clients", "2")
     call = deliver(address, site, "client002")
-    assert server.wait(30) == 3
+    assert server.wait() == 3
     assert "1 of at least 2" in server.lines[-1] and "client003 (not seen yet)" in server.lines[-1]
     is_refused(call, "UNAVAILABLE", "1 of at least 2")
     assert port_is_free(int(address.rpartition(":")[2]))
@@ -156,11 +152,11 @@ def test_a_merge_that_fails_is_exit_1_and_everyone_is_told(start, begun):
     script = holding(site, "todoServer", FULL_DISK)
     server, address = start_server(start, site, script=script)
     is_refused(deliver(address, site, "client001"), "INTERNAL", "server/server_weight.h5")
-    assert server.wait(20) == 1 and "No space left on device" in server.output
+    assert server.wait() == 1 and "No space left on device" in server.output
     assert state_of(site).frozen == ["client001"]
     # started again while the cause is still there: a sentence, before anyone is served
     server = start(script, "--listen", "localhost:0", cwd=site)
-    assert server.wait(20) == 1 and "No space left on device" in server.lines[-1]
+    assert server.wait() == 1 and "No space left on device" in server.lines[-1]
     assert "listening" not in server.output
 
 
@@ -177,7 +173,7 @@ status.write = write
 """
     server, address = start_server(start, site, script=holding(site, "todoServer", dies))
     (site / "die").touch()
-    assert server.wait(20) == 1 and "start it again" in server.lines[-1]
+    assert server.wait() == 1 and "start it again" in server.lines[-1]
     assert port_is_free(int(address.rpartition(":")[2]))
 
 
@@ -200,7 +196,7 @@ def test_a_server_whose_run_is_over_ends_with_the_last_word_or_the_last_wait(
     if last_word:
         done = todo_pb2.clientStatus(run="run0", round=2, phase="done")
         assert stub.tell(done, metadata=is_me, timeout=30).round == 2
-    assert server.wait(20) == 0 and "finished after 1 rounds" in server.output
+    assert server.wait() == 0 and "finished after 1 rounds" in server.output
     assert ("client001 has not said" in server.output) == (not last_word)
 
 
@@ -236,12 +232,6 @@ def test_a_signal_ends_the_client_with_its_files_whole(start, begun, number, cod
     assert all(weights.fits(path, layout) for path in (site / "client001").glob("*.h5"))
 
 
-def test_a_server_that_stays_away_is_exit_4(start, begun):
-    site = begun()
-    client = take_part(start, site, f"localhost:{free_port()}", "client001", "--give-up-after", "1")
-    assert client.wait(30) == 4 and "did not answer for 1 s" in client.lines[-1]
-
-
 def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_next_start(
     start, begun
 ):
@@ -250,7 +240,7 @@ def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_ne
     client = take_part(start, site, address, "client001", "--give-up-after", "1")
     server.wait_for("client001 delivered")
     server.kill()
-    assert client.wait(30) == 5 and "delivered and never answered" in client.lines[-1]
+    assert client.wait() == 5 and "delivered and never answered" in client.lines[-1]
     # both come back: it is delivered again, not trained again
     server, address = start_server(start, site, port=address.rpartition(":")[2])
     client = take_part(start, site, address, training_s=1000)
@@ -258,21 +248,12 @@ def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_ne
     assert "training" not in client.output
 
 
-IMPATIENT = [
-    "todoClient.UNANSWERED_S, todoClient.TELL_EVERY_S, todoClient.TELL_TIMEOUT_S = 2, 0.5, 1",
-    "todoClient.CONNECT_S, todoClient.SERVED_S = 1, 2",
-]
-
-
-def test_a_stopped_server_is_noticed_by_who_waits_and_given_up(start, begun):
-    """Its port is open, and the system takes connections for it."""
-    site = begun(rounds=1)
-    server, address = start_server(start, site)
-    flags = ["--give-up-after", "3", "--val-index", "index/val_set.pkl"]
-    client = take_part(start, site, address, "client001", *flags, patches=IMPATIENT)
-    server.wait_for("client001 delivered")
-    server.signal(signal.SIGSTOP)
-    assert client.wait(60) == 5 and "did not answer for 3 s" in client.lines[-1]
+IMPATIENT = """
+import todoClient
+todoClient.UNANSWERED_S, todoClient.TELL_EVERY_S, todoClient.TELL_TIMEOUT_S = 2, 0.5, 1
+todoClient.CONNECT_S, todoClient.SERVED_S = 1, 2
+todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05
+"""
 
 
 @pytest.mark.parametrize(("waits_for", "code"), [("its answer", 5), ("the weights", 4)])
@@ -288,13 +269,16 @@ def test_a_server_that_answers_pings_only_is_noticed_and_given_up(
         (site / "client001").mkdir()
         files.save_state(site / "client001" / "state.json", {**todoClient.NEW_STATE, "run": "run0"})
         run.rounds.changed.acquire()
-    flags = ["--give-up-after", "3"]
-    client = take_part(start, site, address, "client001", *flags, patches=IMPATIENT)
+    script = holding(
+        site, "todoClient", "import standin", "sys.modules['model'] = standin", IMPATIENT
+    )
+    flags = ["--name", "client001", "--server", address, "--give-up-after", "3"]
+    client = start(script, *flags, cwd=site)
     if waits_for == "its answer":
         until(lambda: "client001" in run.rounds.uploads, "client001 has delivered")
         run.rounds.changed.acquire()
     try:
-        assert client.wait(60) == code and "did not answer for 3 s" in client.lines[-1]
+        assert client.wait() == code and "did not answer for 3 s" in client.lines[-1]
     finally:
         run.rounds.changed.release()  # for which every call waited
         server.stop(0)
@@ -309,7 +293,7 @@ def test_a_second_client_of_the_name_ends_the_first_with_a_sentence(start, begun
     first = take_part(start, site, address)
     server.wait_for("client001 delivered")
     second = take_part(start, site, address, "client001", "--client-dir", "elsewhere")
-    assert first.wait(30) == 1
+    assert first.wait() == 1
     assert "client001 has delivered again on another connection" in first.lines[-1]
     assert second.process.poll() is None
 
@@ -322,7 +306,7 @@ def test_a_port_that_is_taken_on_one_address_of_the_host_is_taken(start, begun):
     start("todoServer.py", "--listen", f"127.0.0.1:{port}", cwd=site).wait_for("listening on")
     arguments = ["--listen", f"localhost:{port}", "--server-dir", "other"]
     second = start("todoServer.py", *arguments, cwd=site)
-    assert second.wait(30) == 1 and "is another server running there" in second.lines[-1]
+    assert second.wait() == 1 and "is another server running there" in second.lines[-1]
 
 
 def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing(start, begun):
@@ -335,9 +319,8 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
 
     def written():
         """{path: when it was written}, but for status.json."""
-        paths = [*(site / "server").rglob("*"), *(site / "client001").rglob("*")]
-        of_the_run = [each for each in paths if each.is_file() and "status" not in each.name]
-        return {path: path.stat().st_mtime_ns for path in of_the_run}
+        paths = [*(site / "server").rglob("*.*"), *(site / "client001").rglob("*.*")]
+        return {path: path.stat().st_mtime_ns for path in paths if "status" not in path.name}
 
     before = written()
     for second in (
@@ -346,8 +329,7 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
         # with --server-dir . a server would share client001/ with the client that works there
         start("todoServer.py", "--server-dir", ".", "--rounds", "1", cwd=site),
     ):
-        assert second.wait(30) == 1
-        assert "another process works in" in second.lines[-1]
+        assert second.wait() == 1 and "another process works in" in second.lines[-1]
     assert before == written() and left_alone.exists()
     assert client.process.poll() is None and server.process.poll() is None
 
@@ -358,21 +340,17 @@ def test_a_second_server_or_client_in_ones_folder_is_exit_1_and_disturbs_nothing
 @pytest.mark.parametrize(
     ("script", "arguments", "word"),
     [
-        (todoServer, ["--rounds", "0"], "at least 1"),
-        (todoServer, ["--min-clients", "2"], "--round-timeout"),
-        (todoServer, ["--round-timeout", "-1"], "number of seconds"),
-        (todoServer, ["--clients", "a,a"], "different"),
-        (todoServer, ["--clients", "a,../b"], "letters"),
-        (todoServer, ["--clients", "client001,state.json"], "cannot be called"),
-        (todoServer, ["--clients", "tensorboard"], "cannot be called"),
-        (todoServer, ["--listen", "here"], "HOST:PORT"),
-        (todoServer, ["--listen", "localhost:abc"], "HOST:PORT"),
-        (todoClient, [], "--name"),
-        (todoClient, ["--name", "hospital"], "--index"),
-        (todoClient, ["--name", "../x1"], "letters"),
-        (todoClient, ["--name", "a1", "--epochs", "0"], "at least 1"),
-        (todoClient, ["--name", "a1", "--learning-rate", "0"], "above 0"),
-        (todoClient, ["--name", "a1", "--server", "localhost"], "HOST:PORT"),
+        (todoServer, "--rounds 0", "at least 1"),
+        (todoServer, "--min-clients 2", "--round-timeout"),
+        (todoServer, "--round-timeout -1", "number of seconds"),
+        (todoServer, "--clients a,a", "different"),
+        (todoServer, "--clients a,../b", "letters"),
+        (todoServer, "--clients client001,state.json", "cannot be called"),
+        (todoServer, "--clients tensorboard", "cannot be called"),
+        (todoClient, "", "--name"),
+        (todoClient, "--name hospital", "--index"),
+        (todoClient, "--name ../x1", "letters"),
+        (todoClient, "--name a1 --epochs 0", "at least 1"),
     ],
 )
 def test_wrong_usage_is_exit_2_and_leaves_nothing(
@@ -380,6 +358,6 @@ def test_wrong_usage_is_exit_2_and_leaves_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        script.main(arguments)
+        script.main(arguments.split())
     assert ended.value.code == 2 and word in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,6 @@
 """common/files.py: a file is whole or not there, and a folder belongs to one process."""
 
 import errno
-import fcntl
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import sys
 import pytest
 from conftest import ROOT
 
-import todoServer
 from common import files
 
 
@@ -80,25 +78,6 @@ def test_rows_are_published_only_when_they_change(tmp_path):
     assert path.read_text() == "round,loss\n1,0.123457\n"
 
 
-def test_an_old_run_and_nothing_else_is_moved_aside(tmp_path):
-    users = [".gitkeep", "todoServer.py", "index/val_set.pkl"]
-    users += ["client002/state.json", "client002/client_weights.h5"]  # a client works there
-    ours = ["state.json", "server_weight.h5", "clients.csv", "client001/client_weights.h5"]
-    for name in users:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert todoServer.move_aside(tmp_path) is None
-    for number in (1, 2):
-        for name in ours:
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(str(number))
-        aside = todoServer.move_aside(tmp_path)
-        assert aside == tmp_path / f"old-{number}"
-        assert [(aside / name).read_text() for name in ours] == [str(number)] * len(ours)
-    assert all((tmp_path / name).exists() for name in users)
-    assert not any((tmp_path / name).exists() for name in ours)
-
-
 def test_a_folder_is_one_processs_until_that_ends_however_it_ends(tmp_path):
     folder = tmp_path / "new" / "server"
     code = """
@@ -125,12 +104,3 @@ with files.alone_in(sys.argv[1]):
     for _ in range(2):
         with files.alone_in(folder):
             assert not list(folder.iterdir())
-
-
-def test_where_there_are_no_locks_it_goes_on_without(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with files.alone_in(tmp_path):
-        pass

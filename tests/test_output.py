@@ -80,8 +80,14 @@ def stopped_terminal():
     os.close(master)
 
 
-@pytest.mark.parametrize("stop", [full_pipe, stopped_terminal])
-@pytest.mark.parametrize("ends", ["by itself", "by signals"])
+@pytest.mark.parametrize(
+    ("stop", "ends"),
+    [
+        (full_pipe, "by itself"),
+        (stopped_terminal, "by itself"),
+        (stopped_terminal, "by signals"),
+    ],
+)
 def test_a_run_goes_on_and_ends_though_nobody_reads(running, begun, stop, ends):
     site = begun(rounds=3)
     port = free_port()
@@ -111,12 +117,14 @@ def test_closed_outputs_change_neither_result_nor_exit_code(begun, closed):
     site = begun(clients=["client001"], rounds=1)
     port = free_port()
     commands = [
-        f"exec {sys.executable} {server_script(site)} --listen localhost:{port} {closed}",
-        f"exec {sys.executable} {client_script(site)} --name client001 --server localhost:{port} "
-        + closed,
+        f"{server_script(site)} --listen localhost:{port}",
+        f"{client_script(site)} --name client001 --server localhost:{port}",
     ]
     both = [
-        subprocess.Popen(["bash", "-c", command], cwd=site, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            ["bash", "-c", f"exec {sys.executable} {command} {closed}"],
+            **{"cwd": site, "stdout": subprocess.PIPE, "text": True},
+        )
         for command in commands
     ]
     try:
@@ -126,9 +134,8 @@ def test_closed_outputs_change_neither_result_nor_exit_code(begun, closed):
             each.kill()
     assert [each.returncode for each in both] == [0, 0]
     assert ("the run is over" in said[1]) == (closed == "2>&-")
-    for path in site.rglob("*"):
-        if path.is_file() and path.suffix in (".h5", ".json", ".csv"):
-            assert b"client001: round" not in path.read_bytes(), path
+    for path in site.rglob("*.*"):
+        assert not path.is_file() or b"client001: round" not in path.read_bytes(), path
 
 
 STEPS = """
@@ -145,29 +152,34 @@ sys.modules["model"] = standin
 """
 
 
-@pytest.mark.parametrize("goes_away", [False, True])
-def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start, running, goes_away):
-    """And a terminal that goes away ends no client."""
+@pytest.mark.parametrize("ends", ["by itself", "the terminal goes away", "Ctrl-C"])
+def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start, running, ends):
+    """A terminal that goes away ends no client, and the cursor comes back at Ctrl-C."""
     site = begun(clients=["client001"], rounds=1)
     server, address = start_server(start, site, script=server_script(site))
     terminal, own_end = pty.openpty()
     command = [holding(site, "todoClient", STEPS), "--name", "client001", "--server", address]
-    environment = {**os.environ, "TERM": "xterm"}
     client = running(
         [*command, "--epochs", "3"],
-        **{"cwd": site, "stdout": own_end, "stderr": own_end, "env": environment},
+        **{"cwd": site, "stdout": own_end, "stderr": own_end},
+        env={**os.environ, "TERM": "xterm"},
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     os.close(own_end)
     said = b""
     with contextlib.suppress(OSError):  # EIO: the client has ended
-        while not (goes_away and b"step" in said):
+        while not (ends == "the terminal goes away" and b"step" in said):
             said += os.read(terminal, 1 << 12)
+            if ends == "Ctrl-C" and b"step" in said:
+                client.send_signal(signal.SIGINT)
     os.close(terminal)
-    assert client.wait(DEADLINE_S) == 0 == server.wait()
     assert b"round 1/1: epoch 3/3, step" in said
-    if not goes_away:
+    if ends == "Ctrl-C":
+        assert client.wait(DEADLINE_S) == 130 and said.endswith(b"\x1b[?25h\r\n")
+        return
+    assert client.wait(DEADLINE_S) == 0 == server.wait()
+    if ends == "by itself":
         whole = re.findall(rb"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d standin: a line in between\r\n", said)
         assert len(whole) == 4
 

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import standin
-from conftest import new_run, start_server
+from conftest import free_port, new_run, start_server
 from serving import serve
 
 import todoClient
@@ -128,6 +128,11 @@ def test_a_fault_of_the_clients_own_machine_is_tried_again(client_main, served, 
     monkeypatch.setattr(todoClient.convert, "contents_of", fails_once)
     code, said = client_main("--server", served[1], "--give-up-after", "60")
     assert code == 0 and "it was killed" in said
+
+
+def test_a_server_that_stays_away_is_exit_4(client_main):
+    code, said = client_main("--server", f"localhost:{free_port()}", "--give-up-after", "0.5")
+    assert code == 4 and "did not answer for 0.5 s; what was trained is kept" in said
 
 
 # --- a straggler ---------------------------------------------------------------------------------

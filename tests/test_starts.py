@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import client_script, server_script, start_server, write_weights
+from conftest import write_weights
 
 import data
 import todoClient
@@ -188,13 +188,13 @@ def test_a_client_with_a_spoiled_state_is_exit_1_and_it_stays(client_main, text)
     assert Path("client001/state.json").read_text() == text
 
 
-def trained_in(folder):
-    """A client's folder with weights that are trained and not delivered."""
+def trained_in(folder, run="run0"):
+    """A client's folder with weights that are trained for that run and not delivered."""
     Path(folder).mkdir()
     site = todoClient.Site(todoClient.parse(["--name", "client001", "--client-dir", folder]))
     write_weights(site.weights_path, 1)
     trained = {**site.settings, "sha256": files.sha256_of(site.weights_path), "scores": {}}
-    site.save(run="run0", round=1, rounds=2, trained=trained)
+    site.save(run=run, round=1, rounds=2, trained=trained)
 
 
 @pytest.mark.parametrize(
@@ -222,32 +222,20 @@ def test_what_was_trained_is_delivered_unless_by_other_settings(
     assert not site.has_trained_weights()
 
 
-def test_what_lies_in_a_clients_folder_of_another_run_is_moved_aside_and_said(start, begun):
+def test_what_lies_in_a_clients_folder_of_another_run_is_moved_aside_and_said(client_main, served):
     """What was trained for it is dropped with a line; nothing is moved at a first start."""
-    site = begun(rounds=1)
-    server, address = start_server(start, site, script=server_script(site))
-
-    def client(name):
-        return start(client_script(site), "--name", name, "--server", address, cwd=site)
-
-    first = client("client001")
-    server.wait_for("client001 delivered")
-    first.kill()
-    assert not list((site / "client001").glob("old-*")) and "another run" not in first.output
-    folder = site / "client001"
-    state = todoClient.files.load_state(folder / "state.json", todoClient.STATE_KINDS)
-    files.save_state(folder / "state.json", {**state, "run": "another"})
-    for name in ("server_weight.h5", "server_weight.json", "my notes.txt"):
-        (folder / name).write_text(f"of another run: {name}")
-    first, second = client("client001"), client("client002")
-    assert [each.wait() for each in (first, second, server)] == [0, 0, 0], first.output
-    assert "upload rejected: client001 delivers for run 'another'" in first.output
-    assert "another run begins: what lay in client001 is in client001/old-1" in first.output
-    moved = {path.name for path in (folder / "old-1").iterdir()}
-    names = {"state.json", "client_weights.h5", "history.csv"}
-    assert moved == names | {"server_weight.h5", "server_weight.json"}
-    assert (folder / "my notes.txt").exists()
-    assert "of another run" in (folder / "old-1" / "server_weight.h5").read_text()
+    folder, names = Path("client001"), {"history.csv", "server_weight.h5", "server_weight.json"}
+    trained_in("client001", run="another")
+    for name in (*names, "my notes.txt"):
+        (folder / name).write_text("of another run")
+    before = files_in(folder)
+    code, said = client_main("--server", served[1])
+    assert code == 0 and "upload rejected: client001 delivers for run 'another'" in said
+    assert "another run begins: what lay in client001 is in client001/old-1" in said
+    moved = {path.name: path.read_bytes() for path in (folder / "old-1").iterdir()}
+    assert set(moved) == names | {"state.json", "client_weights.h5"}
+    assert all(moved[name] == before[folder / name] for name in names | {"client_weights.h5"})
+    assert (folder / "my notes.txt").exists() and not (folder / "old-2").exists()
 
 
 # --- what a client is told at its first fetch ----------------------------------------------------

@@ -15,13 +15,10 @@ import pytest
 import serving
 from conftest import (
     ROOT,
-    Run,
     client_script,
     free_port,
-    make_data,
     server_script,
     start_server,
-    until,
     write_weights,
 )
 from seed_peer import LIMITS, cut
@@ -111,41 +108,27 @@ def flags(certs, own="client001", ca="ca"):
 # --- who is served -------------------------------------------------------------------------------
 
 
-class Served:
-    """A run for client001 and client002 behind a real server with these flags."""
-
-    def __init__(self, folder, *flags, **options):
-        self.run = Run(folder / "server", ["client001", "client002"], rounds=1)
-        credentials = tls.server_credentials(todoServer.parse(list(flags)))
-        self.server, self.address = serving.serve(
-            self.run.rounds, credentials=credentials, **options
-        )
-
-    def stub(self, *flags, name="client001"):
-        arguments = todoClient.parse(["--name", name, "--server", self.address, *flags])
-        options = [("grpc.use_local_subchannel_pool", 1), *LIMITS[1:]]
-        return todo_pb2_grpc.FedMLStub(tls.channel(arguments, options))
-
-    def send(self, stub, path, client, *metadata):
-        messages = cut(path.read_bytes(), clientname=f"{client}/client_weights.h5", clientsize=3)
-        return stub.sendWeight.future(messages, metadata=metadata, timeout=60)
-
-    def close(self):
-        self.run.stop()
-        self.server.stop(0).wait()
-
-
 @pytest.fixture
-def serve(tmp_path):
-    served = []
+def serve(make_run):
+    """serve(*flags) -> (Run of client001 and client002, stub(*flags, name) of a client of it)."""
+    servers = []
 
-    def start(*flags, **options):
-        served.append(Served(tmp_path, *flags, **options))
-        return served[-1]
+    def start(*given, **options):
+        run = make_run(clients=["client001", "client002"], rounds=1)
+        credentials = tls.server_credentials(todoServer.parse(list(given)))
+        server, address = serving.serve(run.rounds, credentials=credentials, **options)
+        servers.append(server)
+
+        def stub(*given, name="client001"):
+            arguments = todoClient.parse(["--name", name, "--server", address, *given])
+            options = [("grpc.use_local_subchannel_pool", 1), *LIMITS[1:]]
+            return todo_pb2_grpc.FedMLStub(tls.channel(arguments, options))
+
+        return run, stub
 
     yield start
-    for each in served:
-        each.close()
+    for server in servers:
+        server.stop(0).wait()
 
 
 def fetch(stub, *metadata):
@@ -154,71 +137,39 @@ def fetch(stub, *metadata):
 
 
 def test_an_old_client_is_known_by_its_certificate(serve, certs, tmp_path):
-    served = serve(*flags(certs, "server"), serve_unnamed=False)
-    paths = [write_weights(tmp_path / f"{seed}.h5", seed) for seed in (1, 2)]
-    first = served.stub(*flags(certs))
-    second = served.stub(*flags(certs, "only-cn"), name="client002")
-    assert fetch(first) == served.run.weights.read_bytes()
+    run, stub = serve(*flags(certs, "server"), serve_unnamed=False)
+    first, second = stub(*flags(certs)), stub(*flags(certs, "only-cn"), name="client002")
+    assert fetch(first) == run.weights.read_bytes()
+
+    def send(stub, client, seed):
+        content = write_weights(tmp_path / f"{seed}.h5", seed).read_bytes()
+        named = {"clientname": f"{client}/client_weights.h5", "clientsize": 3}
+        return stub.sendWeight.future(cut(content, **named), timeout=60)
+
     with pytest.raises(grpc.RpcError, match="client001 sent weights in the name of client002"):
-        served.send(first, paths[1], "client002").result()
-    calls = [
-        served.send(first, paths[0], "client001"),
-        served.send(second, paths[1], "client002"),
-    ]
+        send(first, "client002", 2).result()
+    calls = [send(first, "client001", 1), send(second, "client002", 2)]
     assert [call.result().value for call in calls] == [1, 1]
-    assert served.run.holds(("client001", 3, 1), ("client002", 3, 2))
-
-
-def test_who_says_another_name_than_its_certificate_gets_no_weights(serve, certs):
-    served = serve(*flags(certs, "server"))
-    with pytest.raises(grpc.RpcError, match="'client002' came with the certificate of client001"):
-        fetch(served.stub(*flags(certs)), ("fedml-client", "client002"))
+    assert run.holds(("client001", 3, 1), ("client002", 3, 2))
 
 
 @pytest.mark.parametrize(
-    "server, client, name, serve_unnamed, code",
+    ("server", "client", "says", "words"),
     [
-        (("server",), ("client009",), "client009", True, "PERMISSION_DENIED"),
-        (("server", None), (None,), "client001", False, "UNAUTHENTICATED"),
-        ((None, None), (None, None), "client001", False, "UNAUTHENTICATED"),
-        ((None, None), (None, None), "client001", True, "INVALID_ARGUMENT"),  # of 0 examples
+        ("server", "client001", "client002", "'client002' came with the certificate of client001"),
+        ("server", "client009", None, "PERMISSION_DENIED"),  # of the CA, and not of the run
+        ("server", None, None, "UNAUTHENTICATED"),
     ],
 )
-def test_who_names_nobody(serve, certs, server, client, name, serve_unnamed, code):
-    served = serve(*flags(certs, *server), serve_unnamed=serve_unnamed)
-    stub = served.stub(*flags(certs, *client), name=name)
-    empty = iter([todo_pb2.modelWeight(clientname="client001", clientsize=0)])
-    with pytest.raises(grpc.RpcError) as refused:
-        stub.sendWeight(empty, timeout=60)
-    assert refused.value.code().name == code
-    if code == "INVALID_ARGUMENT":  # the peer is served: only what it sent is wrong
-        assert fetch(stub)
-    else:
-        with pytest.raises(grpc.RpcError, match=code):
-            fetch(stub)
-
-
-def test_many_peers_without_a_name_keep_no_client_out(serve):
-    served = serve()
-    over = threading.Event()
-
-    def nothing():
-        over.wait(60)
-        yield from ()
-
-    stub = served.stub()
-    half_open = [stub.sendWeight.future(nothing(), timeout=60) for _ in range(12)]
-
-    def refused():
-        return [
-            call
-            for call in half_open
-            if call.done() and call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        ]
-
-    until(refused, "more of them are here than are served")
-    assert fetch(served.stub(), ("fedml-client", "client001"))
-    over.set()
+def test_who_is_not_the_client_that_it_says_gets_no_weights(
+    serve, certs, server, client, says, words
+):
+    """The last one's server speaks TLS, and demands no certificate."""
+    given = flags(certs, server, ca="ca" if client else None)
+    _, stub = serve(*given, serve_unnamed=False)
+    metadata = [("fedml-client", says)] if says else []
+    with pytest.raises(grpc.RpcError, match=words):
+        fetch(stub(*flags(certs, client), name=client or "client001"), *metadata)
 
 
 # --- what is wrong at start ----------------------------------------------------------------------
@@ -445,13 +396,13 @@ def test_who_cannot_connect_is_told_why(certs, others, listening, capsys, monkey
     if setup.proxy:
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{others.port_of(*setup.proxy)}")
     client_flags = [] if setup.client is None else flags(certs, setup.client, setup.ca)
-    if does == "the server ends with 2":
+    ends = {
+        "the server ends with 2": lambda: todoServer.parse(flags(certs, setup.server)),
+        "the client ends with 2": lambda: todoClient.parse(["--name", "client001", *client_flags]),
+    }
+    if does in ends:
         with pytest.raises(SystemExit, match="2"):
-            todoServer.parse(flags(certs, setup.server))
-        said = capsys.readouterr().err
-    elif does == "the client ends with 2":
-        with pytest.raises(SystemExit, match="2"):
-            todoClient.parse(["--name", "client001", *client_flags])
+            ends[does]()
         said = capsys.readouterr().err
     else:
         if setup.before:
@@ -474,19 +425,9 @@ def test_what_the_server_itself_says_is_not_explained(certs):
 # --- the scripts as they are started -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "server, code, keyword", [(None, 1, "speaks plaintext"), ("nobody", 4, "no server answers")]
-)
-def test_a_client_ends_where_waiting_is_in_vain(
-    certs, listening, tmp_path, monkeypatch, capfd, server, code, keyword
-):
-    monkeypatch.chdir(make_data(tmp_path / "site"))
-    monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
-    port = free_port() if server == "nobody" else listening(server)
-    command = ["--name", "client001", "--server", f"localhost:{port}", "--give-up-after", "0.1"]
-    assert todoClient.main([*command, *flags(certs)]) == code
-    captured = capfd.readouterr()
-    assert keyword in captured.out + captured.err
+def test_a_client_ends_where_waiting_is_in_vain(certs, listening, client_main):
+    code, said = client_main("--server", f"localhost:{listening(None)}", *flags(certs))
+    assert code == 1 and "speaks plaintext" in said
 
 
 def test_insecure_is_allowed_and_warned_about(start, begun):
@@ -534,7 +475,7 @@ def test_two_rounds_while_certificates_are_renewed(start, begun, certs, own):
     command = flags(certs, "server")
     server, _ = start_server(start, site, *command, port=port, script=server_script(site))
     assert client.wait() == server.wait() == 0, client.output
-    assert "Traceback" not in client.output and "warning" not in server.output
+    assert "Traceback" not in client.output and "warning: plaintext" not in server.output
 
 
 # --- make_certs.sh -------------------------------------------------------------------------------
@@ -545,6 +486,7 @@ def contents(folder):
 
 
 def test_make_certs(tmp_path):
+    """It makes what is not there, and writes nothing over: so what was moved out is renewed."""
     folder = tmp_path / "certs"
     made = make_certs(folder, "192.0.2.7", "client001", DAYS="90")
     assert made.returncode == 0 and made.stdout.count("is valid until") == 3
@@ -559,29 +501,16 @@ def test_make_certs(tmp_path):
     assert contents(folder) == before
     assert make_certs(folder, "192.0.2.7", "client002").returncode == 0
     assert before.items() <= contents(folder).items()
-
-
-def test_make_certs_renews_what_was_moved_out(tmp_path):
-    folder = tmp_path / "certs"
-    make_certs(folder, "192.0.2.7", "client001")
     for name in ("server.pem", "server.key", "client001.pem", "client001.key"):
         (folder / name).rename(tmp_path / name)
-    renewed = make_certs(folder, "192.0.2.7", "client001")
-    assert renewed.returncode == 0 and renewed.stdout.count("is valid until") == 3
-    assert contents(folder)["server.pem"] != (tmp_path / "server.pem").read_bytes()
+    assert make_certs(folder, "192.0.2.7", "client001").returncode == 0
+    assert contents(folder)["server.pem"] != before["server.pem"]
     command = ["openssl", "verify", "-CAfile", folder / "ca.pem", tmp_path / "server.pem"]
     subprocess.run([*command, *folder.glob("[cs]*.pem")], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        [],
-        ["host", "../x"],
-        ["192.0.2.7:50051", "client003"],
-        ["a b", "client003"],
-        ["host", "server"],
-    ],
+    "wrong", ["", "host ../x", "192.0.2.7:50051 client003", "a,b client003", "host server"]
 )
 def test_make_certs_refuses(tmp_path, wrong):
-    assert make_certs(tmp_path / "certs", *wrong).returncode == 2
+    assert make_certs(tmp_path / "certs", *wrong.split()).returncode == 2
