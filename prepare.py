@@ -226,9 +226,7 @@ def parse(argv):
     """The flags, an argparse.Namespace; ends with a usage error where they do not fit together."""
     known = parser()
     args = known.parse_args(argv)
-    what = f"--dataset {args.dataset}"
     if args.index_from:
-        what = "--index-from"
         args.dataset = args.preprocessing = args.split = "imported"
         args.index_from = [os.path.abspath(file) for file in args.index_from]
     arch = model.ARCHS[args.arch]
@@ -245,9 +243,7 @@ def parse(argv):
         "--source is a folder of photographs: say by --dataset which": (
             is_synthetic and args.source
         ),
-        f"{what} needs --source, the folder of the photographs": (
-            not is_synthetic and not args.source
-        ),
+        "expected --source, the folder of the photographs": not is_synthetic and not args.source,
         f"--val-part {args.val_part}: expected a part, 0 to 1": not 0 <= (args.val_part or 0) <= 1,
         f"--alpha {args.alpha}: expected 0.001 to 1000": not 0.001 <= args.alpha <= 1000,
         f"--split {args.split} is of --dataset {of_kind}, not of {args.dataset}: use iid, noniid "
@@ -302,26 +298,24 @@ def made_with_of(args):
 def check(args):
     """The exit code: 0 where index/ was made from the choices and is whole; else 10, and a line."""
     try:
-        problem = first_problem(choices_of(args))
+        prepared = json.loads(PREPARED.read_text(encoding="utf-8"))
+        made_from = prepared["choices"]
+        problems = [
+            f"it was made with {name} {made_from.get(name)}, not {value}"
+            for name, value in choices_of(args).items()
+            if made_from.get(name) != value
+        ]
+        problems += [
+            f"{record['dir']} is missing"
+            for name in prepared["indexes"]
+            for record in data.read_index(INDEX / f"{name}.pkl")
+            if not os.path.exists(record["dir"])
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"it is not complete ({error})"
-    if problem:
-        print(f"index/ has to be made anew: {problem}")
-    return EXIT_NOT_MADE if problem else 0
-
-
-def first_problem(choices):
-    """Why index/ has to be made anew, or ""; raises nearly anything where prepared.json is bad."""
-    prepared = json.loads(PREPARED.read_text(encoding="utf-8"))
-    for name, value in choices.items():
-        made_from = prepared["choices"].get(name)
-        if made_from != value:
-            return f"it was made with {name} {made_from}, not {value}"
-    for name in prepared["indexes"]:
-        for record in data.read_index(INDEX / f"{name}.pkl"):
-            if not os.path.exists(record["dir"]):
-                return f"{record['dir']} is missing"
-    return ""
+        problems = [f"it is not complete ({error})"]
+    if problems:
+        print(f"index/ has to be made anew: {few(problems)}")
+    return EXIT_NOT_MADE if problems else 0
 
 
 # --- what there is -------------------------------------------------------------------------------

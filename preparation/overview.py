@@ -66,9 +66,9 @@ def save_check_sheet(path, doubtful):
 def save_sheet(path, rows):
     """A PNG with a row for each (text, [path of a picture, ...])."""
     font = ImageFont.load_default(15)
-    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    margin = 24 + max(pen.multiline_textbbox((0, 0), text, font)[2] for text, _ in rows)
-    width = int(margin) + SHEET_CELL * max(len(pictures) for _, pictures in rows)
+    lengths = [font.getlength(line) for text, _ in rows for line in text.splitlines()]
+    margin = 24 + int(max(lengths))
+    width = margin + SHEET_CELL * max(len(pictures) for _, pictures in rows)
     sheet = Image.new("RGB", (width, SHEET_CELL * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (text, pictures) in enumerate(rows):
@@ -77,6 +77,6 @@ def save_sheet(path, rows):
         for column, picture in enumerate(pictures):
             image = open_image(picture, shortest_side=SHEET_CELL)
             small = ImageOps.contain(image, (SHEET_CELL, SHEET_CELL))
-            sheet.paste(small, (int(margin) + column * SHEET_CELL, top))
+            sheet.paste(small, (margin + column * SHEET_CELL, top))
     with replacing(path) as written:
         sheet.save(written)

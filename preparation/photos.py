@@ -9,7 +9,9 @@ are: crop, and resize. On IDRiD it does better with the circle than with the squ
 import warnings
 
 import numpy as np
+import pydicom
 from PIL import Image, ImageFilter, ImageOps
+from pydicom.pixels import pixel_array
 
 from preparation.field import find_field, whole_field, why_no_fundus
 
@@ -140,15 +142,8 @@ def to_eight_bits(image):
 def read_dicom(path, tags=None):
     """The pydicom data set of a file. tags: only these, without the pixels; None: all.
 
-    Raises ValueError where pydicom is not installed, Refused for a file that, unpacked, can be of
-    any size; or whatever pydicom raises.
+    Raises Refused for a file that, unpacked, can be of any size; or whatever pydicom raises.
     """
-    try:
-        import pydicom
-    except ImportError:
-        raise ValueError(
-            "DICOM needs the package pydicom: pip install -r requirements.txt"
-        ) from None
     packed = pydicom.uid.DeflatedExplicitVRLittleEndian
     if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == packed:
         raise Refused("is DICOM that is packed as a whole (deflated): export it otherwise")
@@ -159,8 +154,6 @@ def dicom_patient(path):
     """The PatientID of a DICOM file; "" where it has none, or is damaged: `open_image` says how."""
     try:
         return str(read_dicom(path, ["PatientID"]).get("PatientID", ""))
-    except ValueError:
-        raise
     except Exception:  # of a damaged file, nearly anything
         return ""
 
@@ -168,8 +161,6 @@ def dicom_patient(path):
 def open_dicom(path):
     """A colour photograph in a DICOM file as a PIL image, RGB."""
     photograph = read_dicom(path)
-    from pydicom.pixels import pixel_array
-
     kind = photograph.get("PhotometricInterpretation", "no picture")
     if photograph.get("SamplesPerPixel") != 3 or int(photograph.get("NumberOfFrames") or 1) != 1:
         raise Refused(f"is DICOM of another kind ({kind}), expected one photograph in colour")

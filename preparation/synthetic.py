@@ -208,9 +208,8 @@ def draw(grade, rng, image_size=128, lesions=True, hospital=EQUAL_HOSPITAL):
     retina = absorb(retina, arteries, ARTERY)
     retina = absorb(retina, veins, VEIN)
 
-    counts = {}
-    for kind in LESIONS:
-        counts[kind] = hospital.lesions.get(kind, {}).get(grade if lesions else 0, (0, 0))
+    shown = grade if lesions else 0
+    counts = {kind: hospital.lesions.get(kind, {}).get(shown, (0, 0)) for kind in LESIONS}
     blood_shapes, exudate_shapes, cotton_wool_shapes = draw_lesions(
         counts, eye, veins + arteries, lesion_rng, scale
     )
@@ -434,44 +433,36 @@ def choose_visible_points(rng, count, eye, vessels, scale, reach, around):
 
 def draw_spots(rng, points, radii):
     """One spot at each point: microaneurysms, blot haemorrhages or cotton wool spots."""
-    shapes = []
-    for point in points:
-        radius = rng.uniform(*radii)
-        length = rng.uniform(1, 1.5)
-        shapes.append(spot(rng, point, radius, length, rng.uniform(0, HALF_TURN)))
-    return shapes
+    return [
+        spot(rng, point, rng.uniform(*radii), rng.uniform(1, 1.5), rng.uniform(0, HALF_TURN))
+        for point in points
+    ]
 
 
 def draw_flame(rng, point, eye):
-    """Blood between the nerve fibres, which run away from the disc: five long spots."""
-    shapes = []
+    """Blood between the nerve fibres, which run away from the disc: yields five long spots."""
     for _ in range(5):
         along = np.angle(point - eye.disc) + rng.normal(0, 0.1)
         nearby = point + complex(*rng.normal(0, 0.012, 2))
-        shapes.append(spot(rng, nearby, rng.uniform(0.008, 0.014), 4, along))
-    return shapes
+        yield spot(rng, nearby, rng.uniform(0.008, 0.014), 4, along)
 
 
 def draw_exudate_cluster(rng, centre):
-    """Small deposits of fat on a ring."""
-    shapes = []
+    """Small deposits of fat on a ring: yields a spot for each."""
     ring = rng.uniform(0.03, 0.11)
     for angle in rng.uniform(0, FULL_TURN, rng.integers(6, 18)):
         point = centre + rng.normal(ring, ring / 3) * np.exp(1j * angle)
         radius = rng.uniform(0.009, 0.020)
-        shapes.append(spot(rng, point, radius, rng.uniform(1, 1.6), angle))
-    return shapes
+        yield spot(rng, point, radius, rng.uniform(1, 1.6), angle)
 
 
 def draw_new_vessels(rng, root):
-    """A tangle of fine vessels that grow from one point."""
-    shapes = []
+    """A tangle of fine vessels that grow from one point: yields their pieces."""
     for angle in rng.uniform(0, FULL_TURN, 12):
         turns = np.cumsum(rng.normal(0, 0.6, 14))
         way = root + 0.018 * np.cumsum(np.exp(1j * (angle + turns)))
-        shapes.append(Shape(way[:11], width=0.009, ink=0.75))
-        shapes.append(Shape(way[10:], width=0.009, ink=0.75))
-    return shapes
+        yield Shape(way[:11], width=0.009, ink=0.75)
+        yield Shape(way[10:], width=0.009, ink=0.75)
 
 
 def draw_preretinal_haemorrhage(rng, point):

@@ -43,19 +43,13 @@ def load(files, source):
 
 def name_files(files):
     """{name of the index: file}. Raises ValueError where the set of names makes no sense."""
-    named = {}
-    for file in map(Path, files):
-        name = SAME_INDEX.get(file.stem, file.stem)
-        if name in named:
-            raise ValueError(f"--index-from got {named[name]} and {file}: both are {name}")
-        named[name] = file
+    named = {SAME_INDEX.get(file.stem, file.stem): file for file in map(Path, files)}
     others = {"train_set", "val_set", "share_data", "new_trainset"}
     workers = {f"worker{number}" for number in range(1, len(named.keys() - others) + 1)}
-    if not workers or named.keys() - others != workers:
-        found = ", ".join(sorted(named))
+    if not workers or named.keys() - others != workers or len(named) < len(files):
         raise ValueError(
-            f"--index-from got {found}; expected worker1, worker2 ..., val_set, and perhaps "
-            "train_set or share_data and new_trainset"
+            f"--index-from got {', '.join(files)}; expected worker1, worker2 ..., val_set, and "
+            "perhaps train_set or share_data and new_trainset, each once"
         )
     return named
 

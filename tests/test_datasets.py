@@ -1,9 +1,9 @@
 """datasets: published archives, and the folders that hospitals have, become photographs."""
 
-import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
@@ -213,7 +213,6 @@ def test_a_folder_that_is_no_grade_is_refused(tmp_path, names):
 
 
 def save_dicom(path, patient, image=None, **options):
-    pydicom = pytest.importorskip("pydicom")
     made = pydicom.Dataset()
     made.file_meta = pydicom.dataset.FileMetaDataset()
     made.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -238,13 +237,6 @@ def test_dicom_tells_the_patient(tmp_path):
     assert one == other and len({one, second, unknown}) == 3
     assert "by PatientID of DICOM files; 1 images are of an unknown" in found.patients_sentence
     assert load("folder", tmp_path, flags(patient_column="none")).patients == ""
-
-
-def test_without_pydicom_a_sentence_names_it(tmp_path, monkeypatch):
-    save_dicom(tmp_path / "0" / "x.dcm", "P0")
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ValueError, match="pydicom: pip install -r requirements.txt"):
-        load("folder", tmp_path, flags())
 
 
 # --- pictures' names ------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_what_follows_from_the_flags(given, script, expected, tmp_path, monkeypa
         (["rounds"], "unrecognized arguments: rounds"),
         (["--listen", "localhost:1"], "unrecognized arguments: --listen localhost:1"),
         (["--rounds", "x"], "'x' is not a whole number of at least 1"),
-        (["--dataset", "idrid"], "--dataset idrid needs --source"),
+        (["--dataset", "idrid"], "expected --source"),
         (["--min-clients", "2"], "--min-clients needs --round-timeout"),
     ],
 )

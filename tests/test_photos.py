@@ -5,6 +5,7 @@ import warnings
 from io import BytesIO
 
 import numpy as np
+import pydicom
 import pytest
 from eyes import eye
 from PIL import Image, ImageDraw
@@ -125,7 +126,6 @@ def test_a_colour_photograph_in_dicom(tmp_path, laterality):
 
 
 def test_a_jpeg_compressed_dicom(tmp_path):
-    pydicom = pytest.importorskip("pydicom")
     frame = BytesIO()
     eye().save(frame, "JPEG", quality=95, subsampling=1)
     made = pydicom.dcmread(save_dicom(tmp_path / "eye.dcm", "P7", eye()))
@@ -137,7 +137,6 @@ def test_a_jpeg_compressed_dicom(tmp_path):
 
 
 def test_other_dicom_is_refused(tmp_path):
-    pydicom = pytest.importorskip("pydicom")
     path = save_dicom(tmp_path / "eye.dcm", "P7", eye())
     for words, change in (
         (r"of another kind \(MONOCHROME2\)", {"SamplesPerPixel": 1, "Photometric": "MONOCHROME2"}),
