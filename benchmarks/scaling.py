@@ -167,8 +167,6 @@ def run_clients(address, clients):
             Path(name).mkdir()
             flags = ["--name", name, "--server", address, "--index", "index/worker1.pkl"]
             todoClient.federate(todoClient.Site(todoClient.parse(flags)))
-        except todoClient.Finished:
-            pass
         except BaseException as error:  # or the others would wait for it
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import math
 import os
 import re
 import signal
@@ -88,38 +89,33 @@ def at_least(least, most=999_999_999):
     """An argparse type: a whole number from `least` to `most`; the wire takes nine digits."""
 
     def whole_number(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        if int(text) > most:
-            raise argparse.ArgumentTypeError(f"{text} is too large, expected at most {most}")
+        if not (text.isdecimal() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number of at least {least} and at most {most}"
+            )
         return int(text)
 
     return whole_number
 
 
+def number(expected, is_right):
+    """An argparse type: a number for which is_right(number); `expected` says what that is."""
+
+    def any_number(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and is_right(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    return any_number
+
+
 pixels = at_least(16, 4096)  # a side of an image
-
-
-def seconds(text):
-    """An argparse type: seconds, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
-    return value
-
-
-def positive(text):
-    """An argparse type: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+seconds = number("a number of seconds, 0 or more", lambda value: value >= 0)
+positive = number("a number above 0", lambda value: value > 0)
 
 
 def exit_on_signals(who, last_words):

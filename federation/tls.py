@@ -146,7 +146,7 @@ CLOSED_TO_CERTIFICATE = (
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in the order in which gRPC looks
 
 
-class FilesNotReady(OSError):
+class FilesNotReady(ValueError):
     """The files of the TLS flags cannot be used, as they are at this moment; the text says why.
 
     A start ends with it. But a client that runs treats it like a server that is away, and tries
@@ -280,42 +280,39 @@ def read_files(arguments, name):
         contents = [path and path.read_bytes() for path in paths]
         if arguments.tls_ca:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(arguments.tls_ca)
-        fault = arguments.tls_cert and own_certificate_fault(arguments, name)
+        if arguments.tls_cert:
+            check_own_certificate(arguments, name)
         if contents != [path and path.read_bytes() for path in paths]:
-            fault = "the files of the --tls flags are being renewed at this moment"
+            raise FilesNotReady("the files of the --tls flags are being renewed at this moment")
     except OSError as error:  # ssl.SSLError is an OSError, too
-        fault = (
+        raise FilesNotReady(
             f"--tls-ca {arguments.tls_ca}, --tls-cert {arguments.tls_cert}, "
             f"--tls-key {arguments.tls_key}: {error.strerror or error}; "
             "expected PEM files, the key without a password and of that certificate"
-        )
-    if fault:
-        raise FilesNotReady(fault)
+        ) from None
     return contents
 
 
-def own_certificate_fault(arguments, name):
-    """What the other end will not accept about --tls-cert, as a sentence; None where nothing is.
-
-    Raises OSError where the files cannot be used.
-    """
+def check_own_certificate(arguments, name):
+    """Raises FilesNotReady where the other end will not accept --tls-cert, OSError."""
     own = f"--tls-cert {arguments.tls_cert}"
     side = "server" if name is None else "client"
     try:
         other_end = show_to_oneself(arguments, of_server=name is None)
     except ssl.SSLCertVerificationError as error:
-        fault = OWN_FAULTS.get(error.verify_code, error.verify_message)
-        return f"{own} {fault.format(side=side)}"
+        fault = OWN_FAULTS.get(error.verify_code, error.verify_message).format(side=side)
+        raise FilesNotReady(f"{own} {fault}") from None
     certificate = other_end.getpeercert(binary_form=True)
     if not any(bytes.fromhex(kind) in certificate for kind in USABLE_KEYS.values()):
-        return (
+        raise FilesNotReady(
             f"gRPC cannot use the key of {own}: expected one of {', '.join(USABLE_KEYS)} "
             "(./make_certs.sh makes ECDSA on P-256)"
         )
     names = names_in(other_end.getpeercert())
-    if name is not None and name not in names:
-        return f"{own} is of {', '.join(names) or 'nobody'}, expected one of --name {name}"
-    return None
+    if name not in (None, *names):
+        raise FilesNotReady(
+            f"{own} is of {', '.join(names) or 'nobody'}, expected one of --name {name}"
+        )
 
 
 def names_in(certificate):

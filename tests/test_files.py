@@ -1,12 +1,12 @@
-"""common/files.py: a file is whole or not there, and a folder belongs to one process."""
+"""common/files.py: a file is whole or not there, and a state is what its reader expects.
 
-import errno
+A folder that belongs to one process, full disks and old runs: test_exit_codes, test_environment,
+test_starts.
+"""
+
 import os
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 
 from common import files
 
@@ -32,16 +32,6 @@ def test_temporary_keeps_folder_and_extension_and_is_cleaned(tmp_path):
     (tmp_path / "server_weight.h5").write_bytes(b"whole")
     files.clean(tmp_path)
     assert os.listdir(tmp_path) == ["server_weight.h5"]
-
-
-def test_a_full_disk_names_the_file_and_leaves_nothing_half(tmp_path):
-    path = tmp_path / "history.csv"
-    files.publish_text(path, "whole")
-    with pytest.raises(OSError, match="history.csv"):
-        with files.replacing(path) as written:
-            written.write_text("half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-    assert path.read_text() == "whole" and os.listdir(tmp_path) == ["history.csv"]
 
 
 @pytest.mark.parametrize(
@@ -76,31 +66,3 @@ def test_rows_are_published_only_when_they_change(tmp_path):
     path.write_bytes(path.read_text().encode("utf-16"))  # as a spreadsheet may save it
     files.publish_rows(path, ["round", "loss"], rows)
     assert path.read_text() == "round,loss\n1,0.123457\n"
-
-
-def test_a_folder_is_one_processs_until_that_ends_however_it_ends(tmp_path):
-    folder = tmp_path / "new" / "server"
-    code = """
-import sys
-from common import files
-with files.alone_in(sys.argv[1]):
-    print("there", flush=True)
-    sys.stdin.read()
-"""
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, folder],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert other.stdout.readline() == b"there\n" and folder.is_dir()
-    with pytest.raises(
-        ValueError, match="another process works in .*new/server: wait until it ends, or stop it"
-    ):
-        with files.alone_in(folder):
-            pass
-    other.kill()
-    other.communicate()
-    for _ in range(2):
-        with files.alone_in(folder):
-            assert not list(folder.iterdir())
