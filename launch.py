@@ -273,6 +273,8 @@ def run(processes, given):
     console.print("2/4 images")
     if code := prepare_images(given, is_new=state is None):
         return code
+    if state is None:
+        LOG.unlink(missing_ok=True)
     names = names_of_clients()
     done = len(state.history) if state else 0
     resumed = f", of which {done} rounds are done" if done else ""
@@ -293,7 +295,6 @@ def prepare_images(given, is_new):
     """
     words = words_for("prepare.py", given)
     if is_new:
-        LOG.unlink(missing_ok=True)
         return run_in_terminal("prepare.py", *words)
     if run_in_terminal("prepare.py", "--check", *words):
         raise ValueError(

@@ -19,25 +19,29 @@ venv_is_in_place() {
     ! grep -s "^command = " .venv/pyvenv.cfg | grep -qvF " $(readlink -f .venv)"
 }
 
-if [ -e .venv ] || [ -L .venv ]; then
-    $python -c "" 2> /dev/null && venv_is_in_place || {
-        echo "setup: .venv was moved, or its Python is gone: making it again"
-        rm -rf .venv
-    }
-fi
-required=(requirements.txt "$@")
 # The version too: after an upgrade of the machine's Python, .venv has none of its packages.
 what_is_wanted() {
-    echo "$($python -V 2>&1), $(cat "${required[@]}" | cksum)"
+    echo "$($python -V 2>&1), $(cat "$@" | cksum)"
 }
-stamp=.venv/.installed-$(echo "$*" | cksum | cut -d' ' -f1)
-if [ "$(cat "$stamp" 2> /dev/null)" != "$(what_is_wanted)" ]; then
+
+set_up() {
+    local stamp
+    if [ -e .venv ] || [ -L .venv ]; then
+        $python -c "" 2> /dev/null && venv_is_in_place || {
+            echo "setup: .venv was moved, or its Python is gone: making it again"
+            rm -rf .venv
+        }
+    fi
+    stamp=.venv/.installed-$(echo "$*" | cksum | cut -d' ' -f1)
+    [ "$(cat "$stamp" 2> /dev/null)" != "$(what_is_wanted "$@")" ] || return 0
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         setup_fail "python3 is $(python3 -V 2>&1); expected Python 3.11 or later"
-    echo "setup: installing ${required[*]} into .venv (a minute or two)"
+    echo "setup: installing $* into .venv (a minute or two)"
     $python -m pip --version > /dev/null 2>&1 || python3 -m venv .venv ||
         setup_fail "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"
-    $python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "${required[@]}") ||
-        setup_fail "pip could not install ${required[*]}; its own words are above"
-    what_is_wanted > "$stamp"
-fi
+    $python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") ||
+        setup_fail "pip could not install $*; its own words are above"
+    what_is_wanted "$@" > "$stamp"
+}
+
+set_up requirements.txt "$@" # read as a whole: bash, interrupted while it reads, names a missing ')'
