@@ -142,6 +142,9 @@ class Page:
             return TASK if grade >= TASKS[TASK] else f"no {TASK}"
         return f"{grade}, {GRADE_NAMES[grade]}"
 
+    def name_of(self, client):
+        return cards.name_of(client, self.run.prepared)
+
     # --- (a) what federation brought ---
 
     def found_more(self, other):
@@ -288,7 +291,7 @@ class Page:
         of_images = self.run.prepared.get("val_hospitals") or []
         if len(of_images) != len(self.grades):
             return []
-        clients = [cards.name_of(client, self.run.prepared) for client in self.card["clients"]]
+        clients = [self.name_of(client) for client in self.card["clients"]]
         rows = []
         for hospital in dict.fromkeys(of_images):
             half = self.reporting & (np.array(of_images) == hospital)
@@ -305,11 +308,8 @@ class Page:
 
     def told(self):
         """{client: its last row with scores}: what hospitals measured on their own patients."""
-        rows = {}
-        for row in self.run.client_rows:
-            if row.get("examples"):
-                rows[cards.name_of(row["client"], self.run.prepared)] = row
-        return rows
+        rows = [row for row in self.run.client_rows if row.get("examples")]
+        return {self.name_of(row["client"]): row for row in rows}
 
     def galleries(self):
         """{heading: [picture, ...]}: the worst misses and the worst false alarms."""
@@ -344,10 +344,21 @@ class Page:
     # --- (e) all else ---
 
     def rounds(self):
-        """[(scores of the reporting patients, the row of history.csv or {}), ...]."""
+        """[(scores of the reporting patients, the row of history.csv or {}, seconds), ...].
+
+        The seconds are those of the slowest client's training, None where no client tells them.
+        """
         history = {row["round"]: row for row in self.run.history}
+        seconds = [
+            # a row of clients.csv is named by the round that the client scored, not by the next
+            # one, in which it trained
+            (row["round"] + 1, row["training_seconds"])
+            for row in self.run.client_rows
+            if row.get("training_seconds") is not None
+        ]
+        slowest = dict(sorted(seconds))  # of one round, the last
         by_round = self.models[0].card.get("by_round", [])
-        return [(row, history.get(row["round"], {})) for row in by_round]
+        return [(row, history.get(row["round"], {}), slowest.get(row["round"])) for row in by_round]
 
     def roc(self):
         with drawing("ROC", 4.4, 3.6) as (axes, finish):
@@ -372,15 +383,13 @@ class Page:
 
     def calibration(self):
         """(a drawing, the conclusion, its figures), of the task of the verdict."""
-        task = TASK
-        score = self.score(self.used, self.reporting, task)
-        positive = self.positive(self.reporting, task)
+        score, positive = self.score(self.used, self.reporting), self.positive(self.reporting)
         groups = metrics.calibration(score, positive)
         with drawing("Calibration", 4.4, 3.6) as (axes, finish):
             axes.plot([0, 1], [0, 1], ":", color="#9aa3af", linewidth=1)
             for mean_score, part, n in groups:
                 with_interval(axes, mean_score, part, n, fmt="o", color=STYLES[0]["color"])
-            axes.set(xlabel="mean score of a group of images", ylabel=f"part that has {task}")
+            axes.set(xlabel="mean score of a group of images", ylabel=f"part that has {TASK}")
             axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
             drawn = finish()
         if not groups:
@@ -388,13 +397,13 @@ class Page:
         bias = metrics.mean_difference(positive, score, self.patients[self.reporting])
         figures = (
             f"The mean score is {score.mean():.2f}, and {positive.mean():.2f} of the images have "
-            f"{task}: a difference of {difference_text(bias)}. The expected calibration error is "
-            f"{number(self.card['tasks'][task]['calibration_error'])}."
+            f"{TASK}: a difference of {difference_text(bias)}. The expected calibration error is "
+            f"{number(self.card['tasks'][TASK]['calibration_error'])}."
         )
-        if self.card["tasks"][task]["calibration"] is None:
+        if self.card["tasks"][TASK]["calibration"] is None:
             figures += (
                 " The scores are 1 − P(healthy), as the network says it, and not recalibrated: "
-                f"fewer than {metrics.FEWEST_PATIENTS} of those who choose have {task}, or do not "
+                f"fewer than {metrics.FEWEST_PATIENTS} of those who choose have {TASK}, or do not "
                 "have it, or the scores do not rise with it."
             )
         conclusion = "scores are on average neither too low nor too high"
@@ -403,18 +412,12 @@ class Page:
             conclusion = f"scores are too {direction} to be read as probabilities"
         return drawn, conclusion, figures
 
-    def trained_on(self):
-        """[(hospital, number of its images), ...]"""
-        clients = self.run.federated.card["clients"]
-        names = {client: cards.name_of(client, self.run.prepared) for client in clients}
-        return [(names[client], clients[client]) for client in sorted(clients)]
-
     def updates(self):
         """{client: [length, cosine, rounds against the others, rounds]}, the first two medians."""
         rows = {}
         for row in self.run.client_rows:
             if row.get("update_length") is not None:
-                name = cards.name_of(row["client"], self.run.prepared)
+                name = self.name_of(row["client"])
                 rows.setdefault(name, []).append((row["update_length"], row.get("update_cosine")))
         found = {}
         for name, pairs in sorted(rows.items()):
@@ -423,21 +426,6 @@ class Page:
             against = sum(each < 0 for each in cosines)
             found[name] = [np.median([length for length, _ in pairs]), cosine, against, len(pairs)]
         return found
-
-    def seconds(self):
-        """{what: median seconds of a round, or None}; training is the slowest client's."""
-        training = {}
-        for row in self.run.client_rows:
-            if row.get("training_seconds") is not None:
-                slowest = max(row["training_seconds"], training.get(row["round"], 0))
-                training[row["round"]] = slowest
-        whole = [row["seconds"] for row in self.run.history if row.get("seconds") is not None]
-        return {
-            "a round": np.median(whole) if whole else None,
-            "of it training, the slowest client": (
-                np.median(list(training.values())) if training else None
-            ),
-        }
 
 
 # --- drawings -------------------------------------------------------------------------------------
