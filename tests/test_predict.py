@@ -83,6 +83,8 @@ def test_a_photograph_is_prepared_as_in_training(score, tmp_path):
         assert (code, scores[kind]) == (0, {str(tmp_path / "eye.png"): by_hand(pixels)})
         assert "synthetic" not in said.out + said.err and "medical device" in said.err
     assert scores["graham"] != scores["colour"]
+    code, _, said = score("imported", tmp_path / "eye.png")
+    assert code == 0 and "prepared is not known (imported)" in said.err
 
 
 def test_a_prepared_picture_is_not_prepared_again(score):
@@ -112,12 +114,6 @@ def test_a_model_for_another_kind_of_pictures_gives_no_verdict(score, tmp_path, 
     code, scores, said = score(kind, path, "preprocessed/0003.png")
     assert (code, scores, said.err.count("\n")) == (1, {}, 1)
     assert words in said.err and "referable" not in said.out
-
-
-def test_a_model_of_unknown_pictures_says_so(score, tmp_path):
-    eye().save(tmp_path / "eye.png")
-    code, scores, said = score("imported", tmp_path / "eye.png")
-    assert (code, len(scores)) == (0, 1) and "prepared is not known (imported)" in said.err
 
 
 def test_what_is_no_fundus_has_no_score_and_no_verdict(score, tmp_path):
@@ -163,23 +159,16 @@ def test_a_bad_file_gets_its_sentence_and_the_others_their_scores(score, folder)
         assert words in said.out
 
 
-def test_folders(score, folder):
-    def names(*arguments):
-        return [Path(path).name for path in score("graham", *arguments)[1]]
-
-    assert names(folder / "a_left.jpg", folder)[0:2] == ["a_left.jpg", "a_right.JPG"]  # each once
-    (folder / "empty").mkdir()
-    code, scores, said = score("graham", folder / "empty")
-    assert (code, scores) == (1, {}) and f"{folder / 'empty'} has no image" in said.err
-
-
-def test_many_photographs_are_the_same_scores_as_one(score, folder, monkeypatch):
+def test_each_photograph_is_scored_once_and_by_itself(score, folder, monkeypatch):
     monkeypatch.setattr(predict, "AT_ONCE", 2)
-    _, together, _ = score("graham", folder)
+    _, together, _ = score("graham", folder / "a_left.jpg", folder)
     single = {}
     for path in together:
         single.update(score("graham", path)[1])
     assert together == single and len(together) == 3
+    (folder / "empty").mkdir()
+    code, scores, said = score("graham", folder / "empty")
+    assert (code, scores) == (1, {}) and f"{folder / 'empty'} has no image" in said.err
 
 
 def test_csv_is_one_for_a_spreadsheet(score, folder, project, tmp_path):
@@ -279,22 +268,16 @@ def test_two_files_are_enough_and_it_says_which(project, tmp_path, monkeypatch, 
     assert "0003.png  score" in said.out and "model: server_weight.h5, of round" in said.out
 
 
-def test_weights_that_are_none_or_have_no_card_are_refused(score, tmp_path):
-    lonely = tmp_path / "lonely.h5"
-
-    def refused(sentence, weights=lonely):
+def test_weights_that_are_none_are_refused(score, tmp_path):
+    """Such without their card, or with another's, too: see test_report.py."""
+    bad = tmp_path / "bad.h5"
+    bad.write_bytes(b"something else")
+    shutil.copy("server/server_weight.json", cards.path_of(bad))
+    card = json.loads(cards.path_of(bad).read_text())
+    cards.publish(bad, {**card, "weights_sha256": files.sha256_of(bad)})
+    for weights, sentence in ((bad, f"{bad} cannot be used"), ("no.h5", "no.h5 is missing")):
         code, scores, said = score("synthetic", "--weights", weights, "preprocessed/0003.png")
         assert (code, scores) == (1, {}) and sentence in said.err
-
-    refused("absent.h5 is missing", "absent.h5")
-    shutil.copy("server/server_weight.h5", lonely)
-    refused(f"{tmp_path / 'lonely.json'}, the card of {lonely}, is missing")
-    shutil.copy("server/server_weight.json", tmp_path / "lonely.json")
-    lonely.write_bytes(b"something else")
-    refused("describes other weights than")
-    card = json.loads((tmp_path / "lonely.json").read_text())
-    cards.publish(lonely, {**card, "weights_sha256": files.sha256_of(lonely)})
-    refused(f"{lonely} cannot be used")
 
 
 def test_a_name_that_is_no_text_is_printed_all_the_same(score, tmp_path):

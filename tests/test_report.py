@@ -37,13 +37,8 @@ def finished_run(folder):
             grade = 3
         record.update(label=grade, new_label=str(grade == 0))
     data.write_index(val_path, val)
-    prepared = {
-        "dataset": "synthetic",
-        "split": "iid",
-        "preprocessing": "synthetic",
-        "image_size": 32,
-    }
-    prepared["worker_hospitals"] = {"worker1": "screening centre"}
+    prepared = {"dataset": "synthetic", "split": "iid", "preprocessing": "synthetic"}
+    prepared |= {"image_size": 32, "worker_hospitals": {"worker1": "screening centre"}}
     (folder / "index" / "prepared.json").write_text(json.dumps(prepared))
     pixels = np.stack([np.asarray(Image.open(folder / record["dir"])) for record in val])
     model.configure(0)
@@ -60,7 +55,6 @@ def finished_run(folder):
     for number in (1, 2):
         state.counted = {"client001": {"round": number, "num_examples": 8}}
         row = {"round": number, "clients": 1, "num_examples": 8}
-        row |= {"loss": 0.7, "accuracy": 0.5, "auc": 0.5}
         card = cards.make(state, row, prepared, files.sha256_of(val_path), assessed)
         cards.publish(weights, card)
     return folder
@@ -100,8 +94,14 @@ def refused(capsys, *flags):
     return error
 
 
-def names_of(run):
-    return [(other.kind, other.name) for other in run.others]
+def train_by(commands):
+    for command in commands:
+        assert central.main(command.removeprefix("python3 central.py ").split()) == 0
+
+
+def change_card(weights, **changes):
+    path = cards.path_of(weights)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_it_ends_with_the_verdict_the_page_and_the_next_command(here, capsys):
@@ -122,59 +122,48 @@ def test_a_card_keeps_what_was_measured_of_each_round(here):
     assert cards.parse(cards.to_wire(card))["by_round"] == []
 
 
-def test_one_of_another_run_is_left_out_and_the_command_is_named(here):
-    card = json.loads((here / "alone/client001/central_weight.json").read_text())
-    (here / "alone/client001/central_weight.json").write_text(json.dumps({**card, "run": "old"}))
+def test_what_belongs_to_the_run_is_shown_beside_it_and_what_is_missing_by_its_command(here):
+    shutil.copytree("alone/client001", "central")
+    assert [other.kind for other in loaded().others] == ["alone", "central"]
+    change_card("alone/client001/central_weight.h5", run="old")
+    shutil.rmtree("central")
     run = loaded()
     assert run.others == [] and "of another run" in run.left_out[0]
-    [command] = run.commands
-    assert central.main(command.removeprefix("python3 central.py ").split()) == 0
+    train_by(run.commands)
     assert len(loaded().others) == 1
-
-
-def test_where_the_hospitals_are_elsewhere_it_says_what_they_can_do(here):
     shutil.rmtree("alone")
-    (here / "index" / "worker1.pkl").unlink()
+    (here / "index" / "worker1.pkl").unlink()  # the hospitals are elsewhere
     [command] = loaded().commands
     assert command.startswith("python3 report.py --client-dir")
 
 
-def test_the_model_of_all_images_in_one_place_is_shown_beside_it(here):
-    shutil.copytree("alone/client001", "central")
-    run = loaded()
-    assert names_of(run)[-1] == ("central", "all images in one place")
-
-
 def test_the_best_round_is_a_candidate(here):
-    shutil.copy("server/server_weight.h5", "server/best_weight.h5")
-    card = json.loads((here / "server" / "server_weight.json").read_text())
-    (here / "server" / "best_weight.json").write_text(json.dumps({**card, "round": 1}))
+    best = here / "server" / "best_weight.h5"
+    for suffix in (".h5", ".json"):
+        shutil.copy(here / "server" / f"server_weight{suffix}", best.with_suffix(suffix))
     assert loaded().candidates == []  # the last round is the best
-    with open("server/best_weight.h5", "ab") as file:
+    with open(best, "ab") as file:
         file.write(b"x")
     assert "the best round is left out" in loaded().left_out[0]
-    changed = {"round": 1, "weights_sha256": files.sha256_of("server/best_weight.h5")}
-    (here / "server" / "best_weight.json").write_text(json.dumps({**card, **changed}))
+    change_card(best, round=1, weights_sha256=files.sha256_of(best))
     assert len(loaded().candidates) == 1
 
 
 def test_a_hospital_gets_the_answer_at_home(here, capsys):
-    """Measured on its own patients, at the thresholds that came with the model."""
+    """Measured on its own patients, by what came with the model."""
     (here / "client001").mkdir()
     for name in ("server_weight.h5", "server_weight.json"):
         shutil.copy(here / "server" / name, here / "client001" / name)
     own = data.read_index("index/val_set.pkl")[:12]
     data.write_index("index/val_set.pkl", own)
-    alone, tuned = loaded("--client-dir", "client001").commands
-    assert " --like " in alone and " --fine-tune " in tuned
-    for command in (alone, tuned):
-        assert central.main(command.removeprefix("python3 central.py ").split()) == 0
+    train_by(loaded("--client-dir", "client001").commands)
     run = loaded("--client-dir", "client001")
-    assert [kind for kind, _ in names_of(run)] == ["alone", "fine-tuned"] and run.commands == []
+    assert [other.kind for other in run.others] == ["alone", "fine-tuned"] and run.commands == []
     assert run.others[1].card["round"] == 3  # one more, at that round's learning rate
     result = cards.read("client001/server_weight.h5")
     for task, entry in run.federated.card["tasks"].items():
-        assert entry["threshold"] == result["tasks"][task]["threshold"]
+        for name in ("threshold", "calibration"):
+            assert entry[name] == result["tasks"][task][name]
     assert run.federated.card["num_images"] == len(own)
     assert run.federated.card["warning"] == ""  # too few patients to warn of the model
     assert report.main(["--client-dir", "client001"]) == 0
@@ -189,35 +178,41 @@ def test_weights_card_and_validation_set_belong_together(here, capsys):
     assert "describes other weights than" in refused(capsys)
     (here / "server" / "server_weight.json").unlink()
     assert "server_weight.json, the card of" in refused(capsys)
-
-
-def test_a_model_that_answers_nan_is_no_model(here, capsys, monkeypatch):
-    monkeypatch.setattr(model, "predict", lambda network, images: np.full(len(images), np.nan))
-    assert "must not be used: it answers NaN for 60 of 60 images" in refused(capsys)
-
-
-def test_a_card_with_other_rounds_than_ours_is_refused(here, capsys):
-    path = here / "server" / "server_weight.json"
-    card = json.loads(path.read_text())
-    for by_round in ("x", [1], [{"round": 1}]):
-        path.write_text(json.dumps({**card, "by_round": by_round}))
-        assert "by_round" in refused(capsys)
-
-
-def test_what_is_missing_is_one_sentence(here, capsys):
-    for table in ("series,round\ncentral,1\n", "round,client\n1,x,3\n", "round,client\none,x\n"):
-        (here / "server" / "clients.csv").write_text(table)
-        assert "clients.csv is no table of a run" in refused(capsys)
     assert "elsewhere/server_weight.h5 is missing" in refused(capsys, "--server-dir", "elsewhere")
-    assert "nothing/val_set.pkl is missing" in refused(capsys, "--index-dir", "nothing")
 
 
-def test_a_table_with_empty_cells(tmp_path):
-    (tmp_path / "clients.csv").write_text("round,client,auc,loss\n1,007,,\n2,x,,0.5\n3\n")
-    rows = report.read_table(tmp_path / "clients.csv", "round", "client")
+def test_a_card_that_this_program_did_not_write_is_refused(here):
+    """Of another version, or with other scores; the sentence names what is wrong."""
+    card = json.loads((here / "server" / "server_weight.json").read_text())
+
+    def with_task(**changes):
+        return {"tasks": {**card["tasks"], "any DR": {**card["tasks"]["any DR"], **changes}}}
+
+    for changes, name in [
+        ({"card_version": 1, "num_nan": None}, "version 1"),
+        ({"image_size": 5000}, "image_size"),
+        ({"num_nan": "0"}, "num_nan"),
+        *[({"by_round": each}, "by_round") for each in ("x", [1], [{"round": 1}])],
+        *[(with_task(threshold=each), "tasks") for each in (2, "0.5", True)],
+        *[(with_task(calibration=each), "tasks") for each in ([0, 1], [1], "", [1, 1e999])],
+        (with_task(measured={}), "tasks"),
+        ({"tasks": {}}, "tasks"),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            cards.parse(json.dumps({**card, **changes}))
+
+
+def test_a_table_of_a_run(here, capsys):
+    """Empty cells are None; one that is damaged is refused, and not read in part."""
+    table = here / "server" / "clients.csv"
+    table.write_text("round,client,auc,loss\n1,007,,\n2,x,,0.5\n3\n")
+    rows = report.read_table(table, "round", "client")
     assert [(row["client"], row["auc"], row["loss"]) for row in rows] == [
         ("007", None, None),
         ("x", None, 0.5),
         ("", None, None),
     ]
-    assert report.read_table(tmp_path / "none.csv") == []
+    for text in ("series,round\ncentral,1\n", "round,client\n1,x,3\n", "round,client\none,x\n"):
+        table.write_text(text)
+        assert "clients.csv is no table of a run" in refused(capsys)
+    assert "nothing/val_set.pkl is missing" in refused(capsys, "--index-dir", "nothing")
