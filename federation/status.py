@@ -229,7 +229,7 @@ def draw(status, written, most_rounds=None, names=None):
         title += f"\nwritten {duration(now - written)} ago: the server is gone, or this is a copy"
     clients = Table("client", "where", "images", "update", "cosine", box=None, pad_edge=False)
     for row in status["clients"]:
-        numbers = [row[name] for name in ("num_examples", *UPDATE)]
+        numbers = [row.get(name) for name in ("num_examples", *UPDATE)]
         numbers = ["" if number is None else _cell(number) for number in numbers]
         # What others write stays text: without markup, and without control characters.
         name = (names or {}).get(row["name"], row["name"])
