@@ -83,15 +83,18 @@ class Queued(io.TextIOBase):
     What was not written yet is kept, the newest MAX_TEXTS texts of it.
     """
 
-    all = []  # those of this process
+    outputs = []  # all of this process
 
     def __init__(self, fd):
         self.fd = fd
         self.lock = threading.Lock()
         self.texts = queue.Queue(MAX_TEXTS)
         self.left_out = 0  # texts, since that was last told
-        self.all.append(self)
+        self.outputs.append(self)
         threading.Thread(target=self._write_texts, daemon=True).start()
+
+    def fileno(self):
+        return self.fd
 
     def isatty(self):
         return os.isatty(self.fd)
@@ -134,5 +137,5 @@ class Queued(io.TextIOBase):
 
 def flush():
     """Wait until everything that was said is written, FLUSH_S at most for each output."""
-    for file in Queued.all:
+    for file in Queued.outputs:
         file.wait(FLUSH_S)

@@ -111,7 +111,7 @@ def test_a_signal_ends_the_server_wherever_it_is(start, begun, set_up, number, c
     site = begun()
     server, call = set_up(start, site)
     server.signal(number)
-    assert server.wait(10) == code and "Traceback" not in server.output
+    assert server.wait() == code and "Traceback" not in server.output
     if set_up is while_clients_wait:
         is_refused(call, "UNAVAILABLE", "goes on when it is started again")
         assert "kept" in server.lines[-1]
@@ -225,7 +225,7 @@ def test_a_signal_ends_the_client_with_its_files_whole(start, begun, number, cod
     else:
         client.wait_for("waiting for the server at")
     client.signal(number)
-    assert client.wait(10) == code
+    assert client.wait() == code
     assert "start it again" in client.lines[-1] and "Traceback" not in client.output
     assert not list((site / "client001").glob(".*.tmp*"))
     layout = weights.Layout(site / "server" / "server_weight.h5")

@@ -1,12 +1,10 @@
-"""common/files.py: a file is whole or not there, and a state is what its reader expects.
+"""common/files.py: a file is whole or not there.
 
-A folder that belongs to one process, full disks and old runs: test_exit_codes, test_environment,
-test_starts.
+States: test_state, test_starts. A folder that belongs to one process: test_exit_codes. Full disks
+and other file systems: test_environment.
 """
 
 import os
-
-import pytest
 
 from common import files
 
@@ -32,27 +30,6 @@ def test_temporary_keeps_folder_and_extension_and_is_cleaned(tmp_path):
     (tmp_path / "server_weight.h5").write_bytes(b"whole")
     files.clean(tmp_path)
     assert os.listdir(tmp_path) == ["server_weight.h5"]
-
-
-@pytest.mark.parametrize(
-    ("state", "named"),
-    [
-        ({"round": 3, "best": None, "votes": 1}, "votes"),
-        ({"round": 3}, "best"),
-        ({"round": "3", "best": None}, "round"),
-        ({"round": True, "best": None}, "round"),
-        ({"round": 3, "best": [1]}, "best"),
-    ],
-)
-def test_a_state_comes_back_and_one_of_other_names_or_types_is_refused(tmp_path, state, named):
-    """What else can be wrong with a state file is in test_state.py."""
-    path, kinds = tmp_path / "state.json", {"round": int, "best": dict | None}
-    assert files.load_state(path, kinds) is None
-    files.save_state(path, {"round": 3, "best": {}})
-    assert files.load_state(path, kinds) == {"round": 3, "best": {}}
-    files.save_state(path, state)
-    with pytest.raises(ValueError, match=f"state.json .*{named}.*: begin anew$"):
-        files.load_state(path, kinds, "begin anew")
 
 
 def test_rows_are_published_only_when_they_change(tmp_path):

@@ -108,7 +108,7 @@ def test_a_run_goes_on_and_ends_though_nobody_reads(running, begun, stop, ends):
         until((site / "server" / "client001" / "client_weights.h5").exists, "it has delivered")
         for each, number, code in ((first, signal.SIGINT, 130), (server, signal.SIGTERM, 143)):
             each.send_signal(number)
-            assert each.wait(10) == code
+            assert each.wait(DEADLINE_S) == code
 
 
 @pytest.mark.parametrize("closed", [">&- 2>&- <&-", ">&-", "2>&-"])

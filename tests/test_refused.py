@@ -4,10 +4,12 @@ A late client learns that the run is over.
 The client's own main() in this process, without TensorFlow.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import grpc
 import h5py
 import numpy as np
 import pytest
@@ -178,6 +180,66 @@ def test_who_gives_up_says_what_is_lost(run, round_number, trained, sent, code, 
     error = todoClient.gave_up(SimpleNamespace(state=state, sent=sent, arguments=arguments))
     assert error.args[1] == code and words in error.args[0]
     assert "did not answer for 9 s" in error.args[0]
+
+
+class Unavailable(grpc.RpcError):
+    """Unavailable(details) of a call."""
+
+    def code(self):
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self):
+        return self.args[0]
+
+
+@pytest.mark.parametrize(
+    ("details", "sent"),
+    [("Socket closed", True), ("Received http2 header with status: 504", False)],
+)
+def test_what_a_proxy_has_answered_was_not_delivered(tmp_path, monkeypatch, details, sent):
+    def send(messages, metadata):
+        assert list(messages)
+        return SimpleNamespace(result=lambda: fail(details))
+
+    def fail(details):
+        raise Unavailable(details)
+
+    reporter = SimpleNamespace(at=lambda *_: None, waiting=lambda *_: contextlib.nullcontext())
+    trained = {"num_examples": 4, "sha256": ""}
+    site = SimpleNamespace(
+        state={"run": "r", "round": 1, "rounds": 1, "trained": trained},
+        weights_path=standin.write_weights(tmp_path / "client_weights.h5"),
+        **{"name": "client001", "sent": False, "reporter": reporter},
+    )
+    stub = SimpleNamespace(sendWeight=SimpleNamespace(future=send))
+    with pytest.raises(grpc.RpcError):
+        todoClient.ClientsendWeight(stub, site)
+    assert site.sent == sent
+
+
+@pytest.mark.parametrize(("call_s", "gives_up_s"), [(5, 10), (60, 70)])
+def test_the_time_to_give_up_begins_anew_after_a_call_that_was_served(
+    monkeypatch, call_s, gives_up_s
+):
+    now, calls = [0.0], [0, 0, call_s]
+
+    def wait(s):
+        now[0] += s
+
+    def attempt(stub, site):
+        wait(calls.pop(0) if calls else 0)
+        raise Unavailable("Socket closed")
+
+    monkeypatch.setattr(todoClient, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=wait))
+    monkeypatch.setattr(todoClient, "connect", lambda site: grpc.insecure_channel("here:1"))
+    site = SimpleNamespace(
+        arguments=SimpleNamespace(server="here:1", give_up_after=10, tls_ca=None, tls_cert=None),
+        state=dict(todoClient.NEW_STATE),
+        say=lambda line: None,
+    )
+    with pytest.raises(todoClient.GaveUp):
+        todoClient.keep_trying(attempt, site)
+    assert gives_up_s <= now[0] < gives_up_s + 2
 
 
 # --- training that ends in NaN -------------------------------------------------------------------

@@ -79,10 +79,7 @@ def of_a_client():
         (other_patients, [], "validation_sha256"),
         (other_pictures, [], "preprocessing was '', is 'graham'"),
         (state_is("not json"), [], "server/state.json is not a state"),
-        (state_is("[]"), [], "server/state.json is not a state"),
-        (state_is("[" * 100_000), [], "server/state.json is not a state"),
         (state_is('{"version": 99}'), [], "version 99"),
-        (state_is('{"version": 2}'), [], "server/state.json is not a state"),
         (of_a_client, [], "server/state.json is not a state"),
     ],
 )
@@ -176,9 +173,7 @@ OTHER_TYPES += [{"trained": {"scores": {"auc": "high"}}}, {"more": 1}]
 SPOILED = [NEGATIVE, HUGE, {"rounds": -1}, {"run": "r\x1b[2J"}, {"version": 99}, *OTHER_TYPES]
 
 
-@pytest.mark.parametrize(
-    "text", ["not json", "[]", "[" * 100_000, *(client_state(**each) for each in SPOILED)]
-)
+@pytest.mark.parametrize("text", ["not json", *(client_state(**each) for each in SPOILED)])
 def test_a_client_with_a_spoiled_state_is_exit_1_and_it_stays(client_main, text):
     Path("client001").mkdir()
     Path("client001/state.json").write_text(text)
