@@ -217,6 +217,14 @@ def test_what_a_proxy_has_answered_was_not_delivered(tmp_path, monkeypatch, deta
     assert site.sent == sent
 
 
+def test_an_upload_waits_until_what_was_measured_is_told():
+    """A server that starts just then would count it without."""
+    reporter = SimpleNamespace(at=lambda *_: None, tell=lambda: False)
+    state = {"run": "r", "round": 1, "rounds": 1, "trained": {"scores": {"auc": 0.9}}}
+    with pytest.raises(ConnectionError, match="the server does not answer"):
+        todoClient.ClientsendWeight(None, SimpleNamespace(state=state, reporter=reporter))
+
+
 @pytest.mark.parametrize(("call_s", "gives_up_s"), [(5, 10), (60, 70)])
 def test_the_time_to_give_up_begins_anew_after_a_call_that_was_served(
     monkeypatch, call_s, gives_up_s
