@@ -51,6 +51,16 @@ PARTS = {
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+# What a cell must be, whatever else is in its row.
+RIGHT = {
+    "image": (bool, "a name"),
+    "label": (is_grade, "a grade, 0 to 4"),
+    "part": (
+        lambda cell: fold(cell) in PARTS,
+        "train, val or test (--part-column none if that column says something else)",
+    ),
+    "hospital": (bool, "a name"),
+}
 # A file name may have 255 bytes on most file systems; a temporary one has some more than this.
 MOST_NAME_BYTES = 180
 TABLES = (".csv", ".tsv")
@@ -75,7 +85,7 @@ class Row(NamedTuple):
     image: str
     label: str
     patient: str = ""  # "" where nobody knows
-    part: str = ""  # one of PARTS' values
+    part: str = ""  # one of PARTS
     hospital: str = ""
 
 
@@ -230,11 +240,10 @@ def load_published(found, source, tables, image, label, layout=None, folder="", 
     for name, photographs, part in tables:
         table = read_table(root / name, **layout or {})
         found.read.add(table.path)
-        images, grades = (table.cells(table.column(column)) for column in (image, label))
-        rows = [
-            Row(image, grade, side and re.sub(side, "", image), part)
-            for image, grade in zip(images, grades, strict=True)
-        ]
+        images = read_column(table, "image", table.column(image))
+        labels = read_column(table, "label", table.column(label))
+        patients = [side and re.sub(side, "", name) for name in images]
+        rows = list(map(Row, images, labels, patients, [part] * len(images)))
         add_photos(found, rows, read_grades(found, table.path, rows, 0), Files(root / photographs))
     # a class of the published set, no fault of its tables
     ungradable = found.left_out.pop(UNGRADABLE, [])
@@ -298,14 +307,12 @@ def rows_of_table(found, table, files, flags):
             columns[role] = [""] * len(table.rows)
             continue
         used.add(number)
-        cells = table.cells(number)
-        holds = f"{len(set(cells) - {''}):,} different"
+        cells = columns[role] = read_column(table, role, number)
+        what = f"{len(set(cells) - {''}):,} different"
         if role in checks:
             words, _, fits = checks[role]
-            holds = f"{sum(map(fits, cells)):,} of {len(cells):,} cells {words}"
-        what = "grade" if role == "label" else role
-        found.notes.append(f"{table.path.name}, {what}: column {table.columns[number]!r}, {holds}")
-        columns[role] = read_cells(table, role, cells)
+            what = f"{sum(map(fits, cells)):,} of {len(cells):,} cells {words}"
+        found.notes.append(f"{table.path.name}, {role}: column {table.columns[number]!r}, {what}")
         if role == "patient":
             found.patients = f"column {table.columns[number]!r}"
     return [Row(*cells) for cells in zip(*(columns[role] for role in Row._fields), strict=True)]
@@ -350,21 +357,15 @@ def holds(table, number, check):
     return len(set(cells)) > 1 and sum(map(fits, cells)) >= least * len(cells)
 
 
-def read_cells(table, role, cells):
-    """The cells of a role as a Row has them. Raises ValueError where one says nothing."""
-    if role in ("image", "part", "hospital") and "" in cells:
-        line = table.lines[cells.index("")]
-        raise ValueError(f"{table.path}, line {line}: the {role} is blank in this row")
-    if role == "patient":
-        return [read_patient(cell) for cell in cells]
-    if role == "part":
-        wrong = sorted({repr(cell) for cell in cells if fold(cell) not in PARTS})
-        if wrong:
+def read_column(table, role, number):
+    """The cells of a role. Raises ValueError where one says nothing."""
+    is_right, expected = RIGHT.get(role, (None, ""))
+    cells = table.cells(number)
+    for line, cell in zip(table.lines, cells, strict=True):
+        if is_right and not is_right(cell):
             raise ValueError(
-                f"{table.path} has the part {few(wrong)}, expected train, val or test; "
-                "--part-column none if that column says something else"
+                f"{table.path}, line {line}: the {role} is {cell!r}, expected {expected}"
             )
-        return [PARTS[fold(cell)] for cell in cells]
     return cells
 
 
@@ -390,7 +391,7 @@ def rows_of_class_folders(source, files):
         image = path.relative_to(source)
         folders = image.parts[:-1]
         grades = [folder for folder in folders if is_grade(folder)]
-        parts = [PARTS[fold(folder)] for folder in folders if fold(folder) in PARTS]
+        parts = [folder for folder in folders if fold(folder) in PARTS]
         if len(grades) == 1 and len(parts) <= 1:
             rows.append(Row(image.as_posix(), grades[0], part="".join(parts)))
         else:
@@ -422,11 +423,8 @@ def read_grades(found, where, rows, first=None, referable=False):
     """The grade 0..4 of each row, None where it is ungradable; says in `found` what is not plain.
 
     first: the number that means no DR, None to be asked where it is not clear. referable: 1 means
-    grade 2 or more. Raises ValueError where a cell is no grade, and where the scale is not clear.
+    grade 2 or more. Raises ValueError where the scale is not clear.
     """
-    wrong = [f"{row.image!r} the grade {row.label!r}" for row in rows if not is_grade(row.label)]
-    if wrong:
-        raise ValueError(f"{where} gives {few(wrong)}, expected a whole number 0 to 4")
     grades = {row.label: read_grade(row.label) for row in rows}
     if any(re.fullmatch("r[0-3]", fold(label)) for label in grades):
         found.notes.append("R0, R1, R2 and R3 are read as the grades 0, 1, 2 and 4")
@@ -474,10 +472,10 @@ def add_photos(found, rows, grades, files):
         elif not fitting:
             found.left_out[f"are not in {files.source}"].append(image)
         else:
+            part, who = PARTS.get(fold(row.part), ""), read_patient(row.patient)
             # The prefixes keep a patient "7" and an image "7" apart.
-            nobody = f"{IMAGE}{row.part} {row.image}"
-            patient = f"patient {row.patient}" if row.patient else nobody
-            photo = Photo(fitting[0], grade, patient, row.part, row.image, row.hospital)
+            patient = f"patient {who}" if who else f"{IMAGE}{part} {row.image}"
+            photo = Photo(fitting[0], grade, patient, part, row.image, row.hospital)
             found.photos.append(photo)
 
 

@@ -98,7 +98,7 @@ def test_columns_are_found_by_their_names_and_it_is_said_what_they_hold(tmp_path
     )
     found = load("folder", folder_of(tmp_path, text, table="train.csv"), flags())
     assert grades_of(found) == {"a": 0, "b": 2, "c": 3}
-    assert "train.csv, grade: column 'Retinopathy grade', 3 of 3 cells are grades" in found.notes
+    assert "train.csv, label: column 'Retinopathy grade', 3 of 3 cells are grades" in found.notes
     assert "train.csv, image: column 'Image name', 3 of 3 cells name a file" in found.notes
     assert found.patients == "column 'Patient ID'"
 
@@ -114,9 +114,9 @@ def test_a_column_without_a_known_name_is_found_by_what_it_holds(tmp_path):
     ("file,age\na,40\nb,50\nc,60\n", "no column that can be the label.*--label-column"),
     ("file,label,Label\na,0,1\nb,2,0\nc,3,2\n", "'label' twice"),
     ("a.jpg,0\nb.jpg,2\nc.jpg,3\n", "the first line looks like a photograph's"),
-    ("image,label\na,0\n,2\nc,3\n", "line 3: the image is blank"),
-    ("image,label\na,0\nb,7\nc,x\n", "gives 'b' the grade '7', 'c' the grade 'x'"),
-    ("image,label,part\na,0,train\nb,2,left\nc,3,val\n", "part 'left'.*--part-column none"),
+    ("image,label\na,0\n,2\nc,3\n", "line 3: the image is ''"),
+    ("image,label\na,0\nb,7\nc,x\n", "line 3: the label is '7'"),
+    ("image,label,part\na,0,train\nb,2,left\nc,3,val\n", "line 3: 'left'.*--part-column"),
     ("image,label\na,0\nb,1\nc,1\n", "0 and 1 only.*--referable.*--grades-from 0"),
     ("image,label\na,1\nb,5\nc,2\n", "1 to 5 and none is 0.*--grades-from 1.*--grades-from 0"),
     ("image,label\na,0\na.jpg,2\n", "a.jpg twice"),
@@ -157,7 +157,7 @@ def test_a_column_names_the_hospital(tmp_path):
     found = load("folder", tmp_path, flags(hospital_column=""))
     assert [photo.hospital for photo in found.photos] == ["Uppsala", "Pune", "Pune"]
     folder_of(tmp_path, "image,label,Site\na,0,Uppsala\nb,2,\nc,3,Pune\n")
-    with pytest.raises(ValueError, match="line 3: the hospital is blank"):
+    with pytest.raises(ValueError, match="line 3: the hospital is ''"):
         load("folder", tmp_path, flags(hospital_column=""))
 
 
