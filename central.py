@@ -173,9 +173,11 @@ def train_and_evaluate(args):
     val_path = args.index_dir / "val_set.pkl"
     train = data.read_index(args.index or args.index_dir / "train_set.pkl")
     val = data.read_index(val_path)
-    images = data.load_images(train, args.image_size, files.temporary(args.out / "images.npy"))
-    val_images = data.load_images(
-        val, args.image_size, files.temporary(args.out / "val_images.npy")
+    images = data.images_for(
+        train, args.image_size, args.out, args.freeze_base and args.no_augmentation
+    )
+    val_images = data.images_for(
+        val, args.image_size, args.out, args.freeze_base, name="val_features"
     )
     model.configure(args.seed, args.threads)
     network = model.build(args.arch, args.image_size, args.seed)

@@ -13,12 +13,14 @@ A pickle can run code when it is read. So an index is read with an unpickler tha
 containers, strings and numbers, and nothing else.
 """
 
+import hashlib
 import io
 import math
 import os
 import pickle
 import pickletools
 import re
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -26,7 +28,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from common.files import replacing
+from common import log
+from common.files import move_aside, replacing, sha256_of, temporary
 
 INDEX_COLUMNS = {"picture": str, "label": int, "dir": str, "new_label": str}
 OPTIONAL_COLUMNS = {"patient": str}
@@ -41,6 +44,7 @@ MEMORY_BYTES = 4 << 30
 # of so many takes half a gigabyte. At most MOST_AT_ONCE images.
 PIXELS_AT_ONCE = 32 * 224 * 224
 MOST_AT_ONCE = 32
+MAX_NPY_HEADER = 1000  # bytes before the numbers in a member of a .npz file
 
 
 class NotPlain(pickle.UnpicklingError):
@@ -216,6 +220,18 @@ def healthy(records):
     return np.array([record["new_label"] == "True" for record in records], np.float32)
 
 
+def images_for(records, image_size, folder, on_features, name="features"):
+    """What a network is trained on or scored with: the images of `records`, or their Features.
+
+    on_features  whether its base is frozen, and sees the images as they are
+    Features are kept in folder/NAME.npz. Of images, what does not fit into memory lies in a file in
+    `folder`, too. Raises ValueError naming an image that is missing, OSError.
+    """
+    if on_features:
+        return Features(records, image_size, Path(folder) / f"{name}.npz")
+    return load_images(records, image_size, temporary(Path(folder) / "images.npy"))
+
+
 def load_images(records, image_size, spill=None):
     """Decode every image of `records` once: uint8 (n, image_size, image_size, 3), RGB.
 
@@ -277,8 +293,112 @@ def load_image(path, image_size):
     return np.asarray(open_image(path).resize((image_size, image_size)))
 
 
+class Pictures:
+    """The images of an index, decoded each time when they are asked for.
+
+    pictures[8:16] is uint8 (8, size, size, 3). For who looks at each image once: all of them need
+    not be in memory at the same time.
+    """
+
+    def __init__(self, records, image_size):
+        self.records = records
+        self.shape = (len(records), image_size, image_size, 3)
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, chosen):
+        return load_images(self.records[chosen], self.shape[1])
+
+    def digest(self):
+        """Of all files, in their order. Raises ValueError where one is missing, OSError."""
+        digest = hashlib.sha256()
+        for record in self.records:
+            sha256 = sha256_of(record["dir"])
+            if not sha256:
+                raise ValueError(f"{record['dir']} is missing")
+            digest.update(sha256.encode())
+        return digest.hexdigest()
+
+
+class Features:
+    """What the base of a network makes of pictures, in place of their images: float32 (n, ...).
+
+    As long as base and pictures are the same, it is the same: so `model.on_features` computes it
+    once, and it is kept in a file (.npz) for the next start. Of one network.
+    """
+
+    def __init__(self, records, image_size, path):
+        self.pictures = Pictures(records, image_size)
+        self.pictures_digest = self.pictures.digest()
+        self.path = path
+        self.array = None  # once they are computed or read
+        self.made_from = None  # digests of the base and the pictures that made the array
+        self.head = None  # keras.Model, kept here by model.on_features: the layers after the base
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, chosen):
+        return self.array[chosen]
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    @property
+    def dtype(self):
+        return self.array.dtype
+
+    def update(self, base_digest, shape, compute):
+        """Make the array what this base gives: it may be that already, or in the file.
+
+        base_digest  what tells this base from others, a str
+        shape        of an image's features
+        compute      compute(pictures) -> float32 (n, *shape)
+        """
+        made_from = f"{base_digest} {self.pictures_digest}"
+        if self.made_from == made_from:
+            return
+        self.array = self._read(made_from, (len(self), *shape))
+        if self.array is None:
+            self.array = compute(self.pictures)
+            with replacing(self.path) as written:
+                np.savez(written, made_from=made_from, features=self.array)
+        self.made_from = made_from
+
+    def _read(self, made_from, shape):
+        """The array in the file; None where there is no file, or one of another base or pictures.
+
+        What is no file of features is moved aside.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            if not (self.path.is_file() and zipfile.is_zipfile(self.path)):
+                raise ValueError("it is no .npz file")
+            with np.load(self.path, allow_pickle=False) as file:
+                # Before they are unpacked: a small file can hold zeros without end.
+                sizes = {member.filename: member.file_size for member in file.zip.infolist()}
+                if sizes["made_from.npy"] > MAX_NPY_HEADER:
+                    raise ValueError("it does not say what made it")
+                if str(file["made_from"]) != made_from:
+                    return None
+                if sizes["features.npy"] > 4 * math.prod(shape) + MAX_NPY_HEADER:
+                    raise ValueError("it is too large")
+                array = file["features"]
+            if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
+                raise ValueError(f"expected finite numbers, float32 {shape}")
+            return array
+        except Exception as error:  # a damaged or hostile file can raise nearly anything
+            aside = move_aside(self.path.parent, [self.path])
+            reason = f"{type(error).__name__}: {log.plain(error)}"
+            log.say("features", f"{self.path} is no file of features ({reason}): moved to {aside}")
+            return None
+
+
 class TrainingBatches:
-    """Endless epochs of augmented batches from images in memory.
+    """Endless epochs of augmented batches from images in memory, or of features.
 
     The order and the augmentation of an epoch follow from (seed, client, round, epoch) alone:
     NumPy draws them and TensorFlow only applies them. So neither the number of threads nor an
@@ -286,7 +406,10 @@ class TrainingBatches:
     """
 
     def __init__(self, images, labels, batch_size, seed, client, augment=True):
-        """images: uint8 (n, size, size, 3). labels: float32 (n,). client: its name."""
+        """images: uint8 (n, size, size, 3), or Features, which are passed on as they are.
+
+        labels: float32 (n,). client: its name.
+        """
         self.images = images
         self.labels = labels
         self.batch_size = batch_size
@@ -295,19 +418,6 @@ class TrainingBatches:
         self.augment = augment
         self.round_number = 0
         self.epoch = 0
-        # kept here by model.on_features, for a network whose base is frozen
-        self.head = None  # keras.Model: the layers after the base
-        self.features = None  # TrainingBatches of what the base makes of each image
-        self.features_of = None  # SHA-256 of the base that made them
-
-    def with_features(self, features):
-        """The same batches, of float32 features (n, ...) in place of the images.
-
-        They are passed on as they are, in the same order in each epoch.
-        """
-        other = TrainingBatches(features, self.labels, self.batch_size, self.seed, "", False)
-        other.client_number = self.client_number
-        return other
 
     def start(self, round_number, epoch):
         """Chooses which epoch the next pass over `dataset` is."""

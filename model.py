@@ -371,22 +371,27 @@ def has_frozen_base(network):
     return not network.get_layer(last_of_base).trainable
 
 
-def on_features(network, batches):
-    """For a frozen base without augmentation: (head, batches of the base's features).
+def on_features(network, images, progress=None):
+    """The network that takes these images: of data.Features, only the layers after its base.
 
-    The features of an image never change then, so they are computed once and kept in `batches`.
-    The head is the layers after the base as a model of their own; it shares its weights with
-    `network`.
+    Features that are of another base, or not there yet, are computed; progress is called as
+    progress(done, total) then. The layers after the base are a model of their own, which shares its
+    weights with `network`.
     """
+    if not isinstance(images, data.Features):
+        return network
     base = base_of(network)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(base.to_json().encode())
     for weight in base.weights:
         digest.update(np.asarray(weight).tobytes())
-    if batches.features_of != digest.digest():  # the first round, or the server changed the base
-        batches.head = head_of(network, base)
-        batches.features = batches.with_features(features(base, batches.images))
-        batches.features_of = digest.digest()
-    return batches.head, batches.features
+    images.update(
+        digest.hexdigest(),
+        base.output.shape[1:],
+        lambda pictures: features(base, pictures, progress),
+    )
+    if images.head is None:
+        images.head = head_of(network, base)
+    return images.head
 
 
 def head_of(network, base):
@@ -400,10 +405,16 @@ def head_of(network, base):
     return compiled(Model(inputs, x, name=network.name))
 
 
-def features(base, images):
+def features(base, images, progress=None):
     """What the base makes of uint8 images (n, size, size, 3): float32 (n, ...)."""
-    batches = data.evaluation_batches(images)
-    return np.concatenate([base.predict_on_batch(batch) for batch in batches])
+    made = []
+    done = 0
+    for batch in data.evaluation_batches(images):
+        made.append(base.predict_on_batch(batch))
+        done += len(batch)
+        if progress:
+            progress(done, len(images))
+    return np.concatenate(made)
 
 
 # --- weight files ---------------------------------------------------------------------------------
@@ -502,8 +513,7 @@ def train(network, batches, round_number, epochs, report=print, progress=None, f
     takes seconds; Adam begins afresh all the same, by setting its variables to zero.
     """
     frozen_base = has_frozen_base(network)
-    if frozen_base and not batches.augment:
-        network, batches = on_features(network, batches)
+    network = on_features(network, batches.images)
     for variable in network.optimizer.variables:
         variable.assign(np.zeros(variable.shape, variable.dtype))
     rate = learning_rate(network.name, round_number, frozen_base, first_rate)
@@ -545,7 +555,8 @@ def each_batch(progress, epoch, steps):
 
 
 def predict(network, images):
-    """P(healthy) of uint8 images (n, size, size, 3), as float64 (n,)."""
+    """P(healthy) of uint8 images (n, size, size, 3), or of data.Features: float64 (n,)."""
+    network = on_features(network, images)
     answers = [network.predict_on_batch(batch)[:, 0] for batch in data.evaluation_batches(images)]
     return np.concatenate(answers).astype(np.float64)
 

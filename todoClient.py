@@ -306,7 +306,6 @@ def train_network(training, task, title):
     """model.train, with a line an epoch. Returns the rows of the history; raises RoundClosed."""
     site = training.site
     epochs = site.arguments.epochs
-    began = last_line = time.monotonic()
 
     def report(row):
         site.say(
@@ -315,25 +314,13 @@ def train_network(training, task, title):
         )
 
     def progress(epoch, step, steps, loss):
-        nonlocal last_line
         if site.reporter.knows_closed(task):
             raise RoundClosed("the round was closed without this client")
-        now = time.monotonic()
+        text = f"{title}: epoch {epoch}/{epochs}, step {step}/{steps}, loss {loss:.4f}"
         done = (epoch - 1) * steps + step
-        left_s = (now - began) / done * (epochs * steps - done)
-        told_s = min(round(left_s), 10_000_000)  # as long as the server believes
-        site.reporter.at(task, "training", epoch=epoch, epochs=epochs, seconds_left=told_s)
-        text = f"epoch {epoch}/{epochs}, step {step}/{steps}, loss {loss:.4f}"
-        bar.update(drawn, description=f"{title}: {text}", completed=done, total=epochs * steps)
-        if now - last_line >= 2 * REPORT_EVERY_S:  # within a long epoch
-            last_line = now
-            site.say(f"{title}: {text}, {left_s:.0f} s to go")
+        show(done, epochs * steps, text, epoch=epoch, epochs=epochs)
 
-    text_column = TextColumn("{task.description}", markup=False)
-    columns = [text_column, BarColumn(20), TimeRemainingColumn(compact=True)]
-    # Below the lines, and drawn by the way of the lines: a terminal that stands still holds nobody.
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
-        drawn = bar.add_task("")
+    with progress_of(site, task, "training") as show:
         return model.train(
             training.network,
             training.batches,
@@ -343,6 +330,33 @@ def train_network(training, task, title):
             progress=progress,
             first_rate=site.arguments.learning_rate,
         )
+
+
+@contextmanager
+def progress_of(site, task, phase):
+    """show(done, total, text, **where) for the body: how far it is, to the user and to the server.
+
+    On a terminal it is a bar, below the lines, and drawn by the way of the lines: one that stands
+    still holds nobody. What takes minutes says a line now and then, too.
+    """
+    began = last_line = time.monotonic()
+
+    def show(done, total, text="features of the images", **where):
+        nonlocal last_line
+        now = time.monotonic()
+        left_s = (now - began) / done * (total - done)
+        told_s = min(round(left_s), 10_000_000)  # as long as the server believes
+        site.reporter.at(task, phase, seconds_left=told_s, **where)
+        bar.update(drawn, description=text, completed=done, total=total)
+        if now - last_line >= 2 * REPORT_EVERY_S:
+            last_line = now
+            site.say(f"{text}, {left_s:.0f} s to go")
+
+    text_column = TextColumn("{task.description}", markup=False)
+    columns = [text_column, BarColumn(20), TimeRemainingColumn(compact=True)]
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
+        drawn = bar.add_task("")
+        yield show
 
 
 def ClientsendWeight(stub, site):
@@ -508,6 +522,7 @@ class Site:
         self.training = self.training or Training(self, task)
         path = self.result_path if task["round"] > task["rounds"] else self.weights_path
         model.load(self.training.network, path, self.layout.tensors)
+        self.training.compute_features(task)
         return self.training
 
 
@@ -534,14 +549,14 @@ class Training:
         arguments = site.arguments
         model.configure(arguments.seed, arguments.threads)
         self.site = site
-        self.image_size = task["image_size"]
-        self.network = model.build(task["arch"], self.image_size)
+        self.network = model.build(task["arch"], task["image_size"])
         check_layers(site, task, self.network)
         # Where the server announced a frozen base, and no flag says otherwise, the images are
         # trained on as they are: their features are computed once, and a round takes seconds. With
         # --freeze-base, as the thesis did it, they are rotated and flipped.
         on_features = arguments.freeze_base is None and task["freeze_base"]
-        if arguments.freeze_base or on_features:
+        is_frozen = arguments.freeze_base or on_features
+        if is_frozen:
             model.freeze_base(self.network)
         if on_features:
             site.say(
@@ -549,19 +564,28 @@ class Training:
                 f"the features of {len(site.records)} images are computed once, without rotation "
                 "and flips (--no-freeze-base trains all layers)"
             )
+        augment = not (arguments.no_augmentation or on_features)
+        size = task["image_size"]
         self.batches = data.TrainingBatches(
-            self.load_images(site.records),
+            data.images_for(site.records, size, site.folder, is_frozen and not augment),
             data.healthy(site.records),
             arguments.batch_size,
             arguments.seed,
             site.name,
-            augment=not (arguments.no_augmentation or on_features),
+            augment,
         )
-        self.held_out_images = self.load_images(site.held_out) if site.held_out else None
+        self.held_out_images = None
+        if site.held_out:
+            self.held_out_images = data.images_for(
+                site.held_out, size, site.folder, is_frozen, name="held_out_features"
+            )
 
-    def load_images(self, records):
-        spill = files.temporary(self.site.folder / "images.npy")
-        return data.load_images(records, self.image_size, spill)
+    def compute_features(self, task):
+        """Those of a frozen base that are not there yet, with a bar. Else nothing."""
+        for images in (self.batches.images, self.held_out_images):
+            if isinstance(images, data.Features) and images.array is None:
+                with progress_of(self.site, task, "loading") as show:
+                    model.on_features(self.network, images, show)
 
     def scores(self, task, what, card=None):
         """What the network scores on the held-out images; {} where there are none.

@@ -240,7 +240,7 @@ def client_names(text):
     names = [client_name(name) for name in text.split(",")]
     if len(set(names)) != len(names):
         raise argparse.ArgumentTypeError(f"{text!r}: expected different names")
-    taken = [name for name in names if name in (*RUN_FILES, "tensorboard")]
+    taken = [name for name in names if name in (*RUN_FILES, "features.npz", "tensorboard")]
     if taken:
         raise argparse.ArgumentTypeError(
             f"a client cannot be called {taken[0]!r}: the server has a file of that name"
@@ -435,8 +435,8 @@ class Evaluator:
     def open(self, state):
         """Load the images of this run: once, before anyone is served."""
         self.state = state
-        self.images = data.load_images(
-            self.validation, state.image_size, files.temporary(self.folder / "images.npy")
+        self.images = data.images_for(
+            self.validation, state.image_size, self.folder, on_features=state.freeze_base
         )
 
     @functools.cached_property

@@ -2,8 +2,10 @@
 
 README.md has the commands. It needs this project's folder as its working directory and in
 PYTHONPATH. Flower starts a process for each training, so nothing is kept from round to round: seed,
-client and round say it all.
+client and round say it all. (But for the features of a frozen base: client001/features.npz.)
 """
+
+from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -28,8 +30,10 @@ def train(message, context):
     if freezes_base:
         model.freeze_base(network)
     set_tensors(network, message.content["arrays"])
+    folder = Path(name)
+    folder.mkdir(exist_ok=True)
     batches = data.TrainingBatches(
-        data.load_images(records, image_size),
+        data.images_for(records, image_size, folder, on_features=freezes_base),
         data.healthy(records),
         settings["batch-size"],
         settings["seed"],

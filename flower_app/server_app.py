@@ -27,6 +27,7 @@ app = ServerApp()
 def main(grid, context):
     settings = context.run_config
     arch = model.ARCHS[settings["arch"]]
+    weights = settings["weights"] or arch.weights
     # what `Evaluator` takes from a server's state
     run = SimpleNamespace(
         arch=settings["arch"],
@@ -34,7 +35,8 @@ def main(grid, context):
         run=f"{context.run_id:x}",
         rounds=settings["rounds"],
         seed=settings["seed"],
-        weights=settings["weights"] or arch.weights,
+        weights=weights,
+        freeze_base=arch.freezes_base(weights),
         best=None,
     )
     FOLDER.mkdir(exist_ok=True)

@@ -5,7 +5,9 @@ import json
 import shutil
 
 import h5py
+import numpy as np
 import pytest
+from conftest import read_weights
 
 import central
 import data
@@ -63,21 +65,32 @@ def test_it_starts_from_the_servers_weights(here, trained):
         assert (files.sha256_of("central/central_weight.h5") == of_server) == same
 
 
-def test_it_trains_as_a_client_trains(here):
+@pytest.mark.parametrize("freezes_base", [False, True])
+def test_it_trains_as_a_client_trains(here, freezes_base):
     """FedAvg with one client and central training are the same computation, to the bit."""
     flags = ["--epochs", "2", "--batch-size", "4", "--learning-rate", "0.01"]
-    assert run(*flags, "--out", "client001", "--index", "index/worker1.pkl") == 0
+    arch = "lite0" if freezes_base else "drcnn"
+    own = ["--arch", arch, "--weights", "none", "--out", "client001"]
+    own += ["--freeze-base", "--no-augmentation"] if freezes_base else []
+    assert run(*flags, *own, "--index", "index/worker1.pkl") == 0
     (here / "federated").mkdir()
     name = ["--name", "client001", "--client-dir", "federated"]
     client = todoClient.Site(todoClient.parse([*name, *flags]))
     model.configure(0)
     client.begin_run("r")
-    model.save(model.build("drcnn", 16, 0), client.weights_path)
+    model.save(model.build(arch, 16, 0), client.weights_path)
     client.layout = weights.Layout(client.weights_path)
     for number in (1, 2):
-        task = {"run": "r", "round": number, "rounds": 2, "arch": "drcnn", "image_size": 16}
+        task = {"run": "r", "round": number, "rounds": 2, "arch": arch, "image_size": 16}
+        task["freeze_base"] = freezes_base
         todoClient.train(client, {**todoClient.SEED_TASK, **task})
-    assert files.sha256_of("client001/central_weight.h5") == files.sha256_of(client.weights_path)
+    # the files of a frozen network are laid out otherwise
+    pairs = zip(
+        read_weights("client001/central_weight.h5"), read_weights(client.weights_path), strict=True
+    )
+    assert all(np.array_equal(one, other) for one, other in pairs)
+    kept = [f"{folder}/features.npz" for folder in ("client001", "federated")]
+    assert [(here / path).exists() for path in kept] == [freezes_base] * 2
 
 
 def test_history_and_card_say_what_the_weights_do(here):

@@ -4,10 +4,13 @@ import datetime
 import errno
 import os
 import pickle
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_data
+from PIL import Image
 
 import data
 import model
@@ -127,6 +130,87 @@ def test_a_disk_without_room_is_told_before_anything_is_mapped(tmp_path, monkeyp
         data.room_for((100, 64, 64, 3), tmp_path / "spilled.npy")
     assert str(tmp_path) in str(caught.value) and asked == [(0, 100 * 64 * 64 * 3)]
     assert not list(tmp_path.iterdir())
+
+
+# --- features ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_data(tmp_path / "site"))
+    return data.read_index("index/worker1.pkl")
+
+
+def features(records, base="a base"):
+    """(their features as a list, whether these had to be computed)"""
+    made = data.Features(records, 32, Path("features.npz"))
+    computed = []
+
+    def compute(pictures):
+        computed.append(True)
+        whole = pictures[: len(pictures)]
+        assert whole.dtype == np.uint8 and whole.shape == (len(records), 32, 32, 3)
+        numbers = [whole.mean((1, 2, 3)), np.full(len(records), len(base))]
+        return np.stack(numbers, axis=1).astype(np.float32)
+
+    made.update(base, (2,), compute)
+    assert made.dtype == np.float32 and made.shape == (len(made), 2) == (len(records), 2)
+    return made[:].tolist(), bool(computed)
+
+
+def test_features_are_kept_as_long_as_base_and_pictures_are_the_same(records):
+    first = features(records)[0]
+    assert features(records) == (first, False)
+    assert features(records, "another base") == ([[mean, 12] for mean, _ in first], True)
+    assert features(records[::-1]) == (first[::-1], True)
+    assert features(records) == (first, True)
+    Image.new("RGB", (32, 32), "white").save(records[0]["dir"])
+    assert features(records) == ([[255, 6], *first[1:]], True)
+    assert features(records)[1] is False
+    assert not list(Path().glob("old-*"))  # a file of before is ours
+    Path(records[3]["dir"]).unlink()
+    with pytest.raises(ValueError, match=f"{records[3]['dir']} is missing"):
+        features(records)
+
+
+def zip_bomb(path, good):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, array in good.items():
+            with file.open(f"{name}.npy", "w") as member:
+                np.save(member, array)
+                member.write(bytes(10_000_000))
+
+
+SPOILT = {
+    "text": lambda path, good: path.write_text("mine"),
+    "a folder": lambda path, good: path.mkdir(),
+    "a pipe": lambda path, good: os.mkfifo(path),
+    "one array": lambda path, good: np.save(path.open("wb"), good["features"]),
+    "a pickle": lambda path, good: np.savez(path, **{**good, "features": np.array([Evil()])}),
+    "a pickle's name": lambda path, good: np.savez(path, made_from=np.array(Evil())),
+    "another's": lambda path, good: np.savez(path, features=good["features"]),
+    "another shape": lambda path, good: np.savez(path, **{**good, "features": np.ones((8, 3))}),
+    "other numbers": lambda path, good: np.savez(path, **{**good, "features": np.ones((8, 2))}),
+    "nan": lambda path, good: np.savez(path, **{**good, "features": good["features"] * np.nan}),
+    "zeros without end": zip_bomb,
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_what_is_no_file_of_features_is_moved_aside(records, spoil, capsys):
+    first = features(records)[0]
+    path = Path("features.npz")
+    with np.load(path) as file:
+        good = dict(file)
+    path.unlink()
+    SPOILT[spoil](path, good)
+    assert features(records) == (first, True)
+    assert "features.npz is no file of features" in capsys.readouterr().out
+    assert os.listdir("old-1") == ["features.npz"] and not Path("pwned").exists()
+    assert features(records) == (first, False)
+
+
+# --- batches -------------------------------------------------------------------------------------
 
 
 def test_a_transform_is_a_rotation_with_flips_about_the_centre():

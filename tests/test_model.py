@@ -248,31 +248,50 @@ def small_vgg16():
     return model.build("vgg16", 32, seed=1)
 
 
-def test_a_frozen_base_stays_and_its_features_are_computed_once(small_vgg16, monkeypatch):
+def test_a_frozen_base_stays_and_its_features_are_computed_once(small_vgg16, site, monkeypatch):
+    """Training and scores on features are those on the images, and need no image any more."""
+    monkeypatch.chdir(site)
     model.freeze_base(small_vgg16)
     start = small_vgg16.get_weights()
-    images = np.random.default_rng(7).integers(0, 256, (10, 32, 32, 3), np.uint8)
-    labels = (np.arange(10) % 2).astype(np.float32)
+    records = data.read_index("index/worker2.pkl")
 
-    def trained(batches):
+    def trained(images):
         small_vgg16.set_weights(start)
+        labels = data.healthy(records)
+        batches = data.TrainingBatches(images, labels, 4, 0, "client001", augment=False)
         for round_number in (1, 2):
             model.train(small_vgg16, batches, round_number, 1, lambda row: None)
-        return small_vgg16.get_weights()
+        return [*small_vgg16.get_weights(), model.predict(small_vgg16, images)]
 
-    plain = data.TrainingBatches(images, labels, 4, 0, "client001", augment=False)
-    looked = []
-    real = data.evaluation_batches
-    monkeypatch.setattr(
-        data, "evaluation_batches", lambda images: (looked.append(len(images)), real(images))[1]
-    )
-    quick = trained(plain)
-    assert looked == [10]  # once for two rounds
-    monkeypatch.setattr(model, "on_features", lambda network, batches: (network, batches))
-    slow = trained(data.TrainingBatches(images, labels, 4, 0, "client001", augment=False))
-    for number, (before, one, other) in enumerate(zip(start, quick, slow, strict=True)):
+    progress = []
+    features = data.images_for(records, 32, site, on_features=True)
+    model.on_features(small_vgg16, features, lambda *numbers: progress.append(numbers))
+    assert progress == [(10, 10)]
+    monkeypatch.setattr(model, "features", None)  # from here on none are computed
+    quick = trained(features)
+    kept = trained(data.images_for(records, 32, site, on_features=True))  # of another start
+    slow = trained(data.images_for(records, 32, site, on_features=False))
+    for number, (before, one, again, other) in enumerate(
+        zip([*start, 0], quick, kept, slow, strict=True)
+    ):
         assert np.array_equal(before, one) == (number < 26)
+        assert np.array_equal(one, again)
         assert np.allclose(one, other, atol=1e-6)
+
+
+def test_features_are_of_the_base_that_the_network_has_now(site, monkeypatch):
+    """A client of the run may have trained the base, too."""
+    monkeypatch.chdir(site)
+    records = data.read_index("index/val_set.pkl")
+    images = data.images_for(records, 32, site, on_features=False)
+    features = data.images_for(records, 32, site, on_features=True)
+    network = model.build("vgg16", 32)
+    answers = []
+    for seed in (1, 2):
+        network.set_weights(model.build("vgg16", 32, seed=seed).get_weights())
+        answers.append(model.predict(network, features))
+        assert np.allclose(answers[-1], model.predict(network, images), atol=1e-6)
+    assert not np.allclose(*answers, atol=1e-6)
 
 
 def test_initial_weights_come_from_a_file_of_the_network_or_of_its_base(small_vgg16, tmp_path):
