@@ -6,10 +6,12 @@ Exit codes: 0 the run is over, 1 refused or an error, 2 usage, 3 too few clients
 
 import shutil
 import signal
+from pathlib import Path
 
 import grpc
 import pytest
 from conftest import (
+    Call,
     client_script,
     free_port,
     holding,
@@ -248,40 +250,32 @@ def test_a_last_upload_that_was_never_answered_is_exit_5_and_delivered_by_the_ne
     assert "training" not in client.output
 
 
-IMPATIENT = """
-import todoClient
-todoClient.UNANSWERED_S, todoClient.TELL_EVERY_S, todoClient.TELL_TIMEOUT_S = 2, 0.5, 1
-todoClient.CONNECT_S, todoClient.SERVED_S = 1, 2
-todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05
-"""
+IMPATIENT = {"UNANSWERED_S": 2, "TELL_EVERY_S": 0.5, "TELL_TIMEOUT_S": 1, "LONGEST_PAUSE_S": 0.1}
 
 
 @pytest.mark.parametrize(("waits_for", "code"), [("its answer", 5), ("the weights", 4)])
 def test_a_server_that_answers_pings_only_is_noticed_and_given_up(
-    start, begun, make_run, waits_for, code
+    client_main, make_run, monkeypatch, waits_for, code
 ):
     """As one whose serving thread died: connections are fine, and no call is ever answered."""
-    site = begun()
-    shutil.rmtree(site / "server")
+    for name, value in IMPATIENT.items():
+        monkeypatch.setattr(todoClient, name, value)
     run = make_run(clients=["client001", "client002"], rounds=1)
     server, address = serve(run.rounds)
     if waits_for == "the weights":  # a client that was started again
-        (site / "client001").mkdir()
-        files.save_state(site / "client001" / "state.json", {**todoClient.NEW_STATE, "run": "run0"})
+        Path("client001").mkdir()
+        files.save_state(Path("client001/state.json"), {**todoClient.NEW_STATE, "run": "run0"})
         run.rounds.changed.acquire()
-    script = holding(
-        site, "todoClient", "import standin", "sys.modules['model'] = standin", IMPATIENT
-    )
-    flags = ["--name", "client001", "--server", address, "--give-up-after", "3"]
-    client = start(script, *flags, cwd=site)
+    call = Call(client_main, "--server", address, "--give-up-after", "3")
     if waits_for == "its answer":
         until(lambda: "client001" in run.rounds.uploads, "client001 has delivered")
         run.rounds.changed.acquire()
     try:
-        assert client.wait() == code and "did not answer for 3 s" in client.lines[-1]
+        ended, said = call.result()
     finally:
         run.rounds.changed.release()  # for which every call waited
         server.stop(0)
+    assert ended == code and "did not answer for 3 s" in said
 
 
 # --- two of them ---------------------------------------------------------------------------------
