@@ -28,7 +28,7 @@ import model
 from common import files
 from reporting import card as cards
 from reporting import metrics
-from reporting.page import Page
+from reporting.page import PYTHON, Page
 
 TRAINED_HERE = "central_weight.h5"  # what central.py writes
 TEXT_COLUMNS = ("client", "missing")  # of history.csv and clients.csv; the others are numbers
@@ -132,7 +132,7 @@ def load_server(args):
         if not is_there and index and index.exists():
             run.commands.append(alone_command(weights, index, folder, Path(client)))
     if not run.commands and not run.others:  # the hospitals' images are elsewhere
-        run.commands.append("python3 report.py --client-dir client001    # at the hospital")
+        run.commands.append(f"{PYTHON} report.py --client-dir client001    # at the hospital")
     in_one_place = Path("central") / TRAINED_HERE
     add_model(run, run.others, answers, "central", "all images in one place", in_one_place)
     return run
@@ -179,7 +179,7 @@ def central_command(source_flag, weights, index, folder):
     words = [source_flag, weights, "--index", index, "--out", folder]
     if index.parent != Path("index"):
         words += ["--index-dir", index.parent]
-    return shlex.join(["python3", "central.py", *map(str, words)])
+    return shlex.join([PYTHON, "central.py", *map(str, words)])
 
 
 def add_model(run, models, answers, kind, name, path):

@@ -28,6 +28,7 @@ from reporting.metrics import DISEASE, LEARNT, TASK, TASKS
 MAX_PICTURES = 6  # in each gallery
 PICTURE_PX = 128  # a side
 LABEL_WIDTH = 22  # characters in a line of a name beside a drawing
+PYTHON = ".venv/bin/python"  # of the commands that a page names
 SCREENED = (100, 900)  # of 1,000 people, with and without TASK
 # After Okabe and Ito (2008), whose colours people with any colour vision tell apart; darker, for
 # names are written in them. Dashes and markers say the same without colour. The first is the
@@ -339,7 +340,9 @@ class Page:
     # --- (d) how to use it ---
 
     def command(self):
-        return f"python3 predict.py --weights {shlex.quote(str(self.used.path))} photographs/"
+        # a model of synthetic eyes takes no photographs
+        pictures = "preprocessed/" if self.card["preprocessing"] == "synthetic" else "photographs/"
+        return f"{PYTHON} predict.py --weights {shlex.quote(str(self.used.path))} {pictures}"
 
     # --- (e) all else ---
 

@@ -96,7 +96,7 @@ def refused(capsys, *flags):
 
 def train_by(commands):
     for command in commands:
-        assert central.main(command.removeprefix("python3 central.py ").split()) == 0
+        assert central.main(command.partition(" central.py ")[2].split()) == 0
 
 
 def change_card(weights, **changes):
@@ -108,7 +108,9 @@ def test_it_ends_with_the_verdict_the_page_and_the_next_command(here, capsys):
     assert report.main([]) == 0
     _, page, command = capsys.readouterr().out.splitlines()  # the verdict comes first
     assert page.endswith((here / "server" / "report.html").as_uri())
-    assert "python3 predict.py --weights server/server_weight.h5" in command
+    assert command.endswith(
+        ".venv/bin/python predict.py --weights server/server_weight.h5 preprocessed/"
+    )
     assert "client001 (screening centre) alone" in (here / "server" / "report.html").read_text()
 
 
@@ -134,7 +136,7 @@ def test_what_belongs_to_the_run_is_shown_beside_it_and_what_is_missing_by_its_c
     shutil.rmtree("alone")
     (here / "index" / "worker1.pkl").unlink()  # the hospitals are elsewhere
     [command] = loaded().commands
-    assert command.startswith("python3 report.py --client-dir")
+    assert " report.py --client-dir " in command
 
 
 def test_the_best_round_is_a_candidate(here):
