@@ -35,6 +35,7 @@ from federation.state import RunState
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 60  # for what takes a second on an idle machine
+STARTS_S = 400  # for a script that loads TensorFlow
 CLIENTS = ["client001", "client002", "client003"]
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder that no disk slows down
 
@@ -423,7 +424,7 @@ def start():
 def start_server(start, cwd, *arguments, port=0, script="todoServer.py", **options):
     """(Started, its HOST:PORT), once it listens."""
     server = start(script, "--listen", f"localhost:{port}", *arguments, cwd=cwd, **options)
-    return server, server.wait_for(r"listening on (\S+)")[1]
+    return server, server.wait_for(r"listening on (\S+)", STARTS_S)[1]
 
 
 def port_is_free(port):
