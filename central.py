@@ -21,7 +21,7 @@ from common.log import fail, say
 from common.script import at_least, end_script, exit_on_signals, pixels, positive, start_script
 
 if __name__ == "__main__":
-    start_script()  # before the packages, so that a missing one is a sentence
+    start_script(never_waits=True)  # before the packages, so that a missing one is a sentence
 
 import data
 import model

@@ -30,7 +30,7 @@ from common import files, log
 from common.script import end_script, start_script
 
 if __name__ == "__main__":
-    start_script()  # before the packages, so that a missing one is a sentence
+    start_script(never_waits=True)  # before the packages, so that a missing one is a sentence
 
 from rich.console import Console
 from rich.live import Live

@@ -3,7 +3,7 @@
     2025-11-25 14:12:03 server: listening on localhost:50051
 
 A terminal can stand still for hours (Ctrl-S, `| less`, a pipe that nobody reads): then a plain
-`print` stops the round. So a server and a client print into a `Queued` file.
+`print` stops the round. So what runs for long prints into a `Queued` file.
 """
 
 import contextlib

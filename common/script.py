@@ -21,7 +21,7 @@ def start_script(never_waits=False):
     """Prepare the process for a script's output; call it before the first package is imported.
 
     A package that is not installed is then one sentence in place of a traceback.
-    never_waits: for who serves others: no terminal and no pipe can hold the script up, or end it.
+    never_waits: for what runs for long: no terminal and no pipe can hold the script up, or end it.
     """
     # HDF5 locks each file that it opens, and fails where a network file system has no locks. Our
     # folders are held by one process already (files.alone_in).

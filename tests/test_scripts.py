@@ -39,7 +39,7 @@ sys.path.insert(0, os.path.dirname(sys.argv[0]))
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    assert not {"tensorflow", "keras", "matplotlib", "pandas"} & set(sys.modules)
+    assert not {"tensorflow", "keras"} & set(sys.modules)
 """
 
 
