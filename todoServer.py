@@ -84,7 +84,11 @@ def main(argv=None):
             evaluator = Evaluator(arguments)
             state = resume(arguments, evaluator) or begin(arguments, evaluator)
             clients = arguments.clients or state.clients
-            check_min_clients(arguments, clients)
+            if (arguments.min_clients or 1) > len(clients):
+                raise ValueError(
+                    f"--min-clients {arguments.min_clients} is more than the run's {len(clients)} "
+                    "clients"
+                )
             # Also those who leave: what they delivered for the open round is moved aside.
             for client in sorted({*clients, *state.clients}):
                 locks.enter_context(files.alone_in(arguments.server_dir / client))
@@ -248,8 +252,7 @@ def client_names(text):
     return sorted(names)
 
 
-def say(line):
-    log.say("server", line)
+say = functools.partial(log.say, "server")
 
 
 # --- the run: resumed, or begun ------------------------------------------------------------------
@@ -354,13 +357,6 @@ def move_aside(folder):
     )
 
 
-def check_min_clients(arguments, clients):
-    if arguments.min_clients and arguments.min_clients > len(clients):
-        raise ValueError(
-            f"--min-clients {arguments.min_clients} is more than the run's {len(clients)} clients"
-        )
-
-
 def open_rounds(arguments, state, evaluator):
     """The Rounds of this run, with whatever a crash interrupted finished."""
     folder = arguments.server_dir
@@ -376,10 +372,6 @@ def open_rounds(arguments, state, evaluator):
         sha256, products = weights.fedavg(paths, num_examples, layout, path, trainable)
         return sha256, weights.compare_updates(products, num_examples)
 
-    def after_round(row):
-        if arguments.tensorboard:
-            write_events(folder / "tensorboard" / state.run, row)
-
     evaluator.open(state)
     rounds = Rounds(
         folder,
@@ -390,7 +382,6 @@ def open_rounds(arguments, state, evaluator):
         arguments.round_timeout,
         say,
         evaluator.publish_result,
-        after_round,
     )
     rounds.open()
     return rounds
@@ -416,13 +407,14 @@ class Evaluator:
     """Scores the merged model on the validation images, and publishes what came out.
 
     What came out is the model card, server_weight.json, and the best model so far, best_weight.h5
-    with its card.
+    with its card. With --tensorboard, also its scores as events.
     """
 
     def __init__(self, arguments):
         self.folder = arguments.server_dir
         self.weights_path = self.folder / "server_weight.h5"
         self.best_path = self.folder / "best_weight.h5"
+        self.events_path = self.folder / "tensorboard" if arguments.tensorboard else None
         index = arguments.index_dir / "val_set.pkl"
         self.validation = data.read_index(index)
         # Both as they are now: prepare.py may make another data set while this run goes on.
@@ -460,9 +452,13 @@ class Evaluator:
         """
         card = cards.make(state, row, self.prepared, self.validation_sha256, self.assessed)
         cards.publish(self.weights_path, card)
+        if self.events_path:
+            write_events(self.events_path / state.run, row)
         line = self.line_of(state, card)
         area = self.assessed["choosing_auc"]
-        if card["num_nan"] or not is_better(area, state.best):
+        best_area = (state.best or {}).get("auc")
+        is_better = area is None or best_area is None or area > best_area  # without one the newer
+        if card["num_nan"] or not is_better:
             return state.best, line
         # The weights first: until its card is there too, the pair is refused by whoever reads it.
         with files.replacing(self.best_path) as written:
@@ -496,13 +492,6 @@ class Evaluator:
         except ValueError as error:
             say(f"warning: the result goes out without its model card: {error}")
             return ""
-
-
-def is_better(area, best):
-    """Whether an AUC is greater than that of the best round. Without one the newer round is."""
-    if best is None or area is None or best["auc"] is None:
-        return True
-    return area > best["auc"]
 
 
 def write_events(folder, row):

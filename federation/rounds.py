@@ -119,13 +119,6 @@ def _fetch_again(state, client, what):
     )
 
 
-def _with_rounds_against(update, before):
-    """The update, with in how many rounds running it points against the others': `before` more."""
-    cosine = update.get("update_cosine")
-    is_against = cosine is not None and cosine < 0
-    return {**update, "rounds_against": before + 1 if is_against else 0}
-
-
 def _remarks(counted):
     """What a person should look at in a client's counted upload: sentences without its name."""
     length = counted.get("update_length")
@@ -155,7 +148,6 @@ class Rounds:
     min_clients      how many uploads are enough once the time limit is over; None: all
     round_timeout_s  the time limit of a round; 0: none
     say              say(line): the server's log
-    after_round      after_round(row): called once a round is committed
     """
 
     def __init__(
@@ -168,14 +160,12 @@ class Rounds:
         round_timeout_s=0,
         say=print,
         publish_result=lambda state, row: (None, f"AUC {row['auc']:.3f}"),
-        after_round=lambda row: None,
     ):
         self.folder = folder
         self.state = state
         self.merge = merge
         self.evaluate = evaluate
         self.publish_result = publish_result
-        self.after_round = after_round
         self.given_min_clients = min_clients
         self.round_timeout_s = round_timeout_s
         self.say = say
@@ -316,34 +306,27 @@ class Rounds:
     def _wait_for_clients(self):
         """Wait for all clients, or for enough of them at the time limit."""
         self.opened_at = time.monotonic()
-        reported = self.opened_at
-        limit = float("inf")
-        if self.round_timeout_s:
-            limit = self.opened_at + self.round_timeout_s
+        limit = self.opened_at + (self.round_timeout_s or float("inf"))
+        next_report = self.opened_at + REPORT_EVERY_S
         with self.changed:
             while len(self.uploads) < len(self.state.clients):
                 self._check_running()
                 now = time.monotonic()
+                if now >= limit and len(self.uploads) < self.min_clients:
+                    raise TooFewClients(
+                        f"round {self.state.round}: {self.describe()}; {len(self.uploads)} of at "
+                        f"least {self.min_clients} clients after {self.round_timeout_s:g} s: the "
+                        "server stops, its state is kept"
+                    )
                 if now >= limit:
-                    self._check_enough_clients()
                     break
-                if now - reported >= REPORT_EVERY_S:
+                if now >= next_report:
                     self.say(
                         f"round {self.state.round}: {self.describe()}; waiting for "
                         f"{now - self.opened_at:.0f} s"
                     )
-                    reported = now
-                next_event = min(reported + REPORT_EVERY_S, limit)
-                self.changed.wait(max(0.01, next_event - now))
-
-    def _check_enough_clients(self):
-        """Raises TooFewClients where the time limit is over without --min-clients uploads."""
-        if len(self.uploads) < self.min_clients:
-            raise TooFewClients(
-                f"round {self.state.round}: {self.describe()}; {len(self.uploads)} of at least "
-                f"{self.min_clients} clients after {self.round_timeout_s:g} s: the server stops, "
-                "its state is kept"
-            )
+                    next_report = now + REPORT_EVERY_S
+                self.changed.wait(min(next_report, limit) - now)
 
     def _retry_when_out_of_files(self, step):
         """step(), and once more where this machine is out of open files, until they come back.
@@ -406,8 +389,10 @@ class Rounds:
             }
             counted = dict(self.state.counted)
             for name, update in zip(names, updates, strict=True):
-                against = counted.get(name, {}).get("rounds_against", 0)
-                update = _with_rounds_against(update, against)
+                against = counted.get(name, {}).get("rounds_against", 0) + 1
+                if (update.get("update_cosine") or 0) >= 0:
+                    against = 0
+                update["rounds_against"] = against
                 counted[name] = {"round": number, **self.uploads[name], **update}
             self._save(
                 round=number + 1,
@@ -434,9 +419,12 @@ class Rounds:
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, history)
         with self.changed:
             self._save(history=history, best=best)
-            self.say(self._round_line(row, scores))
+            without = f", without {row['missing']}" if row["missing"] else ""
+            self.say(
+                f"round {row['round']}/{self.state.rounds}: {scores}  ({row['clients']} "
+                f"clients{without}, {row['num_examples']} examples, {row['seconds']:.1f} s)"
+            )
             self.changed.notify_all()
-        self.after_round(row)
 
     def _publish_scores(self):
         """Add to clients.csv what the clients measured, and how their updates compare."""
@@ -454,25 +442,15 @@ class Rounds:
         path = self.folder / "clients.csv"
         there = []
         with contextlib.suppress(FileNotFoundError):
-            with open(path, encoding="utf-8", errors="replace", newline="") as file:
-                try:
-                    there = list(csv.DictReader(file))
-                except csv.Error:  # another program wrote it
-                    path.rename(first_free(self.folder, "clients-not-read-{}.csv"))
-        known = {(row.get("round"), row.get("client")) for row in there}
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if lines[:1] == [",".join(status.SCORES_COLUMNS)]:
+                there = list(csv.DictReader(lines))
+            else:  # another program wrote it
+                path.rename(first_free(self.folder, "clients-not-read-{}.csv"))
+        known = {(row["round"], row["client"]) for row in there}
         new = [row for row in rows if (str(row["round"]), row["client"]) not in known]
         if new:
             publish_rows(path, status.SCORES_COLUMNS, [*there, *new])
-
-    def _round_line(self, row, scores):
-        without = ""
-        if row["missing"]:
-            without = f", without {row['missing']}"
-        return (
-            f"round {row['round']}/{self.state.rounds}: {scores}  "
-            f"({row['clients']} clients{without}, {row['num_examples']} examples, "
-            f"{row['seconds']:.1f} s)"
-        )
 
     # --- what the calls of clients use -----------------------------------------------------------
 
@@ -543,12 +521,11 @@ class Rounds:
         new = {"num_examples": upload.num_examples, "sha256": upload.sha256}
         if upload.file_sha256 != upload.sha256:
             new["file_sha256"] = upload.file_sha256
-        if client in self.scores:
-            new["scores"] = self.scores[client]
         old = self.uploads.get(client)
-        is_same = old is not None and file_sha256_of(old) == file_sha256_of(new)
-        if is_same:
-            new = {**old, **new}  # what it measured was told once, maybe to a server before this
+        # What it measured was told once, maybe to a server before this.
+        scores = self.scores.get(client) or (old or {}).get("scores")
+        if scores:
+            new["scores"] = scores
         self._save(uploads={**self.state.uploads, client: [old, new] if old else [new]})
         try:
             publish(upload.file, self.upload_path(client))
@@ -559,11 +536,7 @@ class Rounds:
             self.uploads = self._uploads_on_disk()
             raise
         self.uploads[client] = new
-        again = ""
-        if is_same:
-            again = " again, the same weights"
-        elif old is not None:
-            again = " again, replacing its earlier upload"
+        again = " again, replacing its earlier upload" if old else ""
         self.say_of(
             (client, self.state.round, again),
             f"round {self.state.round}: {client} delivered {new['num_examples']} examples{again}; "

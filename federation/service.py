@@ -4,6 +4,7 @@ The three calls themselves, step by step, are `todoServer.FedMLServicer`; what c
 `federation.rounds`.
 """
 
+import collections
 import contextlib
 import ctypes
 import itertools
@@ -62,8 +63,9 @@ def create_server(servicer, listen, credentials=None):
     """
     service = servicer.service
     connections = CONNECTIONS + CONNECTIONS_PER_CLIENT * len(service.rounds.state.clients)
+    idle_s = IDLE_WITH_SEED_PEERS_S if service.serve_unnamed else IDLE_S
     server = grpc.server(
-        started_pool(service.max_threads),
+        started_pool(service.num_threads),
         options=[
             # Without this a second server would share the port, and neither would say so.
             ("grpc.so_reuseport", 0),
@@ -74,7 +76,7 @@ def create_server(servicer, listen, credentials=None):
             # What is above is closed at once; the next two make room again.
             ("grpc.max_allowed_incoming_connections", connections),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
-            ("grpc.max_connection_idle_ms", service.idle_s * 1000),
+            ("grpc.max_connection_idle_ms", idle_s * 1000),
             # A client that waits or trains sends pings; gRPC would hang up on it by itself.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 4000),
@@ -184,11 +186,7 @@ class Caller:
     client: str | None  # one that this run knows; None: a peer that names nobody
     metadata: dict
     connection: str
-
-    @property
-    def is_new(self):
-        """Whether it knows our metadata: a client of this project, not one of 2020."""
-        return "fedml-client" in self.metadata
+    is_new: bool  # whether it knows our metadata: a client of this project, not one of 2020
 
 
 class Transfer:
@@ -237,29 +235,17 @@ class Service:
         self.max_messages = EXTRA_MESSAGES + self.max_bytes // SMALLEST_PIECE_BYTES
         self.changed = threading.Condition()  # with the lock of the two that follow
         self.transfers = set()
-        # What the thesis demo's clients last fetched: connection -> round, the oldest first.
-        self.fetched = {}
+        # What the thesis demo's clients last fetched: (connection, round), the newest last.
+        self.fetched = collections.deque(maxlen=REMEMBERED_CONNECTIONS)
+        # Who takes part, and who did: who has left may still ask for its last answer.
+        self.known_clients = {*rounds.state.clients, *rounds.state.counted}
         # Peers that name nobody get few threads, and of their own: who takes all of them delays no
         # one who is enrolled.
         self.max_unnamed = len(rounds.state.clients) + 1 if serve_unnamed else 0
         self.unnamed = threading.Semaphore(self.max_unnamed)
-
-    @property
-    def idle_s(self):
-        return IDLE_WITH_SEED_PEERS_S if self.serve_unnamed else IDLE_S
-
-    @property
-    def max_threads(self):
-        """Enough for all calls that can hold one, and four for those that are just ending.
-
-        A client holds four at most: an upload, a complete upload that waits, a download, a report.
-        """
-        return 4 * len(self.known_clients) + self.max_unnamed + 4
-
-    @property
-    def known_clients(self):
-        """Who takes part, and who did: who has left may still ask for its last answer."""
-        return {*self.rounds.state.clients, *self.rounds.state.counted}
+        # Enough for all calls that can hold one, and four for those that are just ending. A client
+        # holds four at most: an upload, a complete upload that waits, a download, a report.
+        self.num_threads = 4 * len(self.known_clients) + self.max_unnamed + 4
 
     # --- how a call is refused -------------------------------------------------------------------
 
@@ -268,26 +254,19 @@ class Service:
         """Tell the caller and the log what the body raises."""
         try:
             yield
+            return
         except Refused as error:
-            self.refuse(context, error.code, error.sentence)
-        except (OSError, MemoryError) as error:
-            reason = str(error) or "out of memory"
-            sentence = f"the server could not read or store a file: {reason}; try again"
-            self.refuse(context, "INTERNAL", sentence)
+            code, sentence = error.code, error.sentence
         except grpc.RpcError:
             raise  # the caller is gone: there is nobody to tell
-        except Exception as error:  # a mistake of ours, which gRPC would tell nobody
+        except Exception as error:  # of this machine, or a mistake of ours: gRPC would tell nobody
+            code = "INTERNAL"
             sentence = f"a fault of the server: {type(error).__name__}: {error}; try again"
-            self.refuse(context, "INTERNAL", sentence)
-
-    def refuse(self, context, code, sentence):
-        if len(sentence) > SENTENCE_CHARACTERS:
-            sentence = sentence[:SENTENCE_CHARACTERS] + " ..."
         if not self.rounds.stop_reason:  # a server that stops says the same to everyone
             name = dict(context.invocation_metadata()).get("fedml-client")
             known = name if name in self.rounds.client_table.rows else "unnamed"
             self.rounds.say_of((known, code), f"refused: {log.plain(sentence)} ({code})")
-        context.abort(grpc.StatusCode[code], sentence)
+        context.abort(grpc.StatusCode[code], sentence[:SENTENCE_CHARACTERS])
 
     # --- who calls -------------------------------------------------------------------------------
 
@@ -318,7 +297,7 @@ class Service:
                 "a peer that names nobody is served only on the server's own machine, with "
                 "--insecure, or by its certificate (--tls-ca)",
             )
-        return Caller(name, metadata, context.peer())
+        return Caller(name, metadata, context.peer(), "fedml-client" in metadata)
 
     def check_known(self, client):
         if client not in self.known_clients:
@@ -346,11 +325,8 @@ class Service:
                 f"{self.max_unnamed} peers that name nobody are here already: try again later",
             )
         with self.changed:
-            older = [
-                each
-                for each in self.transfers
-                if client and (each.client, each.what) == (client, what)
-            ]
+            same = [each for each in self.transfers if (each.client, each.what) == (client, what)]
+            older = same if client else []
             self.transfers.add(transfer)
         for each in older:
             self.end(each, f"{client} began a new {what}: its unfinished one is ended")
@@ -388,7 +364,7 @@ class Service:
     def first_message(self, caller, what, requests, context):
         """Wait for the first message of a stream. Raises Refused."""
         stall_s = STALL_S
-        if what == "report" or (caller.client is None and caller.connection not in self.fetched):
+        if what == "report" or (caller.client is None and self.last_fetched(caller) is None):
             stall_s = FIRST_MESSAGE_S
         who = caller.client or caller.connection
         with self.moving(caller.client, what, context, stall_s):
@@ -412,8 +388,8 @@ class Service:
                 self.log_fetch(caller, round_number)
                 if caller.is_new:
                     self.announce(round_number, sha256, context)
-                else:
-                    self.remember_fetch(caller, round_number)
+                else:  # it will name no round: its upload is for this one
+                    self.fetched.append((caller.connection, round_number))
                 messages = weights.base64_messages(file)
                 if caller.metadata.get("fedml-accept") == "blob":
                     messages = weights.blob_messages(file)
@@ -426,9 +402,7 @@ class Service:
 
     def log_fetch(self, caller, round_number):
         who = caller.client or "a peer without a name"
-        what = f"weights of round {round_number}"
-        if self.rounds.state.is_over:
-            what = "result"
+        what = "result" if self.rounds.state.is_over else f"weights of round {round_number}"
         self.rounds.say_of((who, what), f"{who} fetches the {what}")
         arch = self.rounds.state.arch
         if not caller.is_new and arch != SEED_ARCH:
@@ -454,13 +428,9 @@ class Service:
         }
         context.send_initial_metadata([each for each in initial_metadata.items() if each[1]])
 
-    def remember_fetch(self, caller, round_number):
-        """A client of 2020 names no round: its upload is for what its connection last fetched."""
-        with self.changed:
-            self.fetched.pop(caller.connection, None)  # so that it is the newest again
-            self.fetched[caller.connection] = round_number
-            if len(self.fetched) > REMEMBERED_CONNECTIONS:
-                del self.fetched[next(iter(self.fetched))]
+    def last_fetched(self, caller):
+        """The round of the weights that this connection last fetched; None: of none."""
+        return dict(self.fetched.copy()).get(caller.connection)
 
     # --- sendWeight ------------------------------------------------------------------------------
 
@@ -472,7 +442,7 @@ class Service:
         """
         run, round_number = named_round(caller.metadata)
         if run is None:
-            round_number = self.fetched.get(caller.connection)
+            round_number = self.last_fetched(caller)
         announced = caller.metadata.get("fedml-sha256")
         first = self.first_message(caller, "upload", requests, context)
         client = self.sender_of(first, caller)
@@ -552,10 +522,8 @@ class Service:
     def answer(self, context):
         """The answer to a counted upload whose round is merged, evaluated and on disk."""
         state = self.rounds.state
-        trailing_metadata = [("fedml-round", str(state.round))]
-        if state.is_over:
-            trailing_metadata.append(("fedml-done", "1"))
-        context.set_trailing_metadata(trailing_metadata)
+        is_over = [("fedml-done", "1")] if state.is_over else []
+        context.set_trailing_metadata([("fedml-round", str(state.round)), *is_over])
         return todo_pb2.myResponse(value=1)
 
     # --- tell ------------------------------------------------------------------------------------

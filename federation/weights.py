@@ -148,7 +148,13 @@ def joined(messages):
     text_ended = False  # whether the padding ('=') that ends a base64 text was seen
     for message in messages:
         sender = sender or (message.clientname, message.clientsize)
-        _check_sender(message, *sender)
+        # a later message may leave both out
+        if message.clientname not in ("", sender[0]) or message.clientsize not in (0, sender[1]):
+            raise ValueError(
+                f"the stream began as {sender[0][:80]!r} with {sender[1]} examples and goes on as "
+                f"{message.clientname[:80]!r} with {message.clientsize}: "
+                "one upload is of one client"
+            )
         has_text = has_text or bool(message.model)
         has_bytes = has_bytes or bool(message.blob)
         if has_text and has_bytes:
@@ -165,16 +171,6 @@ def joined(messages):
         raise ValueError(
             "the base64 text ends in the middle of a group of 4 "
             f"({len(left_over)} characters left over)"
-        )
-
-
-def _check_sender(message, name, size):
-    """Raises ValueError where a later message names another client; it may leave both out."""
-    if message.clientname not in ("", name) or message.clientsize not in (0, size):
-        raise ValueError(
-            f"the stream began as {name[:80]!r} with {size} examples and goes on as "
-            f"{message.clientname[:80]!r} with {message.clientsize}: "
-            "one upload is of one client"
         )
 
 
@@ -291,26 +287,20 @@ def datasets(file):
 
 
 def _names(group, attribute):
-    """A list attribute of Keras's layout; its type and size are looked at before it is read."""
+    """A list attribute of Keras's layout.
+
+    Whatever else a hostile file has there, the process that reads it is bounded; and what is read
+    as a name must then be in the file.
+    """
     if attribute not in group.attrs:
         raise ValueError(
             f"group {group.name[:80]!r} has no attribute {attribute!r}: not a Keras weight file"
         )
-    found = group.attrs.get_id(attribute)
-    is_list = len(found.shape) == 1 and found.shape[0] <= MOST_NAMES
-    # a model without weights writes an empty list, which NumPy makes a float array
-    is_text = found.dtype.kind in "SO" or found.shape == (0,)
-    if not is_list or not is_text:
-        raise ValueError(
-            f"attribute {attribute!r} of {group.name[:80]!r} is {found.dtype} {found.shape}, "
-            "expected a list of names"
-        )
-    return [_text(name) for name in group.attrs[attribute]]
-
-
-def _text(name):
-    """h5py gives fixed-length strings as bytes, those of variable length as str."""
-    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+    # h5py gives fixed-length strings as bytes, those of variable length as str
+    return [
+        name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+        for name in np.ravel(group.attrs[attribute])
+    ]
 
 
 def _member(group, path):
@@ -387,8 +377,7 @@ def numbers(path, tensors):
     with open(path, "rb", buffering=0) as file:
         for tensor in tensors:
             whole = np.empty(tensor.shape, "<f4")
-            for first, count in _slabs(tensor.shape):
-                _read(file, tensor, first, whole.reshape(-1)[first : first + count])
+            _read(file, tensor, 0, whole)
             check_finite(whole, tensor.layer)
             yield whole
 
@@ -433,7 +422,7 @@ def check_finite(numbers, layer):
 class Layout:
     """What lies where in the server's own weight file, and so in every file of its run.
 
-    tensors    [Tensor], in Keras's order
+    tensors    [Tensor], in Keras's order; `in_file_order` as they follow each other in the file
     layers     digest of the layers that it describes, from `layers_of`; None: not known
     outside    [(begin, bytes)]: all that lies between the tensors, before and behind them
     size       of the file, in bytes
@@ -450,6 +439,7 @@ class Layout:
             check_places(path, self.tensors)
         except ValueError as error:
             raise ValueError(f"{path} cannot be used: {error}") from None
+        self.in_file_order = sorted(self.tensors, key=lambda tensor: tensor.begin)
         self.layers = layers
         self.size = os.path.getsize(path)
         of_tensors = sum(tensor.end - tensor.begin for tensor in self.tensors)
@@ -461,7 +451,7 @@ class Layout:
         self.outside = []
         with open(path, "rb") as file:
             position = 0
-            for tensor in self.in_file_order():
+            for tensor in self.in_file_order:
                 if tensor.begin < position:
                     raise ValueError(
                         f"{path} cannot be used: layer {tensor.layer!r} shares its bytes with "
@@ -477,10 +467,6 @@ class Layout:
     def shapes(self):
         """[(layer name, shape)] of every tensor, as `check_shapes` expects it."""
         return [(tensor.layer, tensor.shape) for tensor in self.tensors]
-
-    def in_file_order(self):
-        """The tensors as they follow each other in the file."""
-        return sorted(self.tensors, key=lambda tensor: tensor.begin)
 
 
 def fits(path, layout):
@@ -500,7 +486,7 @@ def fits(path, layout):
                 return False
         if size < layout.size:
             raise ValueError(f"the file is cut short: it has {size:,} of {layout.size:,} bytes")
-        for tensor in layout.in_file_order():
+        for tensor in layout.in_file_order:
             for _ in _finite_slabs(file, tensor):
                 pass
     return True
@@ -548,7 +534,7 @@ def _write(path, layout, numbers_of):
     numbers_of: numbers_of(tensor) gives float32 arrays that are the tensor, one behind the other.
     """
     digest = hashlib.sha256()
-    tensors = iter(layout.in_file_order())
+    tensors = iter(layout.in_file_order)
     with open(path, "wb") as file:
         for _, outside in layout.outside:
             file.write(outside)

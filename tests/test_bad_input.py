@@ -119,7 +119,7 @@ def at_an_absurd_offset(path):
 
 
 NO_FILE = "not a whole HDF5"
-LIST = "expected a list of names"
+LIST = "named but not in the file|not a whole HDF5"
 NOWHERE = "named but not in the file"
 HUGE = r"shape \(1099511627776, 1\)"
 FILES = {  # row: (maker, keyword of the sentence)
@@ -385,7 +385,7 @@ def test_a_fault_of_the_machine_is_told_as_ours(tmp_path, good, monkeypatch, row
             if (module, name) == (files, "publish"):
                 patch.setattr("federation.rounds.publish", fail)
             found, details = refusal(served.send(other, "client002"))
-        assert found == code and (str(error) or "out of memory") in details, details
+        assert found == code and (str(error) or "MemoryError") in details, details
         assert not list(served.folder.rglob("*.tmp*"))
         assert served.send(other, "client002").result().value == first.result().value == 1
         assert served.run.holds(("client001", 3, 1), ("client002", 3, 2))

@@ -188,7 +188,7 @@ def test_a_peer_without_a_name_has_a_total_time_and_a_client_has_not(served):
 
 def test_calls_that_never_send_their_request_hold_no_thread(served, silent):
     """getWeight, on the wire a stream of one request: more of them than there are threads."""
-    calls = [silent("getWeight", "client001") for _ in range(2 * served.service.max_threads)]
+    calls = [silent("getWeight", "client001") for _ in range(2 * served.service.num_threads)]
     assert served.tell("client001").run == "run0"
     until(lambda: all(map(has_ended, calls)), "each is answered, or ended by a newer one")
     assert any(call.code() == grpc.StatusCode.OK for call in calls)
