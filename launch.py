@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 from common import files, log
-from common.script import end_script, start_script
+from common.script import end_script, start_script, watch_signals
 
 if __name__ == "__main__":
     start_script(never_waits=True)  # before the packages, so that a missing one is a sentence
@@ -90,34 +90,28 @@ class Failed(Exception):
 
 def main():
     """Runs the command. Returns the exit code."""
-    processes = Processes()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    watch_signals([signal.SIGINT, signal.SIGTERM], stop)
+    # run_local.sh has blocked it: during the imports above Ctrl-C would be a traceback
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     argparse.ArgumentParser.error = refuse  # every script's, and in the name of this command
     try:
-        # run_local.sh has blocked it: during the imports above Ctrl-C would be a traceback
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         given = parse(sys.argv[1:])
         os.chdir(PROJECT)
         with files.alone_in(PROJECT):
-            return run(processes, given)
+            return run(Processes(), given)
     except Failed as error:
         name, code = error.args
         print(*last_words(name), sep="\n")
         return log.fail(WHO, f"{name} ended with {code}; all that was said is in {LOG}", code)
     except (ValueError, OSError) as error:
         return log.fail(WHO, error)
-    except KeyboardInterrupt as error:
-        log.say(WHO, "stopping; the same command goes on with the run")
-        return error.args[0]
-    finally:
-        processes.kill()
 
 
-def stop(number, frame):
-    """A signal handler."""
-    signal.signal(number, signal.SIG_IGN)  # who is impatient presses Ctrl-C twice
-    raise KeyboardInterrupt(128 + number)
+def stop(number):
+    """On Ctrl-C or SIGTERM. What was started is killed with this process: `belong_to_launcher`."""
+    Console().show_cursor()  # rich hides it while it draws
+    log.say(WHO, "stopped; the same command goes on with the run")
+    end_script(128 + number)
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -196,7 +190,8 @@ def words_for(script, given):
 
 
 def belong_to_launcher():
-    """In a new process: the kernel kills it when the launcher ends, however that ends.
+    """In a new process: the kernel kills it when the launcher ends, however that ends. At any
+    instant all that it has written is whole.
 
     A Ctrl-C in the terminal is for the launcher: in the imports of this one it would be a
     traceback.
@@ -238,12 +233,6 @@ class Processes:
                         raise Failed(name, exit_code(process.returncode))
             yield
             time.sleep(LOOK_EVERY_S)
-
-    def kill(self):
-        """What still runs, at any instant: all that it has written is whole."""
-        for process in self.running.values():
-            process.kill()
-            process.wait()
 
 
 def exit_code(returncode):

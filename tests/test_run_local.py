@@ -12,13 +12,15 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import Started, copy_of, processes_in, until
+from conftest import Started, copy_of, new_run, processes_in, until
+from standin import write_weights
 
 from common import files
 
 DATA = ["--num-clients", "2", "--image-size", "32", "--num-train", "60", "--num-val", "30"]
 WITH_PACKAGES = {"PYTHON": sys.executable}  # this environment in place of a fresh .venv
 COMMAND = ["./run_local.sh", *DATA]
+ENDS_S = 900
 
 
 def run(project, *flags, script="./run_local.sh"):
@@ -27,9 +29,13 @@ def run(project, *flags, script="./run_local.sh"):
         cwd=project,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=ENDS_S,
         env={**os.environ, **WITH_PACKAGES},
     )
+
+
+def until_gone(project):
+    until(lambda: processes_in(project) == {}, "everything that it started is gone")
 
 
 def round_lines(shown):
@@ -43,125 +49,55 @@ def round_lines(shown):
 def first_run(tmp_path_factory):
     """(project folder, the run's CompletedProcess) after one run of two rounds."""
     project = copy_of(tmp_path_factory.mktemp("first") / "project")
-    return project, run(project, "--rounds", "2")
-
-
-@pytest.fixture(scope="module")
-def stopped_run(first_run, tmp_path_factory):
-    """(project folder, the number of finished rounds) after Ctrl-C in a second, longer run."""
-    project = tmp_path_factory.mktemp("stopped") / "project"
-    shutil.copytree(first_run[0], project)
-    process = Started([*COMMAND, "--rounds", "99"], project, WITH_PACKAGES)
-    process.wait_for("round 1/99: AUC", 300)
-    process.signal(signal.SIGINT)
-    assert process.wait() == 130, process.output
-    assert processes_in(project) == {}
-    return project, len(json.loads((project / "server" / "state.json").read_text())["history"])
-
-
-@pytest.fixture
-def stopped(stopped_run, tmp_path):
-    """A copy of its own: (project folder, the number of finished rounds)."""
-    shutil.copytree(stopped_run[0], tmp_path / "project")
-    return tmp_path / "project", stopped_run[1]
+    return project, run(project, "--rounds", "2", script="./compare.sh")
 
 
 @pytest.mark.slow
 def test_a_run_shows_each_step_each_round_and_one_table(first_run):
     project, shown = first_run
     assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert re.findall(r"^\d/4 \w+", shown.stdout, re.M) == [
-        "1/4 packages",
-        "2/4 images",
-        "3/4 federation",
-        "4/4 each",
-    ]
+    steps = ["1/4 packages", "2/4 images", "3/4 federation", "4/4 each"]
+    assert re.findall(r"^\d/4 \w+", shown.stdout, re.M) == steps
     assert round_lines(shown.stdout) == ["1/2", "2/2"]
-    assert shown.stdout.count("\nfederated ") == 1
-    assert re.search(r"^client002 \(macula clinic\) alone +\d\.\d{3} ", shown.stdout, re.M)
+    for name in ("federated", "client002 (macula clinic) alone", "all images in one place"):
+        assert re.search(rf"^{re.escape(name)} +\d\.\d{{3}} ", shown.stdout, re.M), name
     assert f"file://{project}/server/report.html" in shown.stdout
     assert "\x1b" not in shown.stdout
     lines = [line for line in shown.stdout.splitlines() if line.strip()]
     assert len(set(lines)) == len(lines)
+    folders = ("alone/client001", "alone/client002", "central")
+    beside = [json.loads((project / each / "central_weight.json").read_text()) for each in folders]
+    assert [card["num_examples"] for card in beside] == [40, 20, 60]
 
 
 @pytest.mark.slow
-def test_each_hospital_alone_trains_on_its_own_images(first_run):
-    project, _ = first_run
-    cards = [project / "alone" / f"client00{k}" / "central_weight.json" for k in (1, 2)]
-    assert [json.loads(card.read_text())["num_examples"] for card in cards] == [40, 20]
-
-
-@pytest.mark.slow
-def test_after_a_finished_run_a_new_one_gives_the_same_bits_from_the_same_pictures(
-    first_run, tmp_path
-):
-    project = tmp_path / "project"
-    shutil.copytree(first_run[0], project)
-    weights = (project / "server" / "server_weight.h5").read_bytes()
-    pictures = sorted((project / "preprocessed").glob("*/*_*.png"))
-    made_at = [path.stat().st_mtime_ns for path in pictures]
-    second = run(project, "--rounds", "2", "--no-alone")
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert len(made_at) == 90
-    assert made_at == [path.stat().st_mtime_ns for path in pictures]
-    assert (project / "server" / "server_weight.h5").read_bytes() == weights
-    assert (project / "server" / "old-1" / "server_weight.h5").read_bytes() == weights
-    assert not (project / "alone").exists()
-
-
-@pytest.mark.slow
-def test_a_run_without_its_comparison_gets_only_that(first_run, tmp_path):
-    project = tmp_path / "project"
-    shutil.copytree(first_run[0], project)
+def test_a_run_without_its_page_gets_only_that(first_run, tmp_path):
+    project = shutil.copytree(first_run[0], tmp_path / "project")
     (project / "server" / "report.html").unlink()
     state = (project / "server" / "state.json").read_bytes()
-    again = run(project, "--rounds", "2")
+    again = run(project, "--rounds", "2", "--no-alone")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert (project / "server" / "report.html").exists()
+    assert (project / "server" / "report.html").exists() and not (project / "alone").exists()
     assert (project / "server" / "state.json").read_bytes() == state
 
 
 @pytest.mark.slow
-def test_a_stopped_run_is_resumed(stopped):
-    project, done = stopped
+def test_after_a_finished_run_a_new_one_begins_and_when_stopped_is_resumed(first_run, tmp_path):
+    project = shutil.copytree(first_run[0], tmp_path / "project")
+    weights = (project / "server" / "server_weight.h5").read_bytes()
+    process = Started([*COMMAND, "--rounds", "99", "--no-alone"], project, WITH_PACKAGES)
+    process.wait_for("round 1/99: AUC", ENDS_S)
+    process.signal(signal.SIGINT)
+    assert process.wait() == 130, process.output
+    until_gone(project)
+    assert (project / "server" / "old-1" / "server_weight.h5").read_bytes() == weights
+    done = len(json.loads((project / "server" / "state.json").read_text())["history"])
     resumed = run(project, "--rounds", str(done + 1), "--no-alone")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert round_lines(resumed.stdout) == [f"{done + 1}/{done + 1}"]
 
 
-@pytest.mark.slow
-def test_a_stopped_run_refuses_other_images(stopped):
-    other = run(stopped[0], "--image-size", "48")
-    assert other.returncode == 1
-    assert "unfinished run" in other.stderr and "--fresh" in other.stderr
-
-
-@pytest.mark.slow
-def test_a_damaged_state_is_a_sentence_and_fresh_begins_a_new_run(stopped):
-    project, _ = stopped
-    (project / "server" / "state.json").write_text("{")
-    damaged = run(project)
-    assert damaged.returncode == 1
-    assert damaged.stderr.count("\n") == 1 and "--fresh" in damaged.stderr
-    afresh = run(project, "--fresh", "--rounds", "1", "--no-alone")
-    assert afresh.returncode == 0, afresh.stdout + afresh.stderr
-    assert (project / "server" / "old-2").is_dir()
-
-
-@pytest.mark.slow
-def test_compare_also_trains_on_all_images_in_one_place(first_run, tmp_path):
-    project = tmp_path / "project"
-    shutil.copytree(first_run[0], project)
-    shown = run(project, "--rounds", "1", "--no-alone", script="./compare.sh")
-    assert shown.returncode == 0, shown.stdout + shown.stderr
-    card = json.loads((project / "central" / "central_weight.json").read_text())
-    assert card["num_examples"] == 60
-    assert "\nall images in one place " in shown.stdout
-    assert "all images in one place" in (project / "server" / "report.html").read_text()
-
-
-# --- how it ends: with scripts that only wait -----------------------------------------------------
+# --- how it begins and ends: with scripts that only wait -----------------------------------------
 
 WAITING_SERVER = """
     import signal
@@ -202,7 +138,7 @@ def waiting(copy_of_project):
     """A project whose images need no preparing, and whose server and clients only wait."""
     prepared = {"num_clients": 2, "worker_hospitals": {"worker2": "macula clinic"}}
     (copy_of_project / "index" / "prepared.json").write_text(json.dumps(prepared))
-    replace_main(copy_of_project, "prepare.py", "\nraise SystemExit(0)\n")
+    replace_main(copy_of_project, "prepare.py", "\nimport sys\nsys.exit('--seed' in sys.argv)\n")
     replace_main(copy_of_project, "todoServer.py", WAITING_SERVER)
     replace_main(copy_of_project, "todoClient.py", WAITING_CLIENT)
     return copy_of_project
@@ -220,11 +156,15 @@ def test_however_it_ends_nothing_that_it_started_goes_on(waiting, number, code):
     until(lambda: all_started(waiting), "all are started")
     process.signal(number)
     assert process.wait() == code
-    until(lambda: processes_in(waiting) == {}, "everything that it started is gone")
+    until_gone(waiting)
 
 
 def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
-    """A terminal sends SIGINT to the launcher and to all that it started, at once."""
+    """A terminal sends SIGINT to the launcher and to all that it started, at once; here twice.
+
+    Of an earlier run, or another commit, nothing is drawn.
+    """
+    (waiting / "server" / "status.json").write_text('{"version": 1}')
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(waiting)
@@ -238,11 +178,11 @@ def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
             break
         if b"not seen yet" in shown and all_started(waiting) and not pressed:
             pressed = True
-            os.write(terminal, b"\x03")
+            os.write(terminal, b"\x03\x03")
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
     assert b"client002 (macula clinic)  not seen yet" in shown and b"Traceback" not in shown
-    assert processes_in(waiting) == {}
+    until_gone(waiting)
 
 
 def test_ctrl_c_during_the_imports_is_no_traceback(copy_of_project):
@@ -259,7 +199,7 @@ def test_one_that_fails_ends_all_and_its_last_words_are_shown(waiting):
     assert shown.returncode == 7
     assert "client002: my last word\n" in shown.stdout and "client001: my" not in shown.stdout
     assert "client002 ended with 7" in shown.stderr
-    assert processes_in(waiting) == {}
+    until_gone(waiting)
 
 
 def test_a_server_that_ends_before_it_listens_gives_its_exit_code(waiting):
@@ -268,8 +208,24 @@ def test_a_server_that_ends_before_it_listens_gives_its_exit_code(waiting):
     assert shown.returncode == 3 and shown.stdout.endswith("\na traceback\n")
 
 
+def test_an_unfinished_run_is_gone_on_with_or_refused_in_a_sentence(waiting):
+    state = waiting / "server" / "state.json"
+    weights = write_weights(waiting / "server" / "server_weight.h5", 1)
+    new_run(["client001", "client002"], 2, weights).save(state)
+    other = run(waiting, "--seed", "1")
+    assert other.returncode == 1 and "unfinished run of other images" in other.stderr
+    state.write_text("{")
+    damaged = run(waiting)
+    assert damaged.returncode == 1
+    assert damaged.stderr.count("\n") == 1 and "--fresh" in damaged.stderr
+    process = Started([*COMMAND, "--fresh"], waiting, WITH_PACKAGES)
+    process.wait_for("3/4 federation")
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 143
+
+
 @pytest.mark.parametrize("folder", [".", "server"])
-def test_a_folder_in_use_is_told_with_the_process(folder, copy_of_project):
+def test_a_folder_in_use_is_told(folder, copy_of_project):
     with files.alone_in(copy_of_project / folder):
         beside = run(copy_of_project)
     assert beside.returncode == 1 and "2/4" not in beside.stdout
