@@ -22,13 +22,13 @@ def noisy(image, seed=0):
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
-def drawing(colour, *shapes, size=(640, 480)):
-    """A picture of shapes (what, box, colour) on a plane, as a camera gives it."""
+def drawing(colour, *shapes, noise=True, size=(640, 480)):
+    """A picture of shapes (what, box, colour) on a plane, as a camera gives it, or clean."""
     image = Image.new("RGB", size, colour)
     pen = ImageDraw.Draw(image)
     for what, box, fill in shapes:
         getattr(pen, what)(box, fill=fill)
-    return noisy(image)
+    return noisy(image) if noise else image
 
 
 def landscape():
@@ -38,30 +38,6 @@ def landscape():
     pen.ellipse((480, 40, 560, 120), fill=(255, 240, 180))
     pen.polygon([(0, 480), (0, 300), (200, 180), (400, 320), (640, 240), (640, 480)], (40, 110, 50))
     return noisy(image)
-
-
-def face():
-    return drawing(
-        (120, 120, 125),
-        ("ellipse", (120, 380, 520, 700), (40, 50, 90)),
-        ("ellipse", (210, 60, 430, 380), (215, 170, 140)),
-        ("ellipse", (260, 180, 300, 205), (40, 30, 20)),
-        ("ellipse", (340, 180, 380, 205), (40, 30, 20)),
-        ("ellipse", (280, 300, 360, 325), (170, 60, 60)),
-    )
-
-
-def smiley():
-    image = Image.new("RGB", (480, 480), "white")
-    pen = ImageDraw.Draw(image)
-    for box, fill in (
-        ((40, 40, 440, 440), (250, 210, 40)),
-        ((150, 150, 190, 210), "black"),
-        ((290, 150, 330, 210), "black"),
-        ((150, 280, 330, 360), (120, 30, 30)),
-    ):
-        pen.ellipse(box, fill=fill)
-    return image
 
 
 def oct_scan():
@@ -89,11 +65,8 @@ def blurred_jpeg():
 
 def letter():
     image = Image.new("RGB", (600, 800), "white")
-    pen = ImageDraw.Draw(image)
-    for line in range(30):
-        pen.text(
-            (60, 60 + 22 * line), "Dear colleague, the fundus of this patient is", fill="black"
-        )
+    line = "Dear colleague, the fundus of this patient is"
+    ImageDraw.Draw(image).multiline_text((60, 60), "\n".join([line] * 30), "black", spacing=12)
     return noisy(image)
 
 
@@ -101,10 +74,24 @@ def grey_disc(level):
     return drawing("black", ("ellipse", (100, 40, 500, 440), (level, level, level)))
 
 
+SKIN, LIPS = (215, 170, 140), (170, 60, 60)
+FACE = [
+    ("ellipse", (120, 380, 520, 700), (40, 50, 90)),
+    ("ellipse", (210, 60, 430, 380), SKIN),
+    ("ellipse", (260, 180, 300, 205), "black"),
+    ("ellipse", (340, 180, 380, 205), "black"),
+    ("ellipse", (280, 300, 360, 325), LIPS),
+]
+SMILEY = [
+    ("ellipse", (40, 40, 440, 440), (250, 210, 40)),
+    ("ellipse", (150, 150, 190, 210), "black"),
+    ("ellipse", (290, 150, 330, 210), "black"),
+    ("ellipse", (150, 280, 330, 360), LIPS),
+]
 NO_FUNDUS = {
     "landscape": landscape,
-    "face": face,
-    "smiley": smiley,
+    "face": lambda: drawing((120, 120, 125), *FACE),
+    "smiley": lambda: drawing("white", *SMILEY, noise=False),
     "white sheet": lambda: drawing((250, 250, 248)),
     "black": lambda: drawing("black"),
     "oct": oct_scan,
@@ -117,6 +104,7 @@ NO_FUNDUS = {
     "letter": letter,
     "noise": lambda: noisy(Image.new("RGB", (400, 300), "grey")),
     "overexposed": lambda: grey_disc(252),
+    "plain": lambda: grey_disc(128),
     "underexposed": lambda: grey_disc(11),
     "close-up": lambda: eye(600, 300, 300),
 }

@@ -17,6 +17,16 @@ from preparation.field import find_field
 TURNED = Image.Transpose.ROTATE_90  # how a picture is stored that orientation 6 puts upright
 
 
+def as_jpeg(**options):
+    file = BytesIO()
+    eye().save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def plain(path, level, kind):
+    Image.fromarray(np.full((9, 9), level, kind)).save(path)
+
+
 def pixels(path):
     return np.asarray(photos.open_image(path)).astype(int)
 
@@ -30,30 +40,19 @@ def test_every_format_is_read_as_rgb(tmp_path, suffix):
     assert np.abs(pixels(tmp_path / f"eye.{suffix}") - np.asarray(eye())).mean() < 4
 
 
-def broken(folder):
-    """{name: what is wrong} of files that are made in `folder`."""
-    eye().save(folder / "whole.jpg")
-    (folder / "half.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:3000])
-    (folder / "text.png").write_text("no picture")
-    (folder / "text.dcm").write_text("no picture")
-    eye().save(folder / "gif.png", format="GIF")
-    Image.fromarray(np.full((9, 9), 4_000, np.uint16)).save(folder / "deep.png")
-    Image.fromarray(np.full((9, 9), 40_000, np.float32)).save(folder / "deep.tif")
-    return {
-        "absent.png": "is missing",
-        "half.jpg": "cannot be read as JPEG, PNG, TIFF, BMP, WEBP",
-        "text.png": "cannot be read",
-        "text.dcm": "cannot be read as DICOM",
-        "gif.png": "cannot be read",
-        "deep.png": "has 16 bits a channel and no value above 4,095 of 65,535",
-        "deep.tif": "has more than 16 bits a channel",
-    }
-
-
-def test_what_is_wrong_with_a_file_is_said(tmp_path):
-    for name, words in broken(tmp_path).items():
-        with pytest.raises(ValueError, match=f"{name} {words}"):
-            photos.open_image(tmp_path / name)
+@pytest.mark.parametrize("name, make, words", [
+    ("absent.png", lambda path: None, "is missing"),
+    ("half.jpg", lambda path: path.write_bytes(as_jpeg()[:3000]), "cannot be read as JPEG, PNG"),
+    ("text.png", lambda path: path.write_text("no picture"), "cannot be read"),
+    ("text.dcm", lambda path: path.write_text("no picture"), "cannot be read as DICOM"),
+    ("gif.png", lambda path: eye().save(path, format="GIF"), "cannot be read"),
+    ("deep.png", lambda path: plain(path, 4_000, np.uint16), "16 bits a channel .* 4,095"),
+    ("deep.tif", lambda path: plain(path, 40_000, np.float32), "more than 16 bits a channel"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said(tmp_path, name, make, words):
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} .*{words}"):
+        photos.open_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("limit", [100_000, 70_000])  # Pillow raises above twice, warns above once
@@ -118,42 +117,32 @@ def test_sixteen_bits_are_scaled_if_they_are_used_and_refused_if_not(tmp_path):
 # --- DICOM ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("laterality", ["R", "L"])
-def test_a_colour_photograph_in_dicom(tmp_path, laterality):
-    path = save_dicom(tmp_path / "eye.dcm", "P7", eye(), ImageLaterality=laterality)
-    assert (pixels(path) == np.asarray(eye())).all()
-    assert photos.dicom_patient(path) == "P7"
-
-
-def test_a_jpeg_compressed_dicom(tmp_path):
-    frame = BytesIO()
-    eye().save(frame, "JPEG", quality=95, subsampling=1)
-    made = pydicom.dcmread(save_dicom(tmp_path / "eye.dcm", "P7", eye()))
-    made.PixelData = pydicom.encaps.encapsulate([frame.getvalue()])
+def test_a_colour_photograph_in_dicom_as_it_is_or_as_a_jpeg(tmp_path):
+    path = save_dicom(tmp_path / "eye.dcm", "P7", eye())
+    assert (pixels(path) == np.asarray(eye())).all() and photos.dicom_patient(path) == "P7"
+    made = pydicom.dcmread(path)
+    made.PixelData = pydicom.encaps.encapsulate([as_jpeg(quality=95, subsampling=1)])
     made.PhotometricInterpretation = "YBR_FULL_422"
     made.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
-    made.save_as(tmp_path / "eye.dcm")
-    assert np.abs(pixels(tmp_path / "eye.dcm") - np.asarray(eye())).mean() < 3
+    made.save_as(path)
+    assert np.abs(pixels(path) - np.asarray(eye())).mean() < 3
 
 
-def test_other_dicom_is_refused(tmp_path):
-    path = save_dicom(tmp_path / "eye.dcm", "P7", eye())
-    for words, change in (
-        (r"of another kind \(MONOCHROME2\)", {"SamplesPerPixel": 1, "Photometric": "MONOCHROME2"}),
-        ("of another kind", {"NumberOfFrames": 3}),
-        ("has 16 bits a channel", {"BitsAllocated": 16}),
-    ):
-        made = pydicom.dcmread(path)
-        for name, value in change.items():
-            setattr(made, name.replace("Photometric", "PhotometricInterpretation"), value)
-        made.save_as(tmp_path / "other.dcm")
-        with pytest.raises(ValueError, match=f"other.dcm .*{words}"):
-            photos.open_image(tmp_path / "other.dcm")
-    made = pydicom.dcmread(path)
-    made.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
-    made.save_as(tmp_path / "packed.dcm")
-    with pytest.raises(ValueError, match="packed as a whole"):
-        photos.open_image(tmp_path / "packed.dcm")
+@pytest.mark.parametrize("change, words", [
+    ({"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2"}, r"\(MONOCHROME2\)"),
+    ({"NumberOfFrames": 3}, "of another kind"),
+    ({"BitsAllocated": 16}, "has 16 bits a channel"),
+    ({}, "packed as a whole"),
+])  # fmt: skip
+def test_other_dicom_is_refused(tmp_path, change, words):
+    made = pydicom.dcmread(save_dicom(tmp_path / "eye.dcm", "P7", eye()))
+    for name, value in change.items():
+        setattr(made, name, value)
+    if not change:
+        made.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    made.save_as(tmp_path / "other.dcm")
+    with pytest.raises(ValueError, match=f"other.dcm .*{words}"):
+        photos.open_image(tmp_path / "other.dcm")
 
 
 # --- the picture ---------------------------------------------------------------------------------

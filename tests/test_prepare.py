@@ -223,20 +223,14 @@ def test_stopped_at_any_instant_it_is_not_complete_and_goes_on(how, capfd):
     assert len(finished()) == 120 and not list(Path("preprocessed").glob("*/.*"))
 
 
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        ("", (128, "synthetic")),
-        ("--arch lite0", (448, "synthetic")),
-        ("--dataset aptos --source .", (128, "graham")),
-        ("--dataset aptos --source . --arch vgg16", (224, "graham")),
-        ("--dataset aptos --source . --arch lite0", (448, "colour")),
-        (
-            "--dataset aptos --source . --arch lite0 --image-size 512 --preprocessing graham",
-            (512, "graham"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("flags, expected", [
+    ("", (128, "synthetic")),
+    ("--arch lite0", (448, "synthetic")),
+    ("--dataset aptos --source .", (128, "graham")),
+    ("--dataset aptos --source . --arch vgg16", (224, "graham")),
+    ("--dataset aptos --source . --arch lite0", (448, "colour")),
+    ("--dataset ddr --source . --image-size 64 --preprocessing graham", (64, "graham")),
+])  # fmt: skip
 def test_size_and_preprocessing_follow_from_the_network(flags, expected):
     args = prepare.parse(flags.split())
     assert (args.image_size, args.preprocessing) == expected
@@ -448,17 +442,15 @@ def test_the_thesis_s_own_layout_is_taken_with_red_and_blue_put_right(thesis, so
 def test_an_import_that_does_not_fit_is_one_sentence(thesis, tmp_path, capsys):
     val = thesis("val_set.pkl", [2])
     (tmp_path / "worker1.pkl").write_bytes(b"no pickle")
+    both = dict(label=[0, 1], new_label=["True", "False"])
     for words, *files in (
-        ("expected worker1, worker2 ..., val_set", val),
+        ("expected worker1, worker2", val),
         ("expected worker1, worker2", thesis("worker1.pkl", [0]), thesis("worker3.pkl", [3]), val),
+        ("each once", thesis("worker1.pkl", [0]), thesis("g/worker1.pkl", [0])),
         ("/x/0 is not in", thesis("a/worker1.pkl", [0, 1], dir=["/x/0", "/x/1"]), val),
         ("the grade 7", thesis("b/worker1.pkl", [0], label=[7]), val),
         ("do not fit together", thesis("c/worker1.pkl", [0], new_label=["False"]), val),
-        (
-            "has two grades, 0 and 1",
-            thesis("d/worker1.pkl", [0, 0], label=[0, 1], new_label=["True", "False"]),
-            val,
-        ),
+        ("has two grades, 0 and 1", thesis("d/worker1.pkl", [0, 0], **both), val),
         ("train_set would be without images", thesis("e/worker1.pkl", []), val),
         ("is no DataFrame with the columns picture", str(tmp_path / "worker1.pkl"), val),
     ):
