@@ -51,13 +51,19 @@ def join_identical(photos, digests):
     for photo, digest in zip(photos, digests, strict=True):
         by_digest.setdefault(digest, []).append(photo)
     copies = [same for same in by_digest.values() if len(same) > 1]
-    one = {photo.patient: photo.patient for photo in photos}  # patient -> who that is
-    for same in copies:
-        joined = {one[photo.patient] for photo in same}
-        if len(joined) > 1:
-            first = one[same[0].patient]
-            one = {name: first if who in joined else who for name, who in one.items()}
-    return [photo._replace(patient=one[photo.patient]) for photo in photos], copies
+    joined = {}  # patient -> the patient whose images they are, too
+
+    def who(photo):
+        patient = photo.patient
+        while patient in joined:
+            patient = joined[patient]
+        return patient
+
+    for first, *others in copies:
+        for other in others:
+            if who(other) != who(first):
+                joined[who(other)] = who(first)
+    return [photo._replace(patient=who(photo)) for photo in photos], copies
 
 
 def settle_parts(photos, val_part):
