@@ -315,7 +315,9 @@ def federate(processes, console, given, names, num_shown):
             card = read_json(CARD)
             for row in card.get("by_round", [])[num_shown:]:
                 num_shown = row["round"]
-                scores = "  ".join(f"{each} {shown(row[TASK][each.lower()])}" for each in MEASURED)
+                scores = "  ".join(
+                    f"{each} {cards.number(row[TASK][each.lower()])}" for each in MEASURED
+                )
                 console.print(f"round {num_shown}/{card['rounds']}: {scores}")
             if STATUS.exists():
                 live.update(status.draw(*status.read(STATUS), 0, names), refresh=True)
@@ -386,11 +388,9 @@ def show_table(console, series):
 
 def interval(value, low, high):
     """Two lines, so that a table fits into a terminal of 80 columns."""
-    return shown(value) + ("" if low is None else f"\n{shown(low)} to {shown(high)}")
-
-
-def shown(value):
-    return "not measured" if value is None else f"{value:.3f}"
+    return cards.number(value) + (
+        "" if low is None else f"\n{cards.number(low)} to {cards.number(high)}"
+    )
 
 
 def read_json(path):

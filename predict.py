@@ -313,9 +313,8 @@ def judge(results, graded, args, threshold):
         f"threshold {at:.4g}{' (there is none)' if threshold is None else ''}:"
     ]
     for name in ("sensitivity", "specificity", "auc"):
-        value, low, high = here[name]
-        number = "not measured" if np.isnan(value) else f"{value:.3f} ({low:.3f} to {high:.3f})"
-        lines.append(f"  {name:11}  {number}")
+        value, low, high = map(cards.number, here[name])
+        lines.append(f"  {name:11}  {value} ({low} to {high})")
     return threshold, lines
 
 

@@ -38,10 +38,12 @@ NEEDED = {
     "split": str,
     "run": str,
     "round": int,
+    "rounds": int,
     "date": str,
     "commit": str,
     "weights_sha256": str,
     "validation_sha256": str,
+    "num_clients": int,
     "clients": dict,
     "num_images": int,
     "num_patients": int,
@@ -50,6 +52,7 @@ NEEDED = {
     "num_nan": int,
     "patients_known": bool,
     "tasks": dict,
+    "by_round": list,
     "warning": str,
 }
 ROUND_METRICS = ("auc", "sensitivity", "specificity")  # what a card keeps of each round
@@ -182,7 +185,7 @@ def earlier_rounds(weights_path, card):
         return []
     if before["run"] != card["run"]:
         return []
-    return [row for row in before.get("by_round", []) if row["round"] < card["round"]]
+    return [row for row in before["by_round"] if row["round"] < card["round"]]
 
 
 def read(weights_path):
@@ -264,8 +267,8 @@ def has_results(card):
 
 
 def has_rounds(card):
-    """Whether `by_round` is what `publish` writes; it may be missing."""
-    rows = card.get("by_round", [])
+    """Whether `by_round` is what `publish` writes."""
+    rows = card["by_round"]
     names = ("threshold", *ROUND_METRICS)
     numbers = [row[task][name] for row in rows for task in TASKS for name in names]
     return all(type(row["round"]) is int for row in rows) and all(map(is_part_or_none, numbers))
@@ -305,10 +308,7 @@ def summary(card, task=TASK):
         return f"no model: {card['warning']}"
     measured = card["tasks"][task]["measured"]
     shown = ["auc"] if card["tasks"][task]["threshold"] is None else ROUND_METRICS
-    numbers = [
-        f"{name.replace('auc', 'AUC')} {'not measured' if value is None else f'{value:.3f}'}"
-        for name, value in ((name, measured[name][0]) for name in shown)
-    ]
+    numbers = [f"{name.replace('auc', 'AUC')} {number(measured[name][0])}" for name in shown]
     patients = card["num_reporting_patients"]
     return f"{'  '.join(numbers)}  for {task}, of {patients} patients"
 
@@ -317,3 +317,8 @@ def used_threshold(card, task):
     """The threshold that was chosen for a task; 0.5 where none was."""
     threshold = card["tasks"][task]["threshold"]
     return 0.5 if threshold is None else threshold
+
+
+def number(value, digits=3):
+    """A measured number wherever a person reads one: what is unknown is never 0.000."""
+    return "not measured" if value is None or math.isnan(value) else f"{value:.{digits}f}"

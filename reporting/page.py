@@ -57,11 +57,6 @@ FIGURE_STYLE = {
 }
 
 
-def number(value, digits=3):
-    """The filter of all numbers: what is unknown is never 0.000."""
-    return "not measured" if value is None or np.isnan(value) else f"{value:.{digits}f}"
-
-
 def interval(measured, digits=2):
     """'0.95 to 1.00' of (value, low, high); '' where that is not known."""
     _, low, high = measured
@@ -120,7 +115,7 @@ class Page:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters.update(number=number, interval=interval, signed=signed)
+        environment.filters.update(number=cards.number, interval=interval, signed=signed)
         return environment.get_template("page.html").render(
             page=self,
             run=self.run,
@@ -208,7 +203,7 @@ class Page:
             # of many hospitals some share a style, and the names at the ends tell them apart
             styles = chain(STYLES[:1], cycle(STYLES[1:]))
             for style, model in zip(styles, self.models, strict=False):
-                rows = [(row["round"], row[TASK]["auc"]) for row in model.card.get("by_round", [])]
+                rows = [(row["round"], row[TASK]["auc"]) for row in model.card["by_round"]]
                 points = [(where, area) for where, area in rows if area is not None]
                 if points:
                     axes.plot(*zip(*points, strict=True), **style)
@@ -360,7 +355,7 @@ class Page:
             if row.get("training_seconds") is not None
         ]
         slowest = dict(sorted(seconds))  # of one round, the last
-        by_round = self.models[0].card.get("by_round", [])
+        by_round = self.models[0].card["by_round"]
         return [(row, history.get(row["round"], {}), slowest.get(row["round"])) for row in by_round]
 
     def roc(self):
@@ -401,7 +396,7 @@ class Page:
         figures = (
             f"The mean score is {score.mean():.2f}, and {positive.mean():.2f} of the images have "
             f"{TASK}: a difference of {difference_text(bias)}. The expected calibration error is "
-            f"{number(self.card['tasks'][TASK]['calibration_error'])}."
+            f"{cards.number(self.card['tasks'][TASK]['calibration_error'])}."
         )
         if self.card["tasks"][TASK]["calibration"] is None:
             figures += (
