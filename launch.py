@@ -109,8 +109,9 @@ def main():
 
 def stop(number):
     """On Ctrl-C or SIGTERM. What was started is killed with this process: `belong_to_launcher`."""
-    Console().show_cursor()  # rich hides it while it draws
-    log.say(WHO, "stopped; the same command goes on with the run")
+    console = Console()  # rich may be drawing: the cursor is hidden, somewhere in a line
+    console.show_cursor()
+    console.print("\nstopped; the same command goes on with the run")
     end_script(128 + number)
 
 

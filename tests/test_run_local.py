@@ -182,6 +182,7 @@ def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
     assert b"client002 (macula clinic)  not seen yet" in shown and b"Traceback" not in shown
+    assert b"\nstopped; the same command goes on" in shown
     until_gone(waiting)
 
 
