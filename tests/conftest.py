@@ -408,10 +408,8 @@ def start():
     """
     started = []
 
-    def begin(script, *arguments, cwd, env=None):
-        started.append(
-            Started([sys.executable, str(ROOT / script), *map(str, arguments)], cwd, env)
-        )
+    def begin(script, *arguments, cwd, env=None, python=(sys.executable,)):
+        started.append(Started([*python, str(ROOT / script), *map(str, arguments)], cwd, env))
         return started[-1]
 
     yield begin
