@@ -88,15 +88,6 @@ def with_virtual_dataset(file):
     file.create_virtual_dataset(W, layout)
 
 
-def with_unknown_filter(file):
-    space, plist = h5py.h5s.create_simple((2, 1)), h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plist.set_chunk((2, 1))
-    plist.set_filter(32_123, h5py.h5z.FLAG_OPTIONAL, ())
-    del file[W]
-    group = file["healthy/healthy"].id
-    h5py.h5d.create(group, b"weight0", h5py.h5t.IEEE_F32LE, space, plist)
-
-
 def attribute(name, value, group="/"):
     return edited(lambda file: file[group].attrs.__setitem__(name, value))
 
@@ -127,42 +118,28 @@ FILES = {  # row: (maker, keyword of the sentence)
         lambda path: path.write_bytes(np.random.default_rng(0).bytes(15_000)),
         NO_FILE,
     ),
-    "text": (lambda path: path.write_text("hello " * 99), NO_FILE),
     "cut in the middle": (cut(0.5), "cut short"),
-    "one byte short": (cut(0.99999), "cut short"),
     "another shape": (replaced(data=np.zeros((3, 1), "f4")), r"'healthy'.*\(3, 1\), expected"),
-    "a transposed shape": (replaced(data=np.zeros((1, 2), "f4")), r"shape \(1, 2\)"),
     "a huge shape": (replaced(shape=(1 << 40, 1), dtype="f4"), HUGE + "|not at all"),
     "a huge chunked shape": (replaced(shape=(1 << 40, 1), dtype="f4", chunks=(1, 1)), "chunked"),
-    "no shape": (replaced(data=h5py.Empty("f4")), "not at all"),
     "an absurd offset": (at_an_absurd_offset, "does not lie in the file|" + NO_FILE),
     "fewer layers": (lambda path: write_weights(path, 77, SHAPES[:2]), "2 tensors, the model 4"),
     "more layers": (
         lambda path: write_weights(path, 77, [*SHAPES, ("more", (2,))]),
         "5 tensors, the model 4",
     ),
-    "no layers": (lambda path: write_weights(path, [], []), "0 tensors, the model 4"),
     "NaN": (with_value(np.nan), "'healthy'.* nan"),
     "infinity": (with_value(np.inf), "'healthy'.* inf"),
-    "minus infinity": (with_value(-np.inf), "'healthy'.* -inf"),
     "integers": (replaced(data=np.zeros((2, 1), "i4")), "int32, expected float32"),
-    "doubles": (replaced(data=np.zeros((2, 1), "f8")), "float64"),
-    "half precision": (replaced(data=np.zeros((2, 1), "f2")), "float16"),
-    "big endian": (replaced(data=np.zeros((2, 1), ">f4")), ">f4"),
-    "texts": (replaced(shape=(2, 1), dtype=h5py.string_dtype()), "object"),
     "references": (replaced(shape=(2, 1), dtype=h5py.ref_dtype), "object"),
-    "records": (replaced(shape=(2, 1), dtype=[("a", "f4"), ("b", "f4")]), "dtype"),
     "an external link": (linked(h5py.ExternalLink("/etc/passwd", "x")), "is a link"),
-    "an external link to a good file": (linked(h5py.ExternalLink("good1.h5", W)), "is a link"),
     "a soft link": (linked(h5py.SoftLink("/norm1/norm1/weight0")), "is a link"),
-    "a dangling link": (linked(h5py.SoftLink("/nowhere")), "is a link|" + NOWHERE),
     "external storage": (
         replaced(shape=(2, 1), dtype="f4", external=[("/etc/passwd", 0, 8)]),
         "outside the file",
     ),
     "a virtual dataset": (edited(with_virtual_dataset), "virtual"),
     "compressed": (replaced(data=np.zeros((2, 1), "f4"), compression="gzip"), "compressed"),
-    "an unknown filter": (edited(with_unknown_filter), "chunked"),
     "a group in place of a tensor": (
         edited(lambda file: (file.pop(W), file.create_group(W))),
         "not a dataset",
@@ -179,11 +156,8 @@ FILES = {  # row: (maker, keyword of the sentence)
         "no attribute 'weight_names'",
     ),
     "a list that is a number": (attribute("layer_names", 4), LIST),
-    "a list of numbers": (attribute("layer_names", np.zeros(3)), LIST),
     "a list of 10,001 names": (attribute("layer_names", np.zeros(10_001, "S1")), LIST),
     "a name that leads upwards": (attribute("weight_names", [b"../norm1"], "norm1"), NOWHERE),
-    "an absolute name": (attribute("weight_names", [b"/norm1"], "norm1"), NOWHERE),
-    "an empty name": (attribute("layer_names", [b"", b"norm1", b"healthy"]), NOWHERE),
     "a layer twice": (
         attribute("layer_names", [b"norm1", b"norm1", b"healthy"]),
         r"'norm1'.*shape \(2,\)",
@@ -239,12 +213,8 @@ def in_two(**later):
 DENIED, INVALID = "PERMISSION_DENIED", "INVALID_ARGUMENT"
 STREAMS = {  # row: (good file -> messages, status code, keyword of the sentence)
     "unknown client": (renamed("client009"), DENIED, "'client009' is not one.*client001, "),
-    "unknown client, old form": (renamed("client009/client_weights.h5"), DENIED, "'client009'"),
     "up and in again": (renamed("client002/../client001"), INVALID, "client name"),
     "a path beyond the old form": (renamed("client002/state.json"), INVALID, "client name"),
-    "an absolute path": (renamed("/etc/client002"), INVALID, "client name '/etc/client002'"),
-    "the dots": (renamed(".."), INVALID, "client name"),
-    "an empty name": (renamed(""), INVALID, r"client name '' \(0 characters\)"),
     "a name of 10 kB": (
         lambda path: [message(clientname="x" * 10_000, blob=path.read_bytes())],
         INVALID,
@@ -252,10 +222,8 @@ STREAMS = {  # row: (good file -> messages, status code, keyword of the sentence
     ),
     "a name that only looks the same": (renamed("ⅽlient002"), INVALID, "client name"),
     "no examples": (sized(0), INVALID, "client002 says it has 0 examples, expected 1 to 1000"),
-    "minus five examples": (sized(-5), INVALID, "-5 examples"),
     "more than --max-examples": (sized(1001), INVALID, "1001 examples, .*--max-examples"),
     "an empty stream": (lambda path: [], INVALID, "empty stream"),
-    "empty messages": (lambda path: [message(), message()], INVALID, "client002: .*0 bytes"),
     "not base64": (lambda path: [message(model="ä" + text(path))], INVALID, "not base64"),
     "base64 that ends within a group": (
         lambda path: [message(model=text(path)[:-401])],
@@ -264,11 +232,6 @@ STREAMS = {  # row: (good file -> messages, status code, keyword of the sentence
     ),
     "base64, then bytes": (
         lambda path: [message(model=text(path)), message(blob=b"x")],
-        INVALID,
-        "mixed",
-    ),
-    "both in one message": (
-        lambda path: [message(blob=path.read_bytes(), model=text(path))],
         INVALID,
         "mixed",
     ),
@@ -289,8 +252,6 @@ STREAMS = {  # row: (good file -> messages, status code, keyword of the sentence
         INVALID,
         "client002: layer 'healthy' holds nan",
     ),
-    "cut short": (lambda path: [message(blob=path.read_bytes()[:9000])], INVALID, "cut short"),
-    "no weight file": (lambda path: [message(blob=b"hello")], INVALID, "client002: .*" + NO_FILE),
 }
 
 
@@ -303,17 +264,13 @@ def with_nan(path):
 CLOSED = "FAILED_PRECONDITION"
 METADATA = {  # row: (what differs, status code, keyword of the sentence); all else is good
     "another run": ({"run": "0123"}, CLOSED, "for run '0123'; the server is in run run0"),
-    "a run of 5 kB": ({"run": "x" * 5000}, CLOSED, "for run 'x{40}'"),
     "an earlier round": ({"round": "0"}, CLOSED, "round 0, which is not open"),
     "a later round": ({"round": "123456"}, CLOSED, "round 123456, which is not open"),
     "a round that is no number": ({"round": "one"}, INVALID, "fedml-round is 'one'"),
-    "a negative round": ({"round": "-1"}, INVALID, "fedml-round is '-1'"),
     "a round of 10 digits": ({"round": "1" * 10}, INVALID, "fedml-round"),
     "no round": ({"round": None}, INVALID, "fedml-round is ''"),
     "another digest": ({"sha256": "0" * 64}, INVALID, "client002: .*announced was 0{16}"),
-    "an empty digest": ({"sha256": ""}, INVALID, "SHA-256"),
     "in the name of another": ({"client": "client001"}, DENIED, "client001 sent weights in the"),
-    "unknown in the metadata": ({"client": "client009"}, DENIED, "'client009' is not one"),
     "a path in the metadata": ({"client": "../client002"}, DENIED, "is not one"),
 }
 
@@ -359,7 +316,6 @@ FAULTS = {  # row: (what fails, how, status code)
     "a file that crashes HDF5": ((convert, "convert"), ValueError("crashed, twice"), INVALID),
     "a process that was killed": ((convert, "convert"), ChildProcessError("code -9"), "INTERNAL"),
     "a full disk": ((weights, "spool"), FULL, "INTERNAL"),
-    "a full disk, converting": ((convert, "convert"), FULL, "INTERNAL"),
     "out of open files": ((weights, "spool"), OSError(errno.EMFILE, "files"), "INTERNAL"),
     "a disk that cannot be read": ((weights, "fits"), OSError(errno.EIO, "I/O"), "INTERNAL"),
     "out of memory": ((weights, "fits"), MemoryError(), "INTERNAL"),
