@@ -4,13 +4,22 @@ And its memory is flat.
 """
 
 import contextlib
+import re
 import select
 import socket
 import threading
 
 import grpc
 import pytest
-from conftest import client_script, make_data, server_script, start_server, until, write_weights
+from conftest import (
+    client_script,
+    holding,
+    make_data,
+    server_script,
+    start_server,
+    until,
+    write_weights,
+)
 from serving import serve
 
 from federation import weights
@@ -118,6 +127,44 @@ def test_a_proxy_that_drops_idle_connections_is_not_noticed(behind_a_proxy):
     assert server.output.count("delivered") == 4
     assert "again" not in server.output and "went away" not in server.output
     assert proxy.dropped == 0, "keepalive should have kept the waiting call's connection busy"
+
+
+@pytest.mark.slow
+def test_a_client_that_waits_for_long_uploads_once(behind_a_proxy):
+    """gRPC's own limit is two pings in five minutes: at 8 s a ping, it shows after 32 s."""
+    _, server, _, take_part = behind_a_proxy(rounds=1)
+    client = take_part("client001")
+    client.wait_for(r"answer for 1\d\d s", 200)  # it says so every half a minute or so
+    assert server.output.count("client001 delivered") == 1, server.output
+    assert "waiting for the server at" not in client.output
+
+
+LONG_TRAINING = """
+import standin
+def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
+    for step in range(1, 361):  # three minutes
+        progress(1, step, 360, 0.5)
+        time.sleep(0.5)
+    return [{"round": round_number, "epoch": 1, "loss": 0.5, "accuracy": 0.5, "num_examples": 4,
+             "seconds": 180}]
+standin.train = train
+sys.modules["model"] = standin
+"""
+
+
+@pytest.mark.slow
+def test_a_client_that_trains_for_long_is_heard_through_a_proxy_that_drops_idle_connections(
+    start, behind_a_proxy
+):
+    site, server, proxy, _ = behind_a_proxy(idle_s=20, clients=["client001"], rounds=1)
+    script = holding(site, "todoClient", LONG_TRAINING)
+    client = start(script, "--name", "client001", "--server", proxy.address, cwd=site)
+    assert client.wait(300) == 0 == server.wait(), client.output
+    heard = re.findall(
+        r"client001 \(training, epoch 1 of 1, .* to go, heard (\d+) s ago\)", server.output
+    )
+    assert len(heard) >= 5 and all(int(seconds) <= 35 for seconds in heard), server.output
+    assert "not heard" not in server.output
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """rounds: a client counts once a round, nothing accepted is lost, and no one waits for ever.
 
-With real files and the real FedAvg on tiny weights. Here a server dies by an exception in its
-thread; `test_kill.py` kills processes. Whether an upload counts is `test_verdict.py`, and what
-comes in any order is `test_any_order.py`.
+With real files and the real FedAvg on tiny weights. Whether an upload counts is `test_verdict.py`;
+what comes in any order, and a crash at any publish, is `test_any_order.py`; `test_kill.py` kills
+processes.
 """
 
 import csv
@@ -249,17 +249,7 @@ def test_at_the_limit_those_who_are_there_are_merged_and_the_missing_named(make_
     [row] = rows_of(run.folder / "history.csv")
     assert (row["clients"], row["missing"], row["num_examples"]) == ("2", B, "5")
     assert any(f"without {B}" in line for line in run.said)
-
-    # The limit begins anew with the next round.
-    until(lambda: run.rounds.opened_at == clock.now, "round 2 is open")
-    calls = [run.delivered(A, 5), run.delivered(B, 6)]
-    clock.move(59, run)
-    assert all(map(still_waits, calls))
-    clock.move(1, run)
-    for call in calls:
-        call.result()
-    assert run.holds((A, 1, 5), (B, 1, 6))
-    run.deliver(C, 3, num_examples=4, round_number=1).result()  # it counted, two rounds ago
+    run.deliver(C, 3, num_examples=4, round_number=1).result()  # it counted
 
 
 def test_the_log_says_for_whom_it_waits(make_run, clock):
@@ -273,87 +263,6 @@ def test_the_log_says_for_whom_it_waits(make_run, clock):
 
 
 # --- restarts ------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for kill -9."""
-
-
-def kill_at(monkeypatch, number, when):
-    """The number-th publish from now on raises, before or after it is done; so do all later ones.
-
-    Returns an event that says that it happened.
-    """
-    inner, count, killed = files.publish, itertools.count(1), threading.Event()
-
-    def publish(written, path):
-        this = next(count)
-        if this < number or (this == number and when == "after"):
-            inner(written, path)
-        if this >= number:
-            killed.set()
-            raise Killed
-
-    patch_publish(monkeypatch, publish)
-    return killed
-
-
-@pytest.mark.parametrize(
-    ("number", "when", "kept"),
-    [(1, "before", 1), (1, "after", 1), (2, "before", 1), (2, "after", 9)],
-)  # publishes: the state, then the file
-def test_a_replacement_that_is_interrupted_leaves_one_of_both(
-    make_run, monkeypatch, number, when, kept
-):
-    run = make_run(clients=[A, B])
-    run.delivered(A, 1, num_examples=5)
-    with monkeypatch.context() as patch:
-        kill_at(patch, number, when)
-        with pytest.raises(Killed):
-            run.deliver(A, 9, num_examples=6).result()
-        run.stop()
-    run.start()
-    run.deliver(B, 2).result()
-    assert run.holds((A, {1: 5, 9: 6}[kept], kept), (B, 1, 2))
-
-
-@pytest.mark.parametrize("number", range(1, 11))
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_at_any_step_of_a_round_the_run_ends_in_the_same_bits(
-    make_run, monkeypatch, number, when
-):
-    """Publishes: state and file of B, freeze, merge, commit, history.csv, state, clients.csv.
-
-    Beside the last of them, and after it, those of round 2: too few here to complete it.
-    """
-    run = make_run(clients=[A, B])
-    run.rounds.hear(A, "run0", 1, {"phase": "training"}, {"auc": 0.75})
-    run.delivered(A, 1, num_examples=3)
-    with monkeypatch.context() as patch:
-        killed = kill_at(patch, number, when)
-        run.deliver(B, 2)
-        until(lambda: killed.is_set() or run.rounds.state.evaluated == 1, "round 1 is closed")
-        run.deliver(A, 3, round_number=2)
-        run.deliver(B, 4, round_number=2)
-        assert killed.wait(60)
-        run.stop()
-    run.start()
-    for client, seed in ((A, 1), (B, 2)):  # again, for they got no answer
-        if run.rounds.state.round == 1:
-            run.deliver(client, seed, {A: 3, B: 1}[client], round_number=1)
-    until(lambda: run.rounds.state.evaluated >= 1, "round 1 is evaluated")
-    assert run.holds((A, 3, 1), (B, 1, 2))
-    all_deliver(run, client001=3, client002=4)
-    run.coordinator.result()
-    assert run.holds((A, 1, 3), (B, 1, 4))
-    assert [row["round"] for row in state_on_disk(run).history] == [1, 2]
-    assert [row["round"] for row in rows_of(run.folder / "history.csv")] == ["1", "2"]
-    rows = rows_of(run.folder / "clients.csv")
-    found = [(row["round"], row["client"], row["auc"]) for row in rows]
-    assert found == [("0", A, "0.75"), ("0", B, ""), ("1", A, ""), ("1", B, "")]
-    # a merge that is repeated may not see what the clients fetched
-    is_repeated = (number, when) in [(3, "after"), (4, "before"), (4, "after"), (5, "before")]
-    assert [not row["update_length"] for row in rows] == [is_repeated] * 2 + [False] * 2
 
 
 @pytest.mark.parametrize("step", ["merge", "evaluate", "history.csv", "state.json"])
@@ -375,25 +284,9 @@ def test_a_round_that_cannot_be_closed_ends_everyones_wait(make_run, monkeypatch
     run.deliver(A, 1, round_number=1).result()
     assert run.holds((A, 1, 1), (B, 1, 2))
     assert len(rows_of(run.folder / "history.csv")) == 1
-
-
-@pytest.mark.parametrize("step", ["_freeze", "merge", "evaluate", "_publish_scores"])
-def test_a_server_out_of_open_files_goes_on_when_they_come_back(make_run, monkeypatch, step):
-    monkeypatch.setattr(rounds, "RETRY_S", 0.01)
-    run, failures = make_run(clients=[A, B]), [24, 23, 24]  # EMFILE, ENFILE
-    owner = run.rounds if step.startswith("_") else run
-    inner = getattr(owner, step)
-
-    def out_of_files(*arguments):
-        if failures:
-            raise OSError(failures.pop(), "Too many open files")
-        return inner(*arguments)
-
-    setattr(owner, step, out_of_files)
-    all_deliver(run, client001=1, client002=2)
-    until(lambda: not failures, f"{step} works again")
-    assert run.holds((A, 1, 1), (B, 1, 2))
-    assert [row["round"] for row in state_on_disk(run).history] == [1]
+    # a merge that is repeated may not see what the clients fetched
+    lengths = [row["update_length"] for row in rows_of(run.folder / "clients.csv")]
+    assert len(lengths) == 2 and all(lengths) == (step != "merge")
 
 
 def test_a_signal_ends_a_server_that_is_out_of_open_files(make_run):
@@ -543,28 +436,6 @@ def test_an_old_peer_has_all_that_it_can_use_with_its_last_answer(make_run):
     run = make_run(clients=[A], rounds=1)
     run.deliver(A, 1, run=None, round_number=1).result()
     Call(run.rounds.wait_until_all_done, 60).result(10)
-
-
-@pytest.mark.parametrize("rounds_now", [None, 1, 3])
-def test_a_finished_run_answers_repeats_and_can_be_extended(make_run, rounds_now):
-    run = make_run(clients=[A, B], rounds=2)
-    for number in (1, 2):
-        all_deliver(run, client001=number, client002=7)
-    run.restart(rounds=rounds_now)
-    run.deliver(A, 2, round_number=2).result()
-    number, _, file = run.rounds.fetch(B)
-    file.close()
-    assert number == 3
-    if rounds_now == 3:
-        all_deliver(run, client001=8, client002=9)
-        assert run.holds((A, 1, 8), (B, 1, 9))
-    run.coordinator.result()
-    ending = Call(run.rounds.wait_until_all_done, 60)
-    for client in (A, B):
-        has_result(run, client)
-    ending.result(10)
-    expected = [1, 2, 3] if rounds_now == 3 else [1, 2]
-    assert [row["round"] for row in state_on_disk(run).history] == expected
 
 
 # --- other --clients at a restart ----------------------------------------------------------------

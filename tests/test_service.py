@@ -5,11 +5,13 @@ A served run within this process; what an attack costs others is test_attacks.py
 
 import contextlib
 import math
+import re
 import threading
+from pathlib import Path
 
-import grpc
+import grpc._cython.cygrpc
 import pytest
-from conftest import same_bits, until, write_weights
+from conftest import ROOT, same_bits, until, write_weights
 from serving import Served, refusal, serve
 from standin import read_weights
 
@@ -322,3 +324,17 @@ def test_every_method_of_the_contract_is_served(served):
         opened = served.channel.stream_stream(f"/todoPackage.FedML/{name}")
         metadata = [("fedml-client", "client009")]
         assert refusal(opened(iter([b""]), metadata=metadata, timeout=60))[0] == "PERMISSION_DENIED"
+
+
+OPTION = re.compile(r'"(grpc\.[a-z0-9_.]+)"')
+
+
+def test_grpc_knows_every_option_that_it_is_given():
+    """It passes over a name that it does not know, in silence."""
+    library = Path(grpc._cython.cygrpc.__file__).read_bytes()
+    sources = [path.read_text(encoding="utf-8") for path in ROOT.glob("[!g]*/*.py")]
+    sources += [path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")]
+    names = {name for source in sources for name in OPTION.findall(source)}
+    assert len(names) > 10
+    for name in names:  # as a C text that is no other one's end
+        assert re.search(rb"(?<![a-z._])" + re.escape(name).encode() + rb"\0", library), name
