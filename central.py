@@ -80,7 +80,11 @@ def parser():
         help=f"go on from these weights: one more round, of {FINE_TUNING_EPOCHS} passes",
     )
     add("--rounds", type=at_least(1), default=10, help="(10)")
-    add("--epochs", type=at_least(1), default=1, help="passes over the images in a round (1)")
+    add(
+        "--epochs",
+        type=at_least(1),
+        help="passes over the images in a round (1; 5 of the last layer of a frozen lite0)",
+    )
     add("--batch-size", type=at_least(1), default=16, metavar="N", help="(16)")
     add(
         "--learning-rate",
@@ -201,7 +205,7 @@ def train_and_evaluate(args):
             network,
             batches,
             round_number,
-            args.epochs,
+            args.epochs or model.default_epochs(network),
             report=lambda row: None,
             first_rate=args.learning_rate,
         )

@@ -66,7 +66,8 @@ CHOSEN_HERE = set(
 # On the synthetic images ten rounds of one pass are too few to learn them.
 SYNTHETIC_EPOCHS = 2
 SAID_HERE = {  # where a flag means something else here than in its script
-    "epochs": "passes over the images in a round (2 of synthetic images, 1 of photographs)",
+    "epochs": "passes over the images in a round (2 of synthetic images; of photographs 1, or 5 of "
+    "the last layer of a frozen lite0)",
     "rounds": "of the whole run (10)",
     "val_index": "held-out images, on which each client scores each model that it fetches",
 }

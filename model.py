@@ -270,6 +270,7 @@ class Arch:
     preprocessing: str = "graham"  # of photographs, what prepare.py makes of them for it
     features: str | None = None  # the last layer of the base, where the base can be pretrained
     frozen_first_rate: float | None = None  # first_rate while the base is frozen; None: the same
+    frozen_epochs: int = 1  # passes in a round while the base is frozen, where no flag says it
     weights: str = "none"  # what a run begins from where no flag says it: none (random), imagenet
 
     def freezes_base(self, weights):
@@ -302,6 +303,7 @@ ARCHS = {
         preprocessing="colour",
         features="average",
         frozen_first_rate=2e-2,
+        frozen_epochs=5,  # on features a pass takes milliseconds
         weights="imagenet",
     ),
 }
@@ -500,6 +502,11 @@ def learning_rate(arch, round_number, frozen_base=False, first_rate=None):
     if first_rate is None:
         first_rate = schedule.first_rate
     return first_rate / (1 + schedule.rate_decay * (round_number - 1))
+
+
+def default_epochs(network):
+    """Passes over the images in a round, where nobody says how many."""
+    return ARCHS[network.name].frozen_epochs if has_frozen_base(network) else 1
 
 
 def train(network, batches, round_number, epochs, report=print, progress=None, first_rate=None):

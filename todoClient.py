@@ -305,7 +305,7 @@ def train(site, task):
 def train_network(training, task, title):
     """model.train, with a line an epoch. Returns the rows of the history; raises RoundClosed."""
     site = training.site
-    epochs = site.arguments.epochs
+    epochs = site.arguments.epochs or model.default_epochs(training.network)
 
     def report(row):
         site.say(
@@ -858,8 +858,8 @@ def parser():
     add(
         "--epochs",
         type=at_least(1),
-        default=1,
-        help="passes over the images in a round (default: %(default)s)",
+        help="passes over the images in a round (default: 1; 5 of the last layer of a frozen "
+        "lite0)",
     )
     add("--batch-size", type=at_least(1), default=16, metavar="N", help="(default: %(default)s)")
     add(

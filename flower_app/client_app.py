@@ -41,7 +41,8 @@ def train(message, context):
         augment=settings["augmentation"] and not freezes_base,
     )
     round_number = message.content["config"]["server-round"]
-    rows = model.train(network, batches, round_number, settings["epochs"])
+    epochs = settings["epochs"] or model.default_epochs(network)
+    rows = model.train(network, batches, round_number, epochs)
     metrics = {"num-examples": len(records), "loss": rows[-1]["loss"]}
     content = RecordDict(
         {

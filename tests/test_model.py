@@ -349,6 +349,8 @@ def test_lite0_is_flat_and_keeps_the_order_of_its_tensors_when_frozen():
         patch.setattr(model, "learning_rate", lambda *a: rates.append(real(*a)) or rates[-1])
         model.train(network, plain, 1, 1, lambda row: None)
     assert rates == [model.ARCHS["lite0"].frozen_first_rate]
+    assert model.default_epochs(network) == model.ARCHS["lite0"].frozen_epochs > 1
+    assert model.default_epochs(model.build("lite0", 32)) == 1  # a pass through it all takes long
     trained = {id(variable) for variable in network.trainable_variables}
     for variable, before in zip(model.tensors(network), start, strict=True):
         assert np.array_equal(before, variable) == (id(variable) not in trained)
