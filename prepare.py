@@ -301,7 +301,7 @@ def check(args):
         prepared = json.loads(PREPARED.read_text(encoding="utf-8"))
         made_from = prepared["choices"]
         problems = [
-            f"it was made with {name} {made_from.get(name)}, not {value}"
+            f"it was made with {name} {made_from.get(name)!r}, not {value!r}"
             for name, value in choices_of(args).items()
             if made_from.get(name) != value
         ]

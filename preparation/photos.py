@@ -13,7 +13,7 @@ import pydicom
 from PIL import Image, ImageFilter, ImageOps
 from pydicom.pixels import pixel_array
 
-from preparation.field import find_field, whole_field, why_no_fundus
+from preparation.field import DETAIL_PIXELS, find_field, whole_field, why_no_fundus
 
 PREPROCESSINGS = ("graham", "colour")
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
@@ -34,7 +34,8 @@ def prepare_photograph(path, image_size, preprocessing="graham"):
     preprocessing: one of PREPROCESSINGS. doubt: why it is no gradable photograph of a fundus, or
     "". Raises ValueError where it cannot be read.
     """
-    image = open_image(path, shortest_side=SPARE * image_size)
+    # whether it is a fundus does not depend on the size of its picture
+    image = open_image(path, shortest_side=max(SPARE * image_size, DETAIL_PIXELS))
     width = image.info["width"]
     field = find_field(image)
     if field and field.box[3] - field.box[1] < SPARE * image_size / 2 and image.width < width:
