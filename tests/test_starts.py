@@ -201,7 +201,7 @@ def trained_in(folder, run="run0"):
         (["--seed", "3"], "seed was 0, is 3"),
         (["--name", "client002", "--index", "index/worker1.pkl"], "name was client001"),
         (["--index", "index/worker2.pkl"], "num_examples was 4, is 6"),
-        (["--epochs", "2"], "epochs was 1, is 2"),
+        (["--epochs", "2"], "epochs was None, is 2"),
         (["--learning-rate", "1e-3"], "learning_rate was None, is 0.001"),
     ],
 )
