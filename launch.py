@@ -34,7 +34,6 @@ if __name__ == "__main__":
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 import central
 import prepare
@@ -274,8 +273,7 @@ def run(processes, given):
         federate(processes, console, given, names, done)
     alone = "each hospital alone, for comparison (--no-alone skips this)"
     console.print(f"4/4 {'the page' if 'no_alone' in given else alone}")
-    beside = train_beside(processes, console, given, names)
-    show_table(console, {"federated": CARD, **beside})
+    train_beside(processes, console, given, names)
     return run_in_terminal("report.py")
 
 
@@ -342,10 +340,7 @@ def address_of_server(processes, console, begin):
 
 
 def train_beside(processes, console, given, names):
-    """Each hospital alone, beside each other, with as many passes as in the run; --central, too.
-
-    Returns {name: path of its model card}.
-    """
+    """Each hospital alone, beside each other, with as many passes as in the run; --central, too."""
     shutil.rmtree(ALONE, ignore_errors=True)
     models = {}  # name: (folder, index)
     if "no_alone" not in given:
@@ -362,37 +357,17 @@ def train_beside(processes, console, given, names):
             *["--score-every", -(-rounds // SCORED), "--threads", threads_each(len(models))],
             *words_for("central.py", given),
         )
-    results = {name: folder / "central_weight.json" for name, (folder, _) in models.items()}
+    cards_of = {name: folder / "central_weight.json" for name, (folder, _) in models.items()}
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for _ in processes.until_ended():
-            done = {name: read_json(card).get("round", 0) for name, card in results.items()}
+            done = {name: read_json(card).get("round", 0) for name, card in cards_of.items()}
             lines = [f"  {name}: round {number}/{rounds}" for name, number in done.items()]
             live.update("\n".join(lines), refresh=True)
-    return results
 
 
 def threads_each(num_processes):
     """Threads of TensorFlow for each of several processes that share this machine."""
     return -(-len(os.sched_getaffinity(0)) // num_processes)
-
-
-def show_table(console, series):
-    """What came out, a row a model. series: {name: path of its card}"""
-    table = Table("", *MEASURED, box=None, pad_edge=False, title_justify="left")
-    for name, path in series.items():
-        card = read_json(path)
-        measured = card["tasks"][TASK]["measured"]
-        table.add_row(name, *[interval(*measured[each.lower()]) for each in MEASURED])
-        patients = card["num_reporting_patients"]
-        table.title = f"{TASK}, of {patients} patients, with 95 % intervals"
-    console.print("", table, "", sep="\n")
-
-
-def interval(value, low, high):
-    """Two lines, so that a table fits into a terminal of 80 columns."""
-    return cards.number(value) + (
-        "" if low is None else f"\n{cards.number(low)} to {cards.number(high)}"
-    )
 
 
 def read_json(path):

@@ -22,6 +22,8 @@ if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 import data
 import model
@@ -37,16 +39,36 @@ TEXT_COLUMNS = ("client", "missing")  # of history.csv and clients.csv; the othe
 def main(argv=None):
     args = parse(argv)
     try:
-        page = Page(load_client(args) if args.client_dir else load_server(args))
+        run = load_client(args) if args.client_dir else load_server(args)
+        page = Page(run)
         out = args.out or (args.client_dir or args.server_dir) / "report.html"
         files.publish_text(out, page.html())
     except (ValueError, OSError) as error:
         return fail("report", error)
+    Console(highlight=False, markup=False).print("", table_of(run), "", sep="\n")
     say("report", page.verdict())
     say("report", f"the page: {out.resolve().as_uri()}")
     if not page.card["warning"]:
         say("report", f"to use the model: {page.command()}")
     return 0
+
+
+def table_of(run):
+    """The models of the page and how well they find it, for a terminal."""
+    patients = run.federated.card["num_reporting_patients"]
+    title = f"{metrics.TASK}, of {patients} patients, with 95 % intervals"
+    columns = ("AUC", "sensitivity", "specificity")
+    table = Table("", *columns, title=title, title_justify="left", box=None, pad_edge=False)
+    for each in (run.federated, *run.others):
+        measured = each.card["tasks"][metrics.TASK]["measured"]
+        table.add_row(each.name, *[two_lines(*measured[name.lower()]) for name in columns])
+    return table
+
+
+def two_lines(value, low, high):
+    """A value and its interval: side by side, the table is wider than a terminal of 80 columns."""
+    limits = "" if low is None else f"\n{cards.number(low, 2)} to {cards.number(high, 2)}"
+    return cards.number(value) + limits
 
 
 def parse(argv):

@@ -100,9 +100,10 @@ def change_card(weights, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_it_ends_with_the_verdict_the_page_and_the_next_command(here, capsys):
+def test_it_ends_with_a_table_the_verdict_the_page_and_the_next_command(here, capsys):
     assert report.main([]) == 0
-    _, page, command = capsys.readouterr().out.splitlines()  # the verdict comes first
+    *table, _, page, command = capsys.readouterr().out.splitlines()  # the verdict before the page
+    assert any(line.startswith("client001 (screening centre) alone ") for line in table)
     assert page.endswith((here / "server" / "report.html").as_uri())
     assert command.endswith(
         ".venv/bin/python predict.py --weights server/server_weight.h5 preprocessed/"
