@@ -197,9 +197,11 @@ def alone_in(folder):
     try:
         fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        holder = _holder_of(folder_fd)
         os.close(folder_fd)
         raise ValueError(
-            f"another process works in {folder}: wait until it ends, or stop it, and start again"
+            f"another process works in {folder}: wait until it ends, or stop it{holder}, and start "
+            "again"
         ) from None
     except OSError as error:
         # Some network file systems have no locks. Better a run without one than none.
@@ -214,6 +216,21 @@ def alone_in(folder):
         yield
     finally:
         os.close(folder_fd)
+
+
+def _holder_of(folder_fd):
+    """' (process 4711)', who holds the lock of a folder; '' where this machine does not say.
+
+    A line of /proc/locks: `1: FLOCK  ADVISORY  WRITE 4711 fe:01:2883 0 EOF`, the device in
+    hexadecimal. The file's number is enough: a device as `stat` has it may be another one there.
+    """
+    inode = os.fstat(folder_fd).st_ino
+    try:
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return ""
+    found = re.search(rf"FLOCK .* (\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", locks)
+    return f" (process {found[1]})" if found else ""
 
 
 def clean(folder):

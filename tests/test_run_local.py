@@ -231,3 +231,4 @@ def test_a_folder_in_use_is_told(folder, copy_of_project):
         beside = run(copy_of_project)
     assert beside.returncode == 1 and "2/4" not in beside.stdout
     assert "another process works in" in beside.stderr
+    assert f"(process {os.getpid()})" in beside.stderr
