@@ -404,6 +404,11 @@ class Page:
                 f"fewer than {metrics.FEWEST_PATIENTS} of those who choose have {TASK}, or do not "
                 "have it, or the scores do not rise with it."
             )
+        else:
+            figures += (
+                " Those who choose recalibrated the scores (Platt 1999): a score is the "
+                f"probability of {TASK} among patients of whom as many have it as of these."
+            )
         conclusion = "scores are on average neither too low nor too high"
         if bias.low > 0 or bias.high < 0:
             direction = "low" if bias.low > 0 else "high"
