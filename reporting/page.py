@@ -164,13 +164,11 @@ class Page:
                 "What federation brought is not measured: no hospital was trained alone beside it."
             )
         positive = self.positive(self.reporting)
-        patients = self.patients[self.reporting]
-        with_it = set(patients[positive])
-        without = set(patients) - with_it
-        if min(len(with_it), len(without)) < metrics.FEWEST_PATIENTS:
+        with_it, without = metrics.patients_by_class(positive, self.patients[self.reporting])
+        if min(with_it, without) < metrics.FEWEST_PATIENTS:
             return (
-                f"There are too few patients to say what federation brought: {len(with_it)} with "
-                f"{TASK} and {len(without)} without; {metrics.FEWEST_PATIENTS} of each are needed."
+                f"There are too few patients to say what federation brought: {with_it} with {TASK} "
+                f"and {without} without; {metrics.FEWEST_PATIENTS} of each are needed."
             )
         # By the patients who choose: the best of those who are scored would be flattered.
         best = max(alone, key=self.area_on_choosing)

@@ -148,15 +148,11 @@ def test_a_merged_model_that_answers_nan_is_no_model(here, monkeypatch, capsys):
     assert capsys.readouterr().err.count("must not be used: it answers NaN for 8 of 8 images") == 2
 
 
-def test_one_workers_index_is_a_client_alone(here, trained):
-    assert run("--index", "index/worker2.pkl", "--out", "alone") == 0
-    assert trained == [(10, 1, 1), (10, 2, 1)]
-
-
-def test_not_every_round_needs_to_be_scored(here, trained):
-    assert run("--rounds", "5", "--score-every", "2") == 0
-    assert len(trained) == 5
-    assert [row["round"] for row in history(here / "central")] == ["2", "4", "5"]
+def test_a_hospital_alone_is_scored_now_and_then(here, trained):
+    own = ["--index", "index/worker2.pkl", "--out", "alone"]
+    assert run("--rounds", "5", "--score-every", "2", *own) == 0
+    assert trained == [(10, number, 1) for number in range(1, 6)]
+    assert [row["round"] for row in history(here / "alone")] == ["2", "4", "5"]
 
 
 @pytest.mark.parametrize(
