@@ -168,18 +168,15 @@ def split(photos, how, num_clients, rng, alpha=0.5, share=0):
 def deal_enough(patients, how, num_clients, rng, alpha):
     """What `deal` gives, if every client has enough of it; ValueError otherwise."""
     num_photos = len(photos_of(patients))
-    fewest, attempts = 1, 1
-    if how == "dirichlet":
-        fewest = min(10, max(1, num_photos // (4 * num_clients)))
-        attempts = DIRICHLET_ATTEMPTS
-    for _ in range(attempts):
+    is_drawn = how == "dirichlet"  # and can be drawn again
+    fewest = min(10, max(1, num_photos // (4 * num_clients))) if is_drawn else 1
+    for _ in range(DIRICHLET_ATTEMPTS if is_drawn else 1):
         clients = deal(patients, how, num_clients, rng, alpha)
         if min(len(photos_of(client)) for client in clients) >= fewest:
             return clients
-    larger_alpha = " or a larger --alpha" if how == "dirichlet" else ""
     raise ValueError(
         f"a client would get fewer than {fewest} of {num_photos} images: take fewer clients"
-        f"{larger_alpha}"
+        f"{' or a larger --alpha' if is_drawn else ''}"
     )
 
 
