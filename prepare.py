@@ -487,19 +487,17 @@ def opaque_patients(found, seed):
 
 
 def records_of(chosen, folder, patients):
-    """Photos as the records of an index."""
-    records = []
-    for photo in chosen:
-        record = {
+    """Photos as the records of an index; patients: {photo.patient: its opaque name}, or {}."""
+    return [
+        {
             "picture": f"{photo.name}.png",
             "label": photo.grade,
             "new_label": str(photo.grade == 0),
             "dir": (folder / f"{photo.name}.png").as_posix(),
+            **({"patient": patients[photo.patient]} if patients else {}),
         }
-        if patients:
-            record["patient"] = patients[photo.patient]
-        records.append(record)
-    return records
+        for photo in chosen
+    ]
 
 
 # --- what is written -----------------------------------------------------------------------------

@@ -47,14 +47,14 @@ class Table(NamedTuple):
             )
         return fitting[0]
 
-    def cells(self, number):
-        """All texts of a column. Raises ValueError where one has a line break."""
+    def cells(self, number, is_right=lambda cell: True, expected="a text"):
+        """All texts of a column. Raises ValueError where one has a line break, or is not right."""
         cells = [row[number] for row in self.rows]
         for line, cell in zip(self.lines, cells, strict=True):
-            if len(cell.splitlines()) > 1:
+            if len(cell.splitlines()) > 1 or not is_right(cell):
                 raise ValueError(
-                    f"{self.path}, line {line}: a line break in {self.columns[number]!r}, expected "
-                    "a cell of one line: is a quote too many or missing?"
+                    f"{self.path}, line {line}: {self.columns[number]!r} is {cell!r}, expected "
+                    f"{expected}, of one line"
                 )
         return cells
 
