@@ -82,6 +82,7 @@ LOG = Path("run_local.log")
 
 LOOK_EVERY_S = 0.3
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LAUNCHER = os.getpid()
 
 
 class Failed(Exception):
@@ -199,6 +200,8 @@ def belong_to_launcher():
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != LAUNCHER:  # it has ended before that
+        os._exit(1)
 
 
 def one_of_ours(script, *words):

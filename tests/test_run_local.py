@@ -223,6 +223,7 @@ def test_an_unfinished_run_is_gone_on_with_or_refused_in_a_sentence(waiting):
     process.wait_for("3/4 federation")
     process.signal(signal.SIGTERM)
     assert process.wait() == 143
+    until_gone(waiting)
 
 
 @pytest.mark.parametrize("folder", [".", "server"])
