@@ -336,7 +336,9 @@ def choose_column(table, role, given, check, used):
     if check and len(fitting) != 1:
         unused = [number for number in range(len(table.columns)) if number not in used]
         fitting = [number for number in fitting or unused if holds(table, number, check)]
-        if any(check[2](table.columns[number]) for number in fitting):
+        _, _, fits = check
+        names = [table.columns[number] for number in fitting]
+        if any(name and fits(name) for name in names):
             raise ValueError(
                 f"{table.path}: the first line looks like a photograph's, not like names of "
                 f"columns: add a line such as image,label; found {', '.join(table.columns)[:200]}"
