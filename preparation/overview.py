@@ -19,7 +19,7 @@ def print_table(sets, hospitals):
 
     hospitals: {name: what else is said of it}.
     """
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for heading in ("", *GRADE_NAMES, "DR", "total", "patients", "hospital"):
         table.add_column(heading, justify="right")
     for name, records in sets.items():
