@@ -210,10 +210,6 @@ class Transfer:
     def moved(self):
         self.last_moved = time.monotonic()
 
-    def is_late(self):
-        now = time.monotonic()
-        return now > self.last_moved + self.stall_s or now > self.ends_at
-
 
 class Service:
     """What all calls of one server share: its limits, who is here, and what is moving.
@@ -355,9 +351,12 @@ class Service:
         """End what moves no bytes, for ever."""
         while True:
             time.sleep(LOOK_EVERY_S)
+            now = time.monotonic()
             with self.changed:
-                late = [transfer for transfer in self.transfers if transfer.is_late()]
-            for transfer in late:
+                here = list(self.transfers)
+            for transfer in here:
+                if now < min(transfer.last_moved + transfer.stall_s, transfer.ends_at):
+                    continue
                 who = transfer.client or "a peer without a name"
                 self.end(transfer, f"{who}: its {transfer.what} stands still: ended")
 

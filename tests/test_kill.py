@@ -1,8 +1,8 @@
 """Killed at any instant and started again, server and clients end in the undisturbed run's bits.
 
-Three ways: at every publish, before and after it and with a cut-short temporary file left behind
+Two ways: at every publish, before and after it and with a cut-short temporary file left behind
 (real processes, forked from one that has imported the scripts; only the network is a stand-in);
-at random instants, with real training; and a storm, in which the converter is struck, too.
+and at random instants, a storm in which the converter is struck, too.
 """
 
 import itertools
@@ -279,7 +279,7 @@ def test_killed_at_every_publish_in_every_way(undisturbed, victim):
     kill_at_every_publish(undisturbed, victim, lambda number: ["before", "torn", "after"])
 
 
-# --- at random instants --------------------------------------------------------------------------
+# --- a storm: at random instants ------------------------------------------------------------------
 
 CONVERTED = "client003"  # in the storm, this one sends files of another layout
 
@@ -315,87 +315,43 @@ todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05
 """
 
 
-class Site:
-    """A run in a folder, whose processes are started again when they were killed."""
+class Storm:
+    """A run without TensorFlow, whose round goes on when the test has made its faults.
 
-    def __init__(self, start, folder, data, clients):
+    A process that was killed is started again.
+    """
+
+    rounds = 12
+
+    def __init__(self, start, folder, data):
         self.start, self.folder, self.processes = start, folder, {}
-        folder.mkdir()
+        (folder / "server").mkdir(parents=True)
         for name in ("preprocessed", "index"):
             (folder / name).symlink_to(data / name)
+        names = [*CLIENTS, CONVERTED]
+        own = write_weights(folder / "server" / "server_weight.h5", 1, shapes_of_size(2))
+        scored_on = files.sha256_of(data / "index" / "val_set.pkl")
+        state = new_run(names, self.rounds, own).changed(validation_sha256=scored_on)
+        state.save(folder / "server" / "state.json")
         address = f"localhost:{free_port()}"
-        self.commands = {"server": ["todoServer.py", "--listen", address]}
-        for name in clients:
-            self.commands[name] = ["todoClient.py", "--name", name, "--server", address]
+        self.commands = {"server": [server_script(folder), "--listen", address]}
+        script = holding(folder, "todoClient", TRAINING)
+        for name in names:
+            self.commands[name] = [script, "--name", name, "--server", address]
+        self.begin(*self.commands)
 
     def begin(self, *names):
-        for name in names or self.commands:
+        for name in names:
             self.processes[name] = self.start(*self.commands[name], cwd=self.folder)
 
-    def kill(self, name):
-        self.processes[name].kill()
-        self.begin(name)
-
     def rounds_done(self):
-        state = RunState.load(self.folder / "server" / "state.json")
-        return state.evaluated if state else 0
+        return RunState.load(self.folder / "server" / "state.json").evaluated
 
     def bits(self):
         """Wait for the end of all; the SHA-256 of the result."""
         for name, process in self.processes.items():
             assert process.wait(380) == 0, f"{name}:\n{process.output}"
         return files.sha256_of(self.folder / "server" / "server_weight.h5")
-
-
-@pytest.mark.slow
-def test_killed_at_random_instants_of_real_training(start, tmp_path):
-    """Also while TensorFlow loads, and in the middle of an epoch or an evaluation."""
-    rounds = 40
-    data = make_data(tmp_path / "data", clients=2, images=6, validation=4)
-    calm, killed = (Site(start, tmp_path / name, data, CLIENTS) for name in ("calm", "killed"))
-    for site in (calm, killed):
-        flags = ["--clients", ",".join(CLIENTS), "--rounds", rounds, "--image-size", "32"]
-        site.commands["server"] += flags
-        for name in CLIENTS:
-            site.commands[name] += ["--threads", "1", "--batch-size", "2"]
-    killed.begin()
-    chance = random.Random(1)
-    for number in range(6):
-        before = killed.rounds_done()
-        if number % 2:  # in the middle of the rounds; else often while it starts
-            until(lambda: killed.rounds_done() > before, "a round is over", 120)  # noqa: B023
-        # the instant is what is tried; on a fast machine earlier, before the run is over
-        instant = time.monotonic() + chance.uniform(0, 1 if number % 2 else 9)
-        until(
-            lambda: time.monotonic() > instant or killed.rounds_done() > 5 * (number + 1),  # noqa: B023
-            "the instant",
-        )
-        killed.kill(chance.choice(["server", *CLIENTS]))
-    bits = killed.bits()
-    calm.begin()
-    assert calm.bits() == bits
-
-
-# --- a storm -------------------------------------------------------------------------------------
-
-
-class Storm(Site):
-    """A run without TensorFlow, whose round goes on when the test has made its faults."""
-
-    rounds = 12
-
-    def __init__(self, start, folder, data):
-        names = [*CLIENTS, CONVERTED]
-        super().__init__(start, folder, data, names)
-        (folder / "server").mkdir()
-        own = write_weights(folder / "server" / "server_weight.h5", 1, shapes_of_size(2))
-        scored_on = files.sha256_of(data / "index" / "val_set.pkl")
-        state = new_run(names, self.rounds, own).changed(validation_sha256=scored_on)
-        state.save(folder / "server" / "state.json")
-        self.commands["server"][0] = server_script(folder)
-        for name in names:
-            self.commands[name][0] = holding(folder, "todoClient", TRAINING)
-        self.begin()
 
     def said(self):
         return "the next round opens\n" + "\n".join(each.output for each in self.processes.values())
