@@ -30,7 +30,7 @@ import model
 from common import files
 from reporting import card as cards
 from reporting import metrics
-from reporting.page import PYTHON, Page
+from reporting.page import PYTHON, Page, interval
 
 TRAINED_HERE = "central_weight.h5"  # what central.py writes
 TEXT_COLUMNS = ("client", "missing")  # of history.csv and clients.csv; the others are numbers
@@ -39,13 +39,12 @@ TEXT_COLUMNS = ("client", "missing")  # of history.csv and clients.csv; the othe
 def main(argv=None):
     args = parse(argv)
     try:
-        run = load_client(args) if args.client_dir else load_server(args)
-        page = Page(run)
+        page = Page(load_client(args) if args.client_dir else load_server(args))
         out = args.out or (args.client_dir or args.server_dir) / "report.html"
         files.publish_text(out, page.html())
     except (ValueError, OSError) as error:
         return fail("report", error)
-    Console(highlight=False, markup=False).print("", table_of(run), "", sep="\n")
+    Console(highlight=False, markup=False).print("", table_of(page), "", sep="\n")
     say("report", page.verdict())
     say("report", f"the page: {out.resolve().as_uri()}")
     if not page.card["warning"]:
@@ -53,22 +52,17 @@ def main(argv=None):
     return 0
 
 
-def table_of(run):
-    """The models of the page and how well they find it, for a terminal."""
-    patients = run.federated.card["num_reporting_patients"]
+def table_of(page):
+    """The models of the page and how well they find it, for a terminal of 80 columns."""
+    patients = page.card["num_reporting_patients"]
     title = f"{metrics.TASK}, of {patients} patients, with 95 % intervals"
     columns = ("AUC", "sensitivity", "specificity")
     table = Table("", *columns, title=title, title_justify="left", box=None, pad_edge=False)
-    for each in (run.federated, *run.others):
+    for each in page.models:
         measured = each.card["tasks"][metrics.TASK]["measured"]
-        table.add_row(each.name, *[two_lines(*measured[name.lower()]) for name in columns])
+        three = [measured[name.lower()] for name in columns]
+        table.add_row(each.name, *[f"{cards.number(one[0])}\n{interval(one)}" for one in three])
     return table
-
-
-def two_lines(value, low, high):
-    """A value and its interval: side by side, the table is wider than a terminal of 80 columns."""
-    limits = "" if low is None else f"\n{cards.number(low, 2)} to {cards.number(high, 2)}"
-    return cards.number(value) + limits
 
 
 def parse(argv):
