@@ -6,14 +6,16 @@
 DIR is what `--dataset idrid` takes. For each seed ./run_local.sh holds out a fifth, 101 of 507, and
 three hospitals train together on the others, in a clone of this repository. Printed are the AUC of
 the last round's model on all that is held out, and on the half of it that the page shows, which did
-not choose the thresholds; the seconds of the whole command; the peak memory of the server, of each
-client, and of these four together, each at its own peak; and the SHA-256 of the weights.
+not choose the thresholds; the seconds of the whole command and of its processors; the peak memory
+of the server, of each client, and of these four together, each at its own peak; and the SHA-256 of
+the weights.
 """
 
 import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -53,18 +55,25 @@ def main(argv=None):
         clone = arguments.keep or Path(temporary) / "clone"
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
         os.chdir(clone)  # the paths in an index begin there
-        print("| seed | any DR | referable | any DR, page | referable, page | seconds | ", end="")
-        print(f"{' | '.join(f'{name}, MB' for name in MEMBERS)} | together | weights |")
-        print("|---" * (7 + len(MEMBERS) + 1) + "|", flush=True)
+        areas = "any DR | referable | any DR, page | referable, page"
+        memory = " | ".join(f"{name}, MB" for name in MEMBERS)
+        print(f"| seed | {areas} | seconds | processor | {memory} | together, MB | weights |")
+        print("|---" * (9 + len(MEMBERS)) + "|", flush=True)
         for seed in arguments.seeds:
-            started = time.monotonic()
+            started, busy = time.monotonic(), processor_seconds()
             peaks = run(["--source", source, *FLAGS, "--seed", seed])
-            seconds = time.monotonic() - started
+            seconds = [time.monotonic() - started, processor_seconds() - busy]
             areas = [*areas_of_all(), *areas_of_page()]
             rows.append(areas)
             memory = [f"{peaks[name] / 1e6:.0f}" for name in MEMBERS]
             together = f"{sum(peaks.values()) / 1e6:.0f}"
-            cells = [str(seed), *words(areas), f"{seconds:.0f}", *memory, together]
+            cells = [
+                str(seed),
+                *words(areas),
+                *[f"{each:.0f}" for each in seconds],
+                *memory,
+                together,
+            ]
             digest = files.sha256_of("server/server_weight.h5")[:12]
             print(f"| {' | '.join(cells)} | {digest} |", flush=True)
     print(f"| mean | {' | '.join(words(np.mean(rows, axis=0)))} |")
@@ -72,6 +81,12 @@ def main(argv=None):
 
 def words(areas):
     return [f"{area:.3f}" for area in areas]
+
+
+def processor_seconds():
+    """Of all processes that this one has started, and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run(flags):

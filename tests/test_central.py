@@ -112,6 +112,24 @@ def test_history_and_card_say_what_the_weights_do(here):
     assert [row["round"] for row in card["by_round"]] == [1, 2]
 
 
+def test_a_server_keeps_what_a_frozen_base_makes_of_its_images(here, monkeypatch):
+    """Also for its next run: --fresh leaves the file, which is as good for that."""
+    (here / "server").mkdir()
+    arguments = todoServer.parse("--arch lite0 --weights none --image-size 16".split())
+    measured = []
+    for _ in range(2):
+        evaluator = todoServer.Evaluator(arguments)
+        state = todoServer.begin(arguments, evaluator)  # moves what lies there aside
+        evaluator.open(state.changed(freeze_base=True))
+        measured.append(evaluator.evaluate())
+        monkeypatch.setattr(model, "features", None)  # from here on none are computed
+    assert (here / "server" / "old-1" / "state.json").exists()
+    assert measured[0] == measured[1]
+    images = data.load_images(evaluator.validation, 16)
+    on_images = model.evaluate(evaluator.network, images, data.healthy(evaluator.validation))
+    assert measured[0] == pytest.approx(on_images, abs=1e-6)
+
+
 def test_a_merged_model_that_answers_nan_is_no_model(here, monkeypatch, capsys):
     """Said with whose update is why; never the best, never a verdict, and nan is in no file."""
     said = []
