@@ -1,8 +1,7 @@
 """What several tests need: tiny data sets, real processes that never outlive their test, deadlines.
 
-python3 -m pytest                    # the fast tests
-python3 -m pytest --slow             # all of them
-python3 -m pytest --slow -m slow     # the long ones only
+python3 -m pytest             # the quick tests
+python3 -m pytest --slow      # the long ones
 """
 
 import errno
@@ -52,14 +51,14 @@ model.default_threads = one_thread
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--slow", action="store_true", help="the tests marked slow, and no others")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+    wanted = config.getoption("--slow")
+    others = [item for item in items if ("slow" in item.keywords) != wanted]
+    items[:] = [item for item in items if item not in others]
+    config.hook.pytest_deselected(items=others)
 
 
 # --- conditions with a deadline ------------------------------------------------------------------
