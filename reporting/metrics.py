@@ -35,7 +35,7 @@ LEAST_SENSITIVITY = 0.85  # of a threshold that is chosen
 # to 0.4 wide.
 FEWEST_PATIENTS = 20
 LEAST_P = 1e-7  # as Keras clips: the logarithm of an answer of 0 or 1 is finite then
-NEWTON_STEPS = 25  # twice as many as it ever took
+NEWTON_STEPS = 25
 CALIBRATION_GROUPS = 5
 Z = 1.96  # the normal distribution's quantile of a 95 % interval
 NO_INTERVAL = (float("nan"), float("nan"))
@@ -142,12 +142,21 @@ def recalibrate(p_healthy, positive, patients):
     num_positive, num_negative = positive.sum(), (~positive).sum()
     target = np.where(positive, (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2))
     terms = np.stack([logit(1 - p_healthy), np.ones(len(positive))])  # (2, n)
+
+    def loss(line):
+        """The cross-entropy of these targets: log(1 + exp(x)) - target x, convex in `line`."""
+        x = line @ terms
+        return np.sum(np.logaddexp(0, x) - target * x)
+
     line = np.array([0.0, np.log((num_positive + 1) / (num_negative + 1))])
     for _ in range(NEWTON_STEPS):
         p = sigmoid(line @ terms)
         gradient = terms @ (p - target)
         hessian = (terms * p * (1 - p)) @ terms.T
-        line -= np.linalg.lstsq(hessian, gradient)[0]  # also where all answers are the same
+        step = np.linalg.lstsq(hessian, gradient)[0]  # also where all answers are the same
+        while loss(line - step) > loss(line):
+            step = step / 2  # far from the minimum a whole step can go beyond it
+        line = line - step
     return line.tolist() if line[0] > 0 else None
 
 
