@@ -582,7 +582,8 @@ def fedavg(paths, num_examples, layout, target, trainable):
                 _read(upload, tensor, first, row)
             total[:count] = 0
             for n, row in zip(num_examples, slab, strict=True):
-                np.multiply(row, n, out=product[:count], dtype=np.float64)
+                product[:count] = row
+                product[:count] *= n
                 total[:count] += product[:count]
             total[:count] /= total_examples
             if is_trainable[tensor]:
