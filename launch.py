@@ -321,6 +321,8 @@ def federate(processes, console, given, names, num_shown):
                 scores = "  ".join(
                     f"{each} {cards.number(row[TASK][each.lower()])}" for each in MEASURED
                 )
+                if card["num_nan"] and num_shown == card["round"]:
+                    scores = f"no model: {card['warning']}"
                 console.print(f"round {num_shown}/{card['rounds']}: {scores}")
             if STATUS.exists():
                 live.update(status.draw(*status.read(STATUS), 0, names), refresh=True)
