@@ -1,7 +1,7 @@
-"""todoServer under Flower: the same network, schedule and evaluation; Flower averages and talks.
+"""todoServer under Flower: the same first weights and evaluation; Flower averages and talks.
 
 README.md has the commands. It needs this project's folder as its working directory and in
-PYTHONPATH. Writes into flower/ what todoServer writes into server/, but for what a restart needs.
+PYTHONPATH. Writes into flower/ what todoServer writes into server/; a run is not resumed.
 """
 
 import time
@@ -14,9 +14,9 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 import model
+import todoServer
 from common import files
 from federation.state import HISTORY_COLUMNS
-from todoServer import Evaluator
 
 FOLDER = Path("flower")
 
@@ -26,38 +26,28 @@ app = ServerApp()
 @app.main()
 def main(grid, context):
     settings = context.run_config
-    arch = model.ARCHS[settings["arch"]]
-    weights = settings["weights"] or arch.weights
-    # what `Evaluator` takes from a server's state
-    run = SimpleNamespace(
-        arch=settings["arch"],
-        image_size=settings["image-size"] or arch.image_size,
-        run=f"{context.run_id:x}",
-        rounds=settings["rounds"],
-        seed=settings["seed"],
-        weights=weights,
-        freeze_base=arch.freezes_base(weights),
-        best=None,
-    )
+    flags = ["--server-dir", str(FOLDER)]
+    for name in ("rounds", "arch", "image-size", "seed", "weights"):
+        if settings[name]:  # 0 and "" are todoServer's own choice
+            flags += [f"--{name}", str(settings[name])]
     FOLDER.mkdir(exist_ok=True)
-    evaluator = Evaluator(SimpleNamespace(server_dir=FOLDER, index_dir=Path("index")))
-    evaluator.open(run)
-    model.configure(run.seed, settings["threads"])
-    evaluator.network = model.build(run.arch, run.image_size, run.seed)
-    model.initialize(evaluator.network, run.weights)
-    history = []
-    opened = [time.monotonic()]  # of each round
+    arguments = todoServer.parse(flags)
+    evaluator = todoServer.Evaluator(arguments)
+    run = SimpleNamespace(state=todoServer.begin(arguments, evaluator), opened=time.monotonic())
+    evaluator.open(run.state)
+    model.load(evaluator.network, evaluator.weights_path)
 
     def note_clients(replies, weighted_by):
         """Called by Flower with a round's replies, before `evaluate`: who trained on how many."""
-        run.counted = {
+        counted = {
             reply["client"]["name"]: {
-                "round": len(history) + 1,
+                "round": run.state.round,
                 "num_examples": reply["metrics"][weighted_by],
                 "sha256": None,  # no client's own weights are kept here
             }
             for reply in replies
         }
+        run.state = run.state.changed(counted=counted)
         return MetricRecord({"clients": len(replies)})
 
     def evaluate(round_number, arrays):
@@ -66,19 +56,25 @@ def main(grid, context):
             return None
         set_tensors(evaluator.network, arrays)
         model.save(evaluator.network, evaluator.weights_path)
-        run.weights_sha256 = files.sha256_of(evaluator.weights_path)
         scores = evaluator.evaluate()
-        opened.append(time.monotonic())
+        counted = run.state.counted.values()
+        now = time.monotonic()
         row = {
             "round": round_number,
             **scores,
-            "clients": len(run.counted),
-            "num_examples": sum(upload["num_examples"] for upload in run.counted.values()),
-            "seconds": opened[-1] - opened[-2],
+            "clients": len(counted),
+            "num_examples": sum(upload["num_examples"] for upload in counted),
+            "seconds": now - run.opened,
         }
-        history.append(row)
-        files.publish_rows(FOLDER / "history.csv", HISTORY_COLUMNS, history)
-        run.best, _ = evaluator.publish_result(run, row)
+        run.opened = now
+        state = run.state.changed(
+            round=round_number + 1,
+            weights_sha256=files.sha256_of(evaluator.weights_path),
+            history=[*run.state.history, row],
+        )
+        files.publish_rows(FOLDER / "history.csv", HISTORY_COLUMNS, state.history)
+        best, _ = evaluator.publish_result(state, row)
+        run.state = state.changed(best=best)
         return MetricRecord({name: value for name, value in scores.items() if value is not None})
 
     num_clients = settings["num-clients"]
@@ -89,4 +85,5 @@ def main(grid, context):
         min_available_nodes=num_clients,
         train_metrics_aggr_fn=note_clients,
     )
-    strategy.start(grid, tensors_of(evaluator.network), run.rounds, evaluate_fn=evaluate)
+    first = tensors_of(evaluator.network)
+    strategy.start(grid, first, run.state.rounds, evaluate_fn=evaluate)
