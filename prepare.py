@@ -350,7 +350,7 @@ def synthetic_photos(args):
     one = (synthetic.EQUAL_HOSPITAL,)
     hospitals = synthetic.HOSPITALS if args.split == "hospitals" else one
     rng = np.random.default_rng([args.seed, 0])
-    found = datasets.DataSet()
+    found = datasets.DataSet(patients="the drawing, one for each eye")
     for part, total in (("train", args.num_train), ("val", args.num_val)):
         before = len(found.photos)
         for position, hospital in enumerate(hospitals):
