@@ -29,7 +29,9 @@ def seed_client(address, name, size, rounds, train, timeout_s=60):
     """
     fetched = []
     for _ in range(rounds):
-        with grpc.insecure_channel(address, options=LIMITS) as channel:
+        # Each on a connection of its own, as processes have it: one takes few calls at a time.
+        options = [*LIMITS, ("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(address, options=options) as channel:
             stub = todo_pb2_grpc.FedMLStub(channel)
             content = base64.b64decode(
                 "".join(piece.model for piece in stub.getWeight(todo_pb2.void(), timeout=timeout_s))
