@@ -239,4 +239,4 @@ def test_damaged_input(reader):
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_much_damaged_input(reader):
-    read_many(reader, 40 * READERS[reader])
+    read_many(reader, 10 * READERS[reader])
