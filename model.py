@@ -22,7 +22,6 @@ import data
 import pretrained
 from common.files import replacing
 from federation import weights
-from reporting import metrics
 
 # --- TensorFlow -----------------------------------------------------------------------------------
 
@@ -566,11 +565,3 @@ def predict(network, images):
     network = on_features(network, images)
     answers = [network.predict_on_batch(batch)[:, 0] for batch in data.evaluation_batches(images)]
     return np.concatenate(answers).astype(np.float64)
-
-
-def evaluate(network, images, labels):
-    """loss, accuracy, and for finding DR: auc, sensitivity and specificity at a score of 0.5.
-
-    images: uint8 (n, size, size, 3). labels: (n,), 1 = healthy.
-    """
-    return metrics.scores(predict(network, images), labels)

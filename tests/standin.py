@@ -187,10 +187,6 @@ def metrics():
     return {"loss": 0.5, "accuracy": 0.75, "auc": 0.875, "sensitivity": 1.0, "specificity": 0.5}
 
 
-def evaluate(network, images, labels):
-    return metrics()
-
-
 def predict(network, images):
     """P(healthy) of each image: as many numbers, which say nothing."""
     return np.linspace(0.25, 0.75, len(images), dtype=np.float32)

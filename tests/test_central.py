@@ -19,6 +19,7 @@ import todoServer
 from common import files
 from federation import rounds, weights
 from reporting import card as cards
+from reporting import metrics
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_history_and_card_say_what_the_weights_do(here):
     val = data.read_index("index/val_set.pkl")
     network = model.build("drcnn", 16)
     model.load(network, "central/central_weight.h5")
-    measured = model.evaluate(network, data.load_images(val, 16), data.healthy(val))
+    measured = metrics.scores(model.predict(network, data.load_images(val, 16)), data.healthy(val))
     for name, value in measured.items():
         assert float(rows[-1][name]) == pytest.approx(value, abs=1e-6), name
     card = cards.read("central/central_weight.h5")
@@ -126,7 +127,9 @@ def test_a_server_keeps_what_a_frozen_base_makes_of_its_images(here, monkeypatch
     assert (here / "server" / "old-1" / "state.json").exists()
     assert measured[0] == measured[1]
     images = data.load_images(evaluator.validation, 16)
-    on_images = model.evaluate(evaluator.network, images, data.healthy(evaluator.validation))
+    on_images = metrics.scores(
+        model.predict(evaluator.network, images), data.healthy(evaluator.validation)
+    )
     assert measured[0] == pytest.approx(on_images, abs=1e-6)
 
 
