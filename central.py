@@ -18,7 +18,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common.log import fail, say
-from common.script import at_least, end_script, exit_on_signals, pixels, positive, start_script
+from common.script import (
+    at_least,
+    end_script,
+    exit_on_signals,
+    new_parser,
+    pixels,
+    positive,
+    start_script,
+)
 
 if __name__ == "__main__":
     start_script(never_waits=True)  # before the packages, so that a missing one is a sentence
@@ -59,11 +67,7 @@ def complete(args):
 
 def parser():
     """The flags of this script, for itself and for the launcher."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument(

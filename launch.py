@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 from common import files, log
-from common.script import end_script, start_script, watch_signals
+from common.script import end_script, new_parser, start_script, watch_signals
 
 if __name__ == "__main__":
     start_script(never_waits=True)  # before the packages, so that a missing one is a sentence
@@ -126,13 +126,7 @@ def refuse(parser, message):
 
 def all_flags():
     """A parser of the flags of all scripts, with the words of the first that has it."""
-    parser = argparse.ArgumentParser(
-        usage="./run_local.sh [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = new_parser(__doc__, usage="./run_local.sh [flags]", argument_default=argparse.SUPPRESS)
     own = parser.add_argument_group("beside the federation")
     own.add_argument(
         "--no-alone", action="store_true", help="do not train each hospital alone, to compare with"

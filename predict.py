@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from common.log import fail, say, warn
-from common.script import end_script, exit_on_signals, start_script
+from common.script import end_script, exit_on_signals, new_parser, number, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -93,11 +93,7 @@ def main(argv=None):
 
 def parser():
     """The argparse.ArgumentParser of this script's flags."""
-    made = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = new_parser(__doc__)
     add = made.add_argument
     add(
         "images",
@@ -145,14 +141,7 @@ def parse(argv):
     return args
 
 
-def part(text):
-    """An argparse type: a number from 0 to 1."""
-    try:
-        if 0 <= float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+part = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 # --- what there is --------------------------------------------------------------------------------

@@ -9,14 +9,13 @@ command where one is missing, and needs nothing else: no network, no script, no 
 No model is trained in here.
 """
 
-import argparse
 import csv
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.log import fail, say
-from common.script import end_script, exit_on_signals, start_script
+from common.script import end_script, exit_on_signals, new_parser, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -66,11 +65,7 @@ def table_of(page):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--server-dir", type=Path, default=Path("server"), metavar="DIR", help="(server)")
     add(

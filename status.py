@@ -5,12 +5,11 @@ python3 status.py copied/status.json    # a copy, on any machine
 python3 status.py --once
 """
 
-import argparse
 import time
 from pathlib import Path
 
 from common.log import fail
-from common.script import end_script, exit_on_signals, start_script
+from common.script import end_script, exit_on_signals, new_parser, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -25,11 +24,7 @@ OTHER_LINES = 8  # of the picture, beside a line for each client and each round
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         "file",
         nargs="?",

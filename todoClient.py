@@ -24,6 +24,7 @@ from common.script import (
     client_name,
     end_script,
     exit_on_signals,
+    new_parser,
     pixels,
     positive,
     seconds,
@@ -836,11 +837,7 @@ class ProgressReporter:
 
 def parser():
     """The flags of this script, for itself and for the launcher."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add(
         "--name",

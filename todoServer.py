@@ -26,6 +26,7 @@ from common.script import (
     end_script,
     end_when_a_thread_dies,
     exit_on_signals,
+    new_parser,
     pixels,
     seconds,
     start_script,
@@ -136,11 +137,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
 
 def parser():
     """The flags of this script, for itself and for the launcher."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add(
         "--listen",

@@ -76,6 +76,19 @@ def explain_missing_package(kind, error, trace):
     )
 
 
+def new_parser(description, **settings):
+    """An argparse parser whose --help keeps the lines of its description, and takes no short forms.
+
+    A short form could mean another flag tomorrow, or of another script that is given the same ones.
+    """
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **settings,
+    )
+
+
 def client_name(text):
     """An argparse type: a client's name, as the server's --clients lists it."""
     if not CLIENT_NAME.fullmatch(text):
