@@ -10,23 +10,32 @@ A client trains when it reads a line on stdin, as the stand-in of the real one d
 """
 
 import os
+import shutil
 import sys
 import threading
 from concurrent import futures
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import grpc
 import h5py
 import numpy as np
-import standin
 
+from federation import weights
 from generated import todo_pb2, todo_pb2_grpc
 
 PIECE_BYTES = 1 << 20
 OPTIONS = [("grpc.max_receive_message_length", 2 * PIECE_BYTES)]
+
+
+def add_constant(path, target):
+    """`target` is `path` with a constant added to every number: the cheapest "training"."""
+    shutil.copyfile(path, target)
+    with h5py.File(target, "r+") as file:
+        for *_, dataset in weights.datasets(file):
+            dataset[...] = dataset[()] + np.float32(0.001)
 
 
 def pieces(path):
@@ -109,7 +118,7 @@ def take_part(address, rounds, name):
             receive(stub.getWeight(todo_pb2.void()), f"{name}.h5")
             print("training now", flush=True)
             sys.stdin.readline()
-            standin.add_constant(f"{name}.h5", f"{name}_trained.h5")
+            add_constant(f"{name}.h5", f"{name}_trained.h5")
             fsync(f"{name}_trained.h5")
             stub.sendWeight(pieces(f"{name}_trained.h5"))
 

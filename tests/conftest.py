@@ -4,7 +4,6 @@ python3 -m pytest             # the quick tests
 python3 -m pytest --slow      # the long ones
 """
 
-import errno
 import itertools
 import os
 
@@ -42,12 +41,8 @@ MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder that no d
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def one_thread():
-    return 1
-
-
 # TensorFlow's pool is sized once a process, and all tests share this one.
-model.default_threads = one_thread
+model.default_threads = lambda: 1
 
 
 def pytest_addoption(parser):
@@ -97,10 +92,10 @@ def averaged(uploads):
 
 
 def same_bits(one, other):
-    return len(one) == len(other) and all(
-        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-        for a, b in zip(one, other, strict=True)
-    )
+    bits = [
+        [(each.dtype, each.shape, each.tobytes()) for each in tensors] for tensors in (one, other)
+    ]
+    return bits[0] == bits[1]
 
 
 # --- a run without a network ---------------------------------------------------------------------
@@ -252,7 +247,7 @@ def make_run(tmp_path):
 # --- data ----------------------------------------------------------------------------------------
 
 
-def make_data(folder, clients=3, images=8, image_size=32, validation=8):
+def make_data(folder, clients=3, images=8, validation=8):
     """preprocessed/ and index/ in `folder`, which is returned.
 
     PNGs that follow from their number, grades 0 and 2 in turn.
@@ -268,8 +263,8 @@ def make_data(folder, clients=3, images=8, image_size=32, validation=8):
         number = next(numbers)
         grade = 2 * (number % 2)
         path = f"preprocessed/{number:04}.png"
-        shape = (image_size, image_size, 3)
-        pixels = np.random.default_rng(number).integers(0, 120 + 40 * grade, shape, np.uint8)
+        random = np.random.default_rng(number)
+        pixels = random.integers(0, 120 + 40 * grade, (32, 32, 3), np.uint8)
         Image.fromarray(pixels).save(folder / path)
         name = Path(path).name
         return {"picture": name, "label": grade, "dir": path, "new_label": str(grade == 0)}
@@ -292,30 +287,20 @@ def site(tmp_path):
 HELD = []  # the sockets that hold the ports of free_port(), as long as the tests run
 
 
-def bound(family, host, port):
-    one = socket.socket(family)
-    HELD.append(one)
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    one.bind((host, port))
-    return one
-
-
 def free_port():
     """A port of localhost where nobody listens, and that the system gives to nobody else.
 
-    Two sockets stay bound to it without listening: until a killed server listens there again, no
+    A socket stays bound to it without listening: until a killed server listens there again, no
     other test and no outgoing connection gets its port. SO_REUSEADDR lets that server in.
     """
-    while True:
-        four = bound(socket.AF_INET, "127.0.0.1", 0)
-        port = four.getsockname()[1]
-        try:
-            bound(socket.AF_INET6, "::1", port)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                continue  # somebody has it there: the next one
-            # else this machine has no IPv6, and nobody gets the port there
-        return port
+    both = socket.has_dualstack_ipv6()  # one socket for IPv4 and IPv6
+    held = socket.socket(socket.AF_INET6 if both else socket.AF_INET)
+    HELD.append(held)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if both:
+        held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    held.bind(("", 0))
+    return held.getsockname()[1]
 
 
 class Started:
@@ -338,18 +323,12 @@ class Started:
                 **(env or {}),
             },
         )
-        self.changed = threading.Condition()
-        self.ended = False
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self):
         for line in self.process.stdout:
-            with self.changed:
-                self.lines.append(line.rstrip("\n"))
-                self.changed.notify_all()
-        with self.changed:
-            self.ended = True
-            self.changed.notify_all()
+            self.lines.append(line.rstrip("\n"))
 
     @property
     def output(self):
@@ -359,21 +338,17 @@ class Started:
     def pid(self):
         return self.process.pid
 
-    def wait_for(self, pattern, timeout_s=DEADLINE_S, start=0):
-        """The match of the first line, from number `start` on, in which the pattern is found."""
-        deadline = time.monotonic() + timeout_s
-        with self.changed:
-            while True:
-                for line in self.lines[start:]:
-                    found = re.search(pattern, line)
-                    if found:
-                        return found
-                if self.ended or not self.changed.wait(max(0, deadline - time.monotonic())):
-                    end = " before its end" if self.ended else ""
-                    pytest.fail(
-                        f"{self.command}: no line with {pattern!r}{end} within {timeout_s} s; "
-                        f"it said:\n{self.output}"
-                    )
+    def wait_for(self, pattern, timeout_s=DEADLINE_S):
+        """The match of the first line in which the pattern is found."""
+
+        def found():
+            ended = not self.reader.is_alive()  # then all of its lines are there
+            matches = (re.search(pattern, line) for line in list(self.lines))
+            match = next(filter(None, matches), None)
+            assert match or not ended, f"{self.command} ended without {pattern!r}:\n{self.output}"
+            return match
+
+        return until(found, lambda: f"{pattern!r} of {self.command}:\n{self.output}", timeout_s)
 
     def wait(self, timeout_s=DEADLINE_S):
         """The exit code (-9 where it was killed), after all of its output has been read."""
@@ -381,8 +356,7 @@ class Started:
             code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             pytest.fail(f"{self.command} still runs after {timeout_s} s; it said:\n{self.output}")
-        with self.changed:
-            self.changed.wait_for(lambda: self.ended, 5)
+        self.reader.join(5)  # what it has started may hold its output open
         return code
 
     def signal(self, number):
@@ -390,13 +364,8 @@ class Started:
 
     def kill(self):
         """kill -9, for real."""
-        self.process.send_signal(signal.SIGKILL)
+        self.process.kill()
         return self.process.wait(10)
-
-    def memory_bytes(self):
-        """Resident memory now."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture
@@ -413,24 +382,13 @@ def start():
 
     yield begin
     for each in started:
-        if each.process.poll() is None:
-            each.process.kill()
-        each.process.wait(10)
+        each.kill()
 
 
 def start_server(start, cwd, *arguments, port=0, script="todoServer.py", **options):
     """(Started, its HOST:PORT), once it listens."""
     server = start(script, "--listen", f"localhost:{port}", *arguments, cwd=cwd, **options)
     return server, server.wait_for(r"listening on (\S+)", STARTS_S)[1]
-
-
-def port_is_free(port):
-    """Whether nobody listens on localhost:port."""
-    try:
-        socket.create_connection(("localhost", port), 2).close()
-    except OSError:
-        return True
-    return False
 
 
 def processes_in(folder):
