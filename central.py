@@ -22,6 +22,7 @@ from common.script import (
     at_least,
     end_script,
     exit_on_signals,
+    initial_weights,
     new_parser,
     pixels,
     positive,
@@ -101,6 +102,7 @@ def parser():
     add("--image-size", type=pixels, metavar="PIXELS", help="a side (that of the network)")
     add(
         "--weights",
+        type=initial_weights,
         metavar="none|imagenet|FILE",
         help="to start from; none: random (each network's own)",
     )

@@ -26,6 +26,7 @@ from common.script import (
     end_script,
     end_when_a_thread_dies,
     exit_on_signals,
+    initial_weights,
     new_parser,
     pixels,
     seconds,
@@ -169,6 +170,7 @@ def parser():
     add("--seed", type=at_least(0), help="of the initial weights (default: 0)")
     add(
         "--weights",
+        type=initial_weights,
         metavar="none|imagenet|FILE",
         help="to start from (default: each network's own, "
         f"{', '.join(f'{name} {arch.weights}' for name, arch in model.ARCHS.items())})",

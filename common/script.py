@@ -98,6 +98,13 @@ def client_name(text):
     return text
 
 
+def initial_weights(text):
+    """An argparse type: what a network begins with: none, imagenet, or a file that is there."""
+    if text not in ("none", "imagenet") and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither none nor imagenet, and no file here")
+    return text
+
+
 def at_least(least, most=999_999_999):
     """An argparse type: a whole number from `least` to `most`; the wire takes nine digits."""
 

@@ -212,8 +212,6 @@ def tensors_of(path):
             return [_tensor_of(*each) for each in datasets(file)]
     except (ValueError, MemoryError):
         raise
-    except FileNotFoundError:
-        raise ValueError("there is no such file") from None
     # HDF5 reports damage in many classes of exceptions; all of them mean the same here
     except Exception as error:
         # It leaves the number of the system's error where that was the cause: too many open files,

@@ -58,6 +58,7 @@ def test_paths_are_relative_to_where_the_user_is(tmp_path, monkeypatch):
         (["--rounds", "x"], "'x' is not a whole number of at least 1"),
         (["--dataset", "idrid"], "expected --source, the folder of the photographs"),
         (["--min-clients", "2"], "--min-clients needs --round-timeout"),
+        (["--weights", "/nowhere.h5"], "'/nowhere.h5' is neither none nor imagenet, and no file"),
     ],
 )
 def test_wrong_usage(given, sentence, capsys):
