@@ -4,7 +4,6 @@ A list of names in a file may repeat one name, and its entries may all refer to 
 file's heap: some kB are then hours of work for HDF5, or gigabytes.
 """
 
-import socket
 import subprocess
 import sys
 
@@ -23,13 +22,6 @@ def many_names(path, names=10_000):
         file["a"]["w"] = np.zeros(1, "f4")
 
 
-def many_empty_layers(path, names=10_000):
-    """A list of 10,000 layers, each of which is looked up and has no weights."""
-    with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = np.full(names, b"a")
-        file.create_group("a").attrs["weight_names"] = np.full(0, b"w")
-
-
 def one_text_many_times(path, megabytes=0.9, names=4000):
     """A list of 4,000 names that all refer to one text of 0.9 MB: read, they are 3.6 GB."""
     text = b"a" * int(megabytes * 1e6)
@@ -45,13 +37,6 @@ def one_text_many_times(path, megabytes=0.9, names=4000):
     first = bytes(content[entry : entry + 16])
     content[entry : entry + 16 * names] = first * names
     path.write_bytes(content)
-
-
-HOSTILE = {
-    "many names": many_names,
-    "many empty layers": many_empty_layers,
-    "one text many times": one_text_many_times,
-}
 
 
 def replace_converter(monkeypatch, folder, code):
@@ -79,45 +64,3 @@ convert.main()
         )
 
     monkeypatch.setattr(convert, "_start", start)
-
-
-# --- connections that no gRPC library would make -------------------------------------------------
-
-
-class RawConnection:
-    """HTTP/2 by hand: thousands of streams cost this side nothing. What comes back is not read."""
-
-    def __init__(self, address, timeout_s=5):
-        host, _, port = address.rpartition(":")
-        self.socket = socket.create_connection((host.strip("[]"), int(port)), timeout_s)
-        self.next_stream = 1
-        # settings: ours, which are empty, and that we have read theirs
-        frames = frame(4, 0, 0, b"") + frame(4, 1, 0, b"")
-        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frames)
-
-    def open_streams(self, method, client, count, reset=False):
-        """Begin so many calls whose request never comes; reset: and cancel each at once."""
-        headers = {":method": "POST", ":scheme": "http", ":path": f"/todoPackage.FedML/{method}"}
-        headers |= {":authority": "localhost", "content-type": "application/grpc", "te": "trailers"}
-        if client:
-            headers["fedml-client"] = client
-        block = b"".join(
-            b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-            for name, value in headers.items()
-        )
-        frames = []
-        for _ in range(count):
-            frames.append(frame(1, 4, self.next_stream, block))
-            if reset:
-                frames.append(frame(3, 0, self.next_stream, (8).to_bytes(4, "big")))
-            self.next_stream += 2
-        self.socket.sendall(b"".join(frames))
-
-    def close(self):
-        self.socket.close()
-
-
-def frame(kind, flags, stream, content):
-    """A frame of HTTP/2: 1 is HEADERS, 3 RST_STREAM, 4 SETTINGS."""
-    head = len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
-    return head + content
