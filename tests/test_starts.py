@@ -53,6 +53,11 @@ def other_pictures():
     Path("index/prepared.json").write_text('{"preprocessing": "graham"}')
 
 
+def other_network():
+    path = Path("server/state.json")
+    RunState.load(path).changed(arch="resnet").save(path)
+
+
 def state_is(text):
     return lambda: Path("server/state.json").write_text(text)
 
@@ -77,6 +82,7 @@ def of_a_client():
         (spoil_nothing, ["--fresh", "--index-dir", "nowhere"], "nowhere/val_set.pkl is missing"),
         (no_weights, [], "server_weight.h5 is missing"),
         (other_weights, [], "server_weight.h5 is not the model of round 1"),
+        (other_network, [], "--arch resnet, and this program knows"),
         (other_patients, [], "validation_sha256"),
         (other_pictures, [], "preprocessing was '', is 'graham'"),
         (state_is("not json"), [], "server/state.json is not a state"),
