@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 from common import files, log
-from common.script import end_script, new_parser, start_script, watch_signals
+from common.script import end_script, exit_on_signals, new_parser, start_script
 
 if __name__ == "__main__":
     start_script(never_waits=True)  # before the packages, so that a missing one is a sentence
@@ -51,11 +51,6 @@ SCRIPTS = {
     "todoServer.py": todoServer,
     "todoClient.py": todoClient,
     "central.py": central,
-}
-TITLES = {  # of --help, where a script has no titles of its own
-    "prepare.py": "the images",
-    "todoServer.py": "the run",
-    "todoClient.py": "the training in each hospital",
 }
 # Flags of the scripts that are chosen in here: nobody else gives them.
 CHOSEN_HERE = set(
@@ -91,7 +86,8 @@ class Failed(Exception):
 
 def main():
     """Runs the command. Returns the exit code."""
-    watch_signals([signal.SIGINT, signal.SIGTERM], stop)
+    # what was started is killed with this process: `belong_to_launcher`
+    exit_on_signals(WHO, "stopped; the same command goes on with the run")
     # run_local.sh has blocked it: during the imports above Ctrl-C would be a traceback
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     argparse.ArgumentParser.error = refuse  # every script's, and in the name of this command
@@ -106,14 +102,6 @@ def main():
         return log.fail(WHO, f"{name} ended with {code}; all that was said is in {LOG}", code)
     except (ValueError, OSError) as error:
         return log.fail(WHO, error)
-
-
-def stop(number):
-    """On Ctrl-C or SIGTERM. What was started is killed with this process: `belong_to_launcher`."""
-    console = Console()  # rich may be drawing: the cursor is hidden, somewhere in a line
-    console.show_cursor()
-    console.print("\nstopped; the same command goes on with the run")
-    end_script(128 + number)
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -139,8 +127,7 @@ def all_flags():
     known = {"help", *CHOSEN_HERE}
     for script, module in SCRIPTS.items():
         for group in module.parser()._action_groups:
-            title = TITLES.get(script) if group.title == "options" else group.title
-            shown = parser.add_argument_group(title)
+            shown = parser.add_argument_group(script if group.title == "options" else group.title)
             for action in group._group_actions:
                 if action.dest in known:
                     continue

@@ -414,11 +414,6 @@ def copy_of(folder):
     return folder
 
 
-@pytest.fixture
-def copy_of_project(tmp_path):
-    return copy_of(tmp_path / "project")
-
-
 # --- the real scripts without TensorFlow ---------------------------------------------------------
 
 

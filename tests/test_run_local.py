@@ -4,11 +4,9 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,12 @@ from conftest import Started, copy_of, new_run, processes_in, until
 from standin import write_weights
 
 from common import files
+from federation.state import HISTORY_COLUMNS
+from reporting.metrics import TASK
 
 DATA = ["--num-clients", "2", "--image-size", "32", "--num-train", "60", "--num-val", "30"]
 WITH_PACKAGES = {"PYTHON": sys.executable}  # this environment in place of a fresh .venv
 COMMAND = ["./run_local.sh", *DATA]
-ENDS_S = 900
 
 
 def run(project, *flags, script="./run_local.sh"):
@@ -29,7 +28,6 @@ def run(project, *flags, script="./run_local.sh"):
         cwd=project,
         capture_output=True,
         text=True,
-        timeout=ENDS_S,
         env={**os.environ, **WITH_PACKAGES},
     )
 
@@ -38,66 +36,26 @@ def until_gone(project):
     until(lambda: processes_in(project) == {}, "everything that it started is gone")
 
 
-def round_lines(shown):
-    return re.findall(r"^round (\d+/\d+): AUC \S+  sensitivity \S+  specificity \S+$", shown, re.M)
-
-
-# --- real runs ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def first_run(tmp_path_factory):
-    """(project folder, the run's CompletedProcess) after one run of two rounds."""
-    project = copy_of(tmp_path_factory.mktemp("first") / "project")
-    return project, run(project, "--rounds", "2", script="./compare.sh")
-
-
 @pytest.mark.slow
-def test_a_run_shows_each_step_each_round_and_one_table(first_run):
-    project, shown = first_run
+def test_a_run_shows_each_step_each_round_and_one_table(tmp_path):
+    project = copy_of(tmp_path / "project")
+    shown = run(project, "--rounds", "2", script="./compare.sh")
     assert shown.returncode == 0, shown.stdout + shown.stderr
     steps = ["1/4 packages", "2/4 images", "3/4 federation", "4/4 each"]
     assert re.findall(r"^\d/4 \w+", shown.stdout, re.M) == steps
-    assert round_lines(shown.stdout) == ["1/2", "2/2"]
+    rounds = r"^round (\d/2): AUC 0\S+  sensitivity \d\S+  specificity \d\S+$"
+    assert re.findall(rounds, shown.stdout, re.M) == ["1/2", "2/2"]
     for name in ("federated", "client002 (macula clinic) alone", "all images in one place"):
         assert re.search(rf"^{re.escape(name)} +\d\.\d{{3}} ", shown.stdout, re.M), name
-    assert f"file://{project}/server/report.html" in shown.stdout
-    assert "\x1b" not in shown.stdout
     lines = [line for line in shown.stdout.splitlines() if line.strip()]
-    assert len(set(lines)) == len(lines)
+    assert len(set(lines)) == len(lines) and "\x1b" not in shown.stdout
     folders = ("alone/client001", "alone/client002", "central")
     beside = [json.loads((project / each / "central_weight.json").read_text()) for each in folders]
     assert [card["num_examples"] for card in beside] == [40, 20, 60]
+    assert f"file://{project}/server/report.html" in shown.stdout
 
 
-@pytest.mark.slow
-def test_a_run_without_its_page_gets_only_that(first_run, tmp_path):
-    project = shutil.copytree(first_run[0], tmp_path / "project")
-    (project / "server" / "report.html").unlink()
-    state = (project / "server" / "state.json").read_bytes()
-    again = run(project, "--rounds", "2", "--no-alone")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert (project / "server" / "report.html").exists() and not (project / "alone").exists()
-    assert (project / "server" / "state.json").read_bytes() == state
-
-
-@pytest.mark.slow
-def test_after_a_finished_run_a_new_one_begins_and_when_stopped_is_resumed(first_run, tmp_path):
-    project = shutil.copytree(first_run[0], tmp_path / "project")
-    weights = (project / "server" / "server_weight.h5").read_bytes()
-    process = Started([*COMMAND, "--rounds", "99", "--no-alone"], project, WITH_PACKAGES)
-    process.wait_for("round 1/99: AUC", ENDS_S)
-    process.signal(signal.SIGINT)
-    assert process.wait() == 130, process.output
-    until_gone(project)
-    assert (project / "server" / "old-1" / "server_weight.h5").read_bytes() == weights
-    done = len(json.loads((project / "server" / "state.json").read_text())["history"])
-    resumed = run(project, "--rounds", str(done + 1), "--no-alone")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert round_lines(resumed.stdout) == [f"{done + 1}/{done + 1}"]
-
-
-# --- how it begins and ends: with scripts that only wait -----------------------------------------
+# --- how it begins and ends: with scripts that only say or wait ----------------------------------
 
 WAITING_SERVER = """
     import signal
@@ -116,6 +74,11 @@ WAITING_CLIENT = """
     Path(sys.argv[2], "here").touch()
     signal.pause()
 """
+ENDING_SERVER = """
+    import sys
+    print("a new run" if "--fresh" in sys.argv else "the run goes on")
+    sys.exit(print("2026-01-01 00:00:00 server: listening on localhost:1"))
+"""
 FAILING_CLIENT = """
     import signal, sys
     print(f"2026-01-01 00:00:00 {sys.argv[2]}: my last word", flush=True)
@@ -126,31 +89,108 @@ FAILING_CLIENT = """
 def replace_main(project, script, body):
     """What the script does when it is run; imported, it has the flags that it had."""
     path = project / script
-    path.write_text(
-        f"if __name__ == '__main__':\n{textwrap.dedent(body)}".replace("\n", "\n    ")
-        + "\n"
-        + path.read_text()
-    )
+    path.write_text(f"if __name__ == '__main__':{body}\n{path.read_text()}")
 
 
 @pytest.fixture
-def waiting(copy_of_project):
+def copied(tmp_path):
+    return copy_of(tmp_path / "project")
+
+
+@pytest.fixture
+def waiting(copied):
     """A project whose images need no preparing, and whose server and clients only wait."""
     prepared = {"num_clients": 2, "worker_hospitals": {"worker2": "macula clinic"}}
-    (copy_of_project / "index" / "prepared.json").write_text(json.dumps(prepared))
-    replace_main(copy_of_project, "prepare.py", "\nimport sys\nsys.exit('--seed' in sys.argv)\n")
-    replace_main(copy_of_project, "todoServer.py", WAITING_SERVER)
-    replace_main(copy_of_project, "todoClient.py", WAITING_CLIENT)
-    return copy_of_project
+    (copied / "index" / "prepared.json").write_text(json.dumps(prepared))
+    replace_main(copied, "prepare.py", "\n    import sys; sys.exit('--seed' in sys.argv)")
+    replace_main(copied, "todoServer.py", WAITING_SERVER)
+    replace_main(copied, "todoClient.py", WAITING_CLIENT)
+    return copied
 
 
 def all_started(project):
     return all((project / name / "here").exists() for name in ("client001", "client002"))
 
 
+def begin(project, num_done):
+    """There is a run of two rounds in the project, of which so many are over."""
+    own = write_weights(project / "server" / "server_weight.h5", 1)
+    row = {**dict.fromkeys(HISTORY_COLUMNS), "clients": 2, "missing": "", "num_examples": 2}
+    history = [{**row, "round": number} for number in range(1, num_done + 1)]
+    state = new_run(["client001", "client002"], 2, own)
+    state.changed(round=num_done + 1, history=history).save(project / "server" / "state.json")
+
+
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+    "num_done, has_page, server, rounds",
+    [
+        (1, False, "the run goes on\n", ["2/2: no model: it answers NaN"]),
+        (2, True, "a new run\n", ["1/2: AUC 0.500", "2/2: no model: it answers NaN"]),
+        (2, False, None, []),  # the page only
+    ],
 )
+def test_a_run_is_gone_on_with_and_a_new_one_begins_after_its_page(
+    waiting, num_done, has_page, server, rounds
+):
+    replace_main(waiting, "todoServer.py", ENDING_SERVER)
+    replace_main(waiting, "todoClient.py", "\n    raise SystemExit")
+    replace_main(waiting, "report.py", "\n    raise SystemExit(print('the page'))")
+    begin(waiting, num_done)
+    scores = dict.fromkeys(("auc", "sensitivity", "specificity"), 0.5)
+    card = {"round": 2, "rounds": 2, "num_nan": 1, "warning": "it answers NaN"}
+    card["by_round"] = [{"round": number, TASK: scores} for number in (1, 2)]
+    (waiting / "server" / "server_weight.json").write_text(json.dumps(card))
+    if has_page:
+        (waiting / "server" / "report.html").touch()
+    shown = run(waiting, "--no-alone")
+    assert shown.returncode == 0 and shown.stdout.endswith("\nthe page\n"), shown.stderr
+    assert re.findall("^round (.*?)(?:  .*)?$", shown.stdout, re.M) == rounds
+    log = waiting / "run_local.log"
+    assert log.read_text().startswith(server) if server else not log.exists()
+
+
+def test_an_unfinished_run_of_other_images_or_a_damaged_one_is_refused_in_a_sentence(waiting):
+    begin(waiting, 1)
+    other = run(waiting, "--seed", "1")
+    assert other.returncode == 1 and "unfinished run of other images" in other.stderr
+    (waiting / "server" / "state.json").write_text("{")
+    damaged = run(waiting)
+    assert damaged.returncode == 1
+    assert damaged.stderr.count("\n") == 1 and "--fresh" in damaged.stderr
+
+
+def test_wrong_usage_is_one_line_before_any_image_is_made(copied):
+    shown = run(copied, "--colour", "red")
+    assert shown.returncode == 2 and shown.stdout == ""
+    assert re.fullmatch(r".*--colour red; ./run_local.sh --help names the flags\n", shown.stderr)
+
+
+@pytest.mark.parametrize("folder", [".", "server"])
+def test_a_folder_in_use_is_told(folder, copied):
+    with files.alone_in(copied / folder):
+        beside = run(copied)
+    assert beside.returncode == 1 and "2/4" not in beside.stdout
+    assert "another process works in" in beside.stderr
+    assert f"(process {os.getpid()})" in beside.stderr
+
+
+@pytest.mark.parametrize(
+    "script, body, code, words",
+    [
+        ("todoClient.py", FAILING_CLIENT, 7, "client002: my last word"),
+        ("todoServer.py", "\n    raise SystemExit(print('a traceback') or 3)", 3, "a traceback"),
+    ],
+)
+def test_one_that_fails_ends_all_and_its_last_words_are_shown(waiting, script, body, code, words):
+    replace_main(waiting, script, body)
+    shown = run(waiting)
+    assert shown.returncode == code
+    assert shown.stdout.endswith(f"{words}\n") and "client001: my" not in shown.stdout
+    assert f"ended with {code}" in shown.stderr
+    until_gone(waiting)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_however_it_ends_nothing_that_it_started_goes_on(waiting, number, code):
     process = Started(COMMAND, waiting, WITH_PACKAGES)
     until(lambda: all_started(waiting), "all are started")
@@ -182,54 +222,14 @@ def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
     assert b"client002 (macula clinic)  not seen yet" in shown and b"Traceback" not in shown
-    assert b"\nstopped; the same command goes on" in shown
+    assert b"stopped; the same command goes on" in shown
+    assert b"\x1b[?25h" in shown  # the cursor is there again
     until_gone(waiting)
 
 
-def test_ctrl_c_during_the_imports_is_no_traceback(copy_of_project):
-    process = Started(COMMAND, copy_of_project, WITH_PACKAGES)
+def test_ctrl_c_during_the_imports_is_no_traceback(copied):
+    process = Started(COMMAND, copied, WITH_PACKAGES)
     maps = Path(f"/proc/{process.pid}/maps")
     until(lambda: "_multiarray_umath" in maps.read_text(), "it imports NumPy")
     process.signal(signal.SIGINT)
     assert process.wait() == 130 and "Traceback" not in process.output
-
-
-def test_one_that_fails_ends_all_and_its_last_words_are_shown(waiting):
-    replace_main(waiting, "todoClient.py", FAILING_CLIENT)
-    shown = run(waiting)
-    assert shown.returncode == 7
-    assert "client002: my last word\n" in shown.stdout and "client001: my" not in shown.stdout
-    assert "client002 ended with 7" in shown.stderr
-    until_gone(waiting)
-
-
-def test_a_server_that_ends_before_it_listens_gives_its_exit_code(waiting):
-    replace_main(waiting, "todoServer.py", "\nprint('a traceback')\nraise SystemExit(3)\n")
-    shown = run(waiting)
-    assert shown.returncode == 3 and shown.stdout.endswith("\na traceback\n")
-
-
-def test_an_unfinished_run_is_gone_on_with_or_refused_in_a_sentence(waiting):
-    state = waiting / "server" / "state.json"
-    weights = write_weights(waiting / "server" / "server_weight.h5", 1)
-    new_run(["client001", "client002"], 2, weights).save(state)
-    other = run(waiting, "--seed", "1")
-    assert other.returncode == 1 and "unfinished run of other images" in other.stderr
-    state.write_text("{")
-    damaged = run(waiting)
-    assert damaged.returncode == 1
-    assert damaged.stderr.count("\n") == 1 and "--fresh" in damaged.stderr
-    process = Started([*COMMAND, "--fresh"], waiting, WITH_PACKAGES)
-    process.wait_for("3/4 federation")
-    process.signal(signal.SIGTERM)
-    assert process.wait() == 143
-    until_gone(waiting)
-
-
-@pytest.mark.parametrize("folder", [".", "server"])
-def test_a_folder_in_use_is_told(folder, copy_of_project):
-    with files.alone_in(copy_of_project / folder):
-        beside = run(copy_of_project)
-    assert beside.returncode == 1 and "2/4" not in beside.stdout
-    assert "another process works in" in beside.stderr
-    assert f"(process {os.getpid()})" in beside.stderr
