@@ -5,6 +5,7 @@ merges, time limits, restarts, clients that leave and join, over several rounds.
 step is `test_kill.py`.
 """
 
+import hashlib
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -240,7 +241,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(known=st.booleans())
     def fetch(self, known):
-        self.fetches.append(Call(self.run.rounds.fetch, self.oracle.clients[0] if known else None))
+        client = self.oracle.clients[0] if known else None
+        self.fetches.append(Call(self.run.rounds.fetch, client))
+        if not self.oracle.hands_out:  # who does not wait any more holds nothing
+            assert end_of(Call(self.run.rounds.fetch, client, lambda: False)) == "CANCELLED"
         self.settle()
 
     @precondition(lambda self: self.deliveries)
@@ -357,7 +361,8 @@ class AnyOrder(RuleBasedStateMachine):
         if self.oracle.hands_out:
             for call in self.fetches:
                 number, sha256, file = call.result()
-                file.close()
+                with file:
+                    assert hashlib.file_digest(file, "sha256").hexdigest() == sha256
                 assert (number, sha256) == (self.oracle.round, files.sha256_of(self.run.weights))
             self.fetches = []
         assert not any(call.ended for call in [each.call for each in waiting] + self.fetches)

@@ -1,20 +1,20 @@
 """rounds: a client counts once a round, nothing accepted is lost, and no one waits for ever.
 
 With real files and the real FedAvg on tiny weights. Whether an upload counts is `test_verdict.py`;
-what comes in any order, and a crash at any publish, is `test_any_order.py`; `test_kill.py` kills
-processes.
+who waits, is answered or refused in any order of events, and whether the bits are right then, is
+`test_any_order.py`; a crash at any publish is `test_kill.py`.
 """
 
+import contextlib
 import csv
-import hashlib
 import itertools
 import threading
 
 import grpc
 import numpy as np
 import pytest
-from conftest import Call, metrics, random_tensors, read_weights, until, write_weights
-from serving import serve
+from conftest import Call, random_tensors, read_weights, until, write_weights
+from serving import refusal, serve
 
 from common import files
 from federation import rounds, status, weights
@@ -23,6 +23,7 @@ from federation.state import RunState
 from generated import todo_pb2, todo_pb2_grpc
 
 A, B, C = "client001", "client002", "client003"
+TRAINING = {"phase": "training"}
 DISK_IS_FULL = OSError(28, "No space left on device")
 OUT_OF_FILES = OSError(24, "Too many open files")
 
@@ -36,11 +37,6 @@ def refused(call, code, *words):
         assert word in caught.value.sentence
 
 
-def still_waits(call):
-    call.thread.join(0.05)
-    return not call.ended
-
-
 def all_deliver(run, **seeds):
     """All of these deliver for the open round, and are answered."""
     calls = [run.deliver(client, seed) for client, seed in seeds.items()]
@@ -48,31 +44,9 @@ def all_deliver(run, **seeds):
         call.result()
 
 
-def state_on_disk(run):
-    return RunState.load(run.folder / "state.json")
-
-
 def rows_of(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def has_result(run, client):
-    """It says its last word: that it has the result."""
-    run.rounds.hear(client, "run0", run.rounds.state.rounds + 1, {"phase": "done"}, {})
-
-
-def gate(run, name):
-    """Holds run.merge or run.evaluate: (entered, opened) events."""
-    entered, opened, inner = threading.Event(), threading.Event(), getattr(run, name)
-
-    def held(*arguments):
-        entered.set()
-        assert opened.wait(60)
-        return inner(*arguments)
-
-    setattr(run, name, held)
-    return entered, opened
 
 
 def fail_with(error):
@@ -82,24 +56,25 @@ def fail_with(error):
     return fail
 
 
-def patch_publish(monkeypatch, publish):
-    for module in (files, rounds):
-        monkeypatch.setattr(module, "publish", publish)
-
-
-def full_disk_for(name):
-    """A publish that fails for files of this name."""
+@contextlib.contextmanager
+def publish_fails(monkeypatch, error, fails, when="before"):
+    """Publishing fails where fails(path) says so, "before" or "after" the file is there."""
     inner = files.publish
 
     def publish(written, path):
-        if path.name == name:
-            raise DISK_IS_FULL
-        inner(written, path)
+        it_fails = fails(path)
+        if not it_fails or when == "after":
+            inner(written, path)
+        if it_fails:
+            raise error
 
-    return publish
+    with monkeypatch.context() as patch:
+        for module in (files, rounds):
+            patch.setattr(module, "publish", publish)
+        yield patch
 
 
-# --- the barrier ---------------------------------------------------------------------------------
+# --- uploads -------------------------------------------------------------------------------------
 
 
 def test_the_order_of_arrival_gives_the_same_bits(make_run):
@@ -116,104 +91,44 @@ def test_the_order_of_arrival_gives_the_same_bits(make_run):
         assert not any(tensor.any() for tensor in read_weights(run.weights))
 
 
-def test_answers_and_the_result_come_only_after_evaluation_and_history(make_run):
-    run = make_run(clients=[A], rounds=1)
-    entered, opened = gate(run, "evaluate")
-    call = run.deliver(A, 1)
-    assert entered.wait(60)
-    assert state_on_disk(run).round == 2 and run.holds((A, 1, 1))
-    fetch = Call(run.rounds.fetch, A)
-    assert still_waits(call) and still_waits(fetch)
-    opened.set()
-    call.result()
-    number, _, file = fetch.result()
-    file.close()
-    assert number == 2 and state_on_disk(run).is_over
-    assert len(rows_of(run.folder / "history.csv")) == 1
-
-
-# --- repeats and replacements --------------------------------------------------------------------
-
-
-def test_nobody_fetches_old_weights_under_a_new_number(make_run):
-    run = make_run(clients=[A])
-    old = files.sha256_of(run.weights)
-    number, digest, file = run.rounds.fetch(A)
-    assert (number, digest) == (1, old)
-    entered, opened = gate(run, "merge")
-    call = run.deliver(A, 1)
-    assert entered.wait(60)
-    fetch = Call(run.rounds.fetch, None)
-    gone = Call(run.rounds.fetch, None, lambda: False)
-    refused(gone, "CANCELLED")
-    assert still_waits(fetch)
-    opened.set()
-    number, digest, newer = fetch.result()
-    with file, newer:
-        assert (number, digest) == (2, files.sha256_of(run.weights))
-        assert hashlib.sha256(newer.read()).hexdigest() == digest
-        # A download that began before goes on with its own file.
-        assert hashlib.sha256(file.read()).hexdigest() == old
-    call.result()
-
-
-@pytest.mark.parametrize("seed", [1, 9])
-def test_a_late_delivery_whose_caller_has_gone_changes_nothing(make_run, seed):
+def test_a_late_delivery_whose_caller_has_gone_changes_nothing(make_run):
     run = make_run(clients=[A, B])
     replaced = run.delivered(A, 8)
     waiting = run.delivered(A, 1, num_examples=5)
     refused(replaced, "ABORTED")
-    refused(run.deliver(A, seed, num_examples=5, alive=lambda: False), "CANCELLED")
-    entered, opened = gate(run, "merge")
-    last = run.deliver(B, 2)
-    assert entered.wait(60)
-    refused(run.deliver(A, 1, alive=lambda: False), "CANCELLED")  # a repeat of what is merged
-    opened.set()
-    last.result()
+    refused(run.deliver(A, 9, alive=lambda: False), "CANCELLED", "its earlier upload stays")
+    run.deliver(B, 2).result()
     waiting.result()
     assert run.holds((A, 5, 1), (B, 1, 2))
 
 
-@pytest.mark.parametrize("name", ["state.json", "client_weights.h5"])
-def test_an_upload_that_could_not_be_stored_leaves_the_round_unharmed(make_run, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "when", "can_look", "counts"),
+    [
+        ("state.json", "before", True, "old"),
+        ("client_weights.h5", "before", True, "old"),
+        ("client_weights.h5", "after", True, "new"),
+        ("client_weights.h5", "after", False, "none"),  # until it is seen which file is there
+    ],
+)
+def test_an_upload_that_could_not_be_stored_counts_as_what_its_file_is(
+    make_run, monkeypatch, name, when, can_look, counts
+):
     run = make_run(clients=[A, B])
-    waiting = run.delivered(A, 1)
-    with monkeypatch.context() as patch:
-        patch_publish(patch, full_disk_for(name))
-        for client in (A, B):
-            with pytest.raises(OSError, match="No space"):
-                run.deliver(client, 5).result()
-    assert set(run.rounds.uploads) == {A} and not waiting.ended
-    run.deliver(B, 2).result()
-    waiting.result()
-    assert run.holds((A, 1, 1), (B, 1, 2))
-
-
-@pytest.mark.parametrize("can_look", [True, False])
-def test_a_rename_that_was_done_though_publishing_failed(make_run, monkeypatch, can_look):
-    """The new upload counts as what it is; where that cannot be seen, none until the next one."""
-    run, inner = make_run(clients=[A, B]), files.publish
-    run.delivered(A, 1, num_examples=5)
-
-    def publish(written, path):
-        inner(written, path)
-        if path.name == "client_weights.h5":
-            raise OUT_OF_FILES
-
-    with monkeypatch.context() as patch:
-        patch_publish(patch, publish)
+    waiting = run.delivered(A, 1, num_examples=5)
+    with publish_fails(monkeypatch, OUT_OF_FILES, lambda path: path.name == name, when) as patch:
         if not can_look:
             patch.setattr(rounds, "sha256_of", fail_with(OUT_OF_FILES))
         with pytest.raises(OSError, match="Too many"):
             run.deliver(A, 9, num_examples=50).result()
-    assert [each["num_examples"] for each in run.rounds.uploads.values()] == [50] * can_look
-    if not can_look:
-        run.delivered(A, 9, num_examples=50)
+    there = [each["num_examples"] for each in run.rounds.uploads.values()]
+    assert there == {"old": [5], "new": [50], "none": []}[counts] and not waiting.ended
+    run.restart()
     run.deliver(B, 2).result()
-    assert run.holds((A, 50, 9), (B, 1, 2))
+    assert run.holds((A, 5, 1) if counts == "old" else (A, 50, 9), (B, 1, 2))
 
 
-# --- limits --------------------------------------------------------------------------------------
+# --- while a round is waited for, and closed -----------------------------------------------------
 
 
 class Clock:
@@ -237,21 +152,6 @@ def clock(monkeypatch):
     return clock
 
 
-def test_at_the_limit_those_who_are_there_are_merged_and_the_missing_named(make_run, clock):
-    run = make_run(clients=[A, B, C], min_clients=2, round_timeout_s=60)
-    calls = [run.delivered(C, 3, num_examples=4), run.delivered(A, 1)]
-    clock.move(59, run)
-    assert all(map(still_waits, calls))
-    clock.move(1, run)
-    for call in calls:
-        call.result()
-    assert run.holds((A, 1, 1), (C, 4, 3))
-    [row] = rows_of(run.folder / "history.csv")
-    assert (row["clients"], row["missing"], row["num_examples"]) == ("2", B, "5")
-    assert any(f"without {B}" in line for line in run.said)
-    run.deliver(C, 3, num_examples=4, round_number=1).result()  # it counted
-
-
 def test_the_log_says_for_whom_it_waits(make_run, clock):
     run = make_run(clients=[A, B, C])
     run.delivered(A, 1)
@@ -262,31 +162,44 @@ def test_the_log_says_for_whom_it_waits(make_run, clock):
         assert words in run.said[-1]
 
 
-# --- restarts ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("step", ["merge", "evaluate", "history.csv", "state.json"])
-def test_a_round_that_cannot_be_closed_ends_everyones_wait(make_run, monkeypatch, step):
+def test_a_merge_that_fails_ends_everyones_wait_and_a_start_merges_the_same_uploads(make_run):
     run = make_run(clients=[A, B])
-    with monkeypatch.context() as patch:
-        if step in ("merge", "evaluate"):
-            patch.setattr(run, step, fail_with(DISK_IS_FULL))
-        else:
-            fill = full_disk_for(step)
-            patch.setattr(run, "evaluate", lambda: patch_publish(patch, fill) or metrics())
-        for call in [run.deliver(A, 1), run.deliver(B, 2)]:
-            refused(call, "INTERNAL", "round 1 could not be closed", "No space left")
-        with pytest.raises(OSError, match="No space"):
-            run.coordinator.result()
-        refused(Call(run.rounds.fetch, A), "INTERNAL")
-    assert not state_on_disk(run).history and not list(run.folder.glob(".*.tmp*"))
+    run.merge = fail_with(DISK_IS_FULL)
+    for call in [run.deliver(A, 1), run.deliver(B, 2), Call(run.rounds.fetch, A)]:
+        refused(call, "INTERNAL", "round 1 could not be closed", "No space left")
+    with pytest.raises(OSError, match="No space"):
+        run.coordinator.result()
+    run.merge = run.average
+    path = run.rounds.upload_path(B)
+    delivered = path.read_bytes()
+    write_weights(path, 7)
+    with pytest.raises(ValueError, match=f"the weights of {B} in .* --fresh"):
+        run.start()
+    path.write_bytes(delivered)
     run.start()
-    run.deliver(A, 1, round_number=1).result()
     assert run.holds((A, 1, 1), (B, 1, 2))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_step_for_which_no_file_could_be_opened_is_done_again(
+    make_run, monkeypatch, number, when
+):
+    run, published = make_run(clients=[A], rounds=1), itertools.count(1)
+    monkeypatch.setattr(rounds, "RETRY_S", 0.001)
+
+    def fails(_):
+        is_coordinator = threading.current_thread() is run.coordinator.thread
+        return is_coordinator and next(published) == number
+
+    with publish_fails(monkeypatch, OUT_OF_FILES, fails, when):
+        run.deliver(A, 1).result()
+        run.coordinator.result()
+    assert run.holds((A, 1, 1)) and "trying again" in str(run.said)
     assert len(rows_of(run.folder / "history.csv")) == 1
+    [row] = rows_of(run.folder / "clients.csv")
     # a merge that is repeated may not see what the clients fetched
-    lengths = [row["update_length"] for row in rows_of(run.folder / "clients.csv")]
-    assert len(lengths) == 2 and all(lengths) == (step != "merge")
+    assert bool(row["update_length"]) == (number not in (2, 3))
 
 
 def test_a_signal_ends_a_server_that_is_out_of_open_files(make_run):
@@ -299,34 +212,7 @@ def test_a_signal_ends_a_server_that_is_out_of_open_files(make_run):
     refused(run.coordinator, "UNAVAILABLE")
 
 
-def test_a_frozen_upload_that_is_gone_is_an_error_that_names_it(make_run):
-    run = make_run(clients=[A, B])
-    run.merge = fail_with(DISK_IS_FULL)
-    for call in [run.deliver(A, 1), run.deliver(B, 2)]:
-        refused(call, "INTERNAL")
-    write_weights(run.rounds.upload_path(B), 7)
-    with pytest.raises(ValueError, match=f"the weights of {B} in .* --fresh"):
-        run.start()
-
-
-# --- what is known of a round --------------------------------------------------------------------
-
-
-def test_the_best_round_is_published_before_the_history_and_kept(make_run):
-    run = make_run(clients=[A], rounds=2)
-    seen = []
-
-    def publish_result(state, row):
-        rows = len(rows_of(run.folder / "history.csv"))
-        seen.append((row["round"], state.evaluated, rows, state.best))
-        return {"round": row["round"], "auc": 0.5, "sha256": state.weights_sha256}, "AUC 0.5"
-
-    run.rounds.publish_result = publish_result
-    all_deliver(run, client001=1)
-    first = state_on_disk(run).best
-    assert first == {"round": 1, "auc": 0.5, "sha256": state_on_disk(run).weights_sha256}
-    all_deliver(run, client001=2)
-    assert seen == [(1, 0, 0, None), (2, 1, 1, first)]
+# --- clients.csv ---------------------------------------------------------------------------------
 
 
 def test_what_the_clients_measured_is_in_clients_csv_once_its_round_is_evaluated(
@@ -334,17 +220,14 @@ def test_what_the_clients_measured_is_in_clients_csv_once_its_round_is_evaluated
 ):
     run = make_run(clients=[A, B], rounds=1)
     path = run.folder / "clients.csv"
-    run.rounds.hear(A, "run0", 1, {"phase": "training"}, {"auc": 0.5, "examples": 4})
-    run.rounds.hear(A, "run0", 2, {"phase": "training"}, {"auc": 0.1})  # of no open round
-    run.rounds.hear(B, "other", 1, {"phase": "training"}, {"auc": 0.1})  # of another run
+    run.rounds.hear(A, "run0", 1, TRAINING, {"auc": 0.5, "examples": 4})
     run.delivered(A, 1, num_examples=3)
     assert not path.exists()
     run.deliver(B, 2).result()
     run.coordinator.result()
     for _ in range(2):  # of the result; said twice it is there once
         run.rounds.hear(B, "run0", 2, {"phase": "scoring"}, {"auc": 0.75})
-    with monkeypatch.context() as patch:
-        patch_publish(patch, full_disk_for("clients.csv"))
+    with publish_fails(monkeypatch, DISK_IS_FULL, lambda path: True):
         with pytest.raises(OSError, match="No space"):
             run.rounds.hear(A, "run0", 2, {"phase": "done"}, {"auc": 0.25})
     assert run.rounds.done_clients == {A}  # its last word counts all the same
@@ -354,6 +237,24 @@ def test_what_the_clients_measured_is_in_clients_csv_once_its_round_is_evaluated
         ["0", B, "1", "", ""],
         ["1", B, "", "0.75", ""],
     ]
+
+
+@pytest.mark.parametrize("spoiled", [None, "round;client\n0;client001\n"])
+def test_a_clients_csv_that_lacks_a_round_is_made_up_for_once(make_run, spoiled):
+    """The crash came after the commit of the evaluation; or a person's program wrote the file."""
+    run = make_run(clients=[A], rounds=2)
+    path = run.folder / "clients.csv"
+    run.rounds.hear(A, "run0", 1, TRAINING, {"auc": 0.5})
+    all_deliver(run, client001=1)
+    until(path.exists, "the row of round 1")
+    path.unlink()
+    if spoiled:
+        path.write_text(spoiled)
+    for _ in range(2):
+        run.restart()
+        assert [(row["round"], row["auc"]) for row in rows_of(path)] == [("0", "0.5")]
+    aside = list(run.folder.glob("clients-not-read-*.csv"))
+    assert [each.read_text() for each in aside] == ([spoiled] if spoiled else [])
 
 
 def test_whose_update_pulls_where_is_kept_and_what_stands_out_is_said(make_run):
@@ -377,59 +278,32 @@ def test_whose_update_pulls_where_is_kept_and_what_stands_out_is_said(make_run):
         assert f"round {number}: warning: {client}" in line and words in line
     found = [row for row in rows_of(run.folder / "clients.csv") if row["client"] == B]
     assert [(row["update_length"], row["update_cosine"]) for row in found] == [
-        ("1.5", "-0.1"),
-        ("1.5", "-0.2"),
-        ("0.0", ""),
-        ("1.5", "-0.2"),
+        (str(length), "" if cosine is None else str(cosine)) for length, cosine in of_b
     ]
     [*_, last] = status.status_of(run.rounds)["clients"]
     assert (last["update_length"], last["update_cosine"]) == (1.0, -0.25)
-
-
-@pytest.mark.parametrize("spoiled", [None, "round;client\n0;client001\n", '"' + 200_000 * "x"])
-def test_a_clients_csv_that_lacks_a_round_is_made_up_for_once(make_run, spoiled):
-    """The crash came after the commit of the evaluation; or a person's program wrote the file."""
-    run = make_run(clients=[A], rounds=2)
-    path = run.folder / "clients.csv"
-    run.rounds.hear(A, "run0", 1, {"phase": "training"}, {"auc": 0.5})
-    all_deliver(run, client001=1)
-    until(path.exists, "the row of round 1")
-    path.unlink()
-    if spoiled:
-        path.write_text(spoiled)
-    for _ in range(2):
-        run.restart()
-        assert [(row["round"], row["auc"]) for row in rows_of(path)] == [("0", "0.5")]
-    aside = list(run.folder.glob("clients-not-read-*.csv"))
-    assert [each.read_text() for each in aside] == ([spoiled] if spoiled else [])
 
 
 # --- the end, and what comes after it ------------------------------------------------------------
 
 
 def test_the_end_waits_for_every_client_as_long_as_one_moves(make_run, clock):
-    run, present = make_run(clients=[A, B], rounds=1), [True]
-    gone = run.delivered(A, 1, alive=lambda: present[0])
-    present[0] = False
-    run.rounds.wake()
-    refused(gone, "CANCELLED", "counts")
-    run.deliver(B, 2).result()
+    run = make_run(clients=[A, B], rounds=1)
+    all_deliver(run, client001=1, client002=2)  # an answer is not the result
     run.coordinator.result()
-    assert run.holds((A, 1, 1), (B, 1, 2))
     ending = Call(run.rounds.wait_until_all_done, 30)
     until(lambda: "waiting until every client" in run.said[-1], "the end")
-    run.deliver(A, 1, round_number=1).result()  # an answer is not the result
-    has_result(run, B)
+    run.rounds.hear(B, "run0", 2, {"phase": "done"}, {})
     clock.now += 29
     run.rounds.note_progress()
     clock.move(29, run)
-    assert still_waits(ending)
+    ending.thread.join(0.05)
+    assert not ending.ended
     clock.move(1, run)
     ending.result()
     assert f"{A} has not said that it has the result" in run.said[-1]
-    ending = Call(run.rounds.wait_until_all_done, 30)
-    has_result(run, A)
-    ending.result()
+    run.rounds.hear(A, "run0", 2, {"phase": "done"}, {})
+    Call(run.rounds.wait_until_all_done, 30).result()
 
 
 def test_an_old_peer_has_all_that_it_can_use_with_its_last_answer(make_run):
@@ -443,28 +317,20 @@ def test_an_old_peer_has_all_that_it_can_use_with_its_last_answer(make_run):
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_who_leaves_is_not_counted_and_its_upload_is_moved_aside(make_run, monkeypatch, killed):
-    run = make_run(clients=[A, B, C], rounds=3)
-    all_deliver(run, client001=1, client002=2, client003=3)
-    run.delivered(A, 4)
-    run.delivered(C, 6)
+    run = make_run(clients=[A, B], rounds=1)
+    run.delivered(B, 6)
     run.stop()
     if killed:  # between the move and the state
-        with monkeypatch.context() as patch:
-            patch_publish(patch, full_disk_for("state.json"))
+        with publish_fails(monkeypatch, DISK_IS_FULL, lambda path: path.name == "state.json"):
             with pytest.raises(OSError, match="No space"):
-                run.start(clients=[A, B])
-        assert state_on_disk(run).clients == [A, B, C]
-    run.start(clients=[A, B])
-    aside = run.folder / C / "client_weights-not-counted-1.h5"
-    assert [*(run.folder / C).iterdir()] == [aside]
+                run.start(clients=[A])
+    run.start(clients=[A])
+    [aside] = (run.folder / B).iterdir()
+    assert aside.name == "client_weights-not-counted-1.h5"
     assert aside.read_bytes() == write_weights(run.folder / "six.h5", 6).read_bytes()
     run.restart()  # who takes part is kept without the flag
-    run.deliver(B, 5).result()
-    assert run.holds((A, 1, 4), (B, 1, 5))
-    run.restart(clients=[A, B, C])  # it may join again
-    all_deliver(run, client001=7, client002=8, client003=9)
-    assert run.holds((A, 1, 7), (B, 1, 8), (C, 1, 9))
-    assert [row["clients"] for row in state_on_disk(run).history] == [3, 2, 3]
+    run.deliver(A, 5).result()
+    assert run.holds((A, 1, 5))
 
 
 def test_who_left_gets_its_last_answer_and_no_more(make_run):
@@ -475,21 +341,16 @@ def test_who_left_gets_its_last_answer_and_no_more(make_run):
     server, address = serve(run.rounds)
     stub = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
 
-    def sends(client, seed, number):
+    def sends(seed, number):
         path = write_weights(run.folder / f"{seed}.h5", seed)
-        metadata = [("fedml-client", client), ("fedml-run", "run0"), ("fedml-round", str(number))]
-        return stub.sendWeight(weights.blob_messages(path, client, 1), metadata=metadata)
+        metadata = [("fedml-client", B), ("fedml-run", "run0"), ("fedml-round", str(number))]
+        return stub.sendWeight.future(weights.blob_messages(path, B, 1), metadata=metadata)
 
-    assert sends(B, 2, 1).value == 1
-    for call in (
-        lambda: sends(B, 5, 1),
-        lambda: sends(B, 5, 2),
-        lambda: sends("client009", 5, 2),
-        lambda: list(stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", B)])),
-    ):
-        with pytest.raises(grpc.RpcError, match="--clients") as caught:
-            call()
-        assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+    assert sends(2, 1).result().value == 1
+    fetches = stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", B)])
+    for call in (sends(5, 2), fetches):
+        code, sentence = refusal(call)
+        assert code == "PERMISSION_DENIED" and "--clients" in sentence
     server.stop(0).wait()
 
 
@@ -498,4 +359,4 @@ def test_other_clients_are_refused_where_they_cannot_be(make_run):
     all_deliver(run, client001=1, client002=2)
     with pytest.raises(ValueError, match="all 1 rounds .* are over.*give more --rounds"):
         run.rounds.change_clients([A])
-    assert run.rounds.state.clients == [A, B]
+    assert RunState.load(run.folder / "state.json").clients == [A, B]
