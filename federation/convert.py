@@ -26,7 +26,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from federation import weights
@@ -46,9 +45,6 @@ TOO_EXPENSIVE = (
 )
 
 PLACES = threading.Semaphore(MOST_PROCESSES)
-# The kernel ends the process when the *thread* that started it ends, and gRPC's threads come and
-# go. So all are started by this one, which lasts as long as its process.
-STARTER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starts-converters")
 
 
 def convert(path, layout, is_awaited=lambda: True):
@@ -104,27 +100,19 @@ def _run(path, is_awaited):
     """(exit code, what it said) of one process. Raises ChildProcessError."""
     size = os.path.getsize(path)
     cpu_s = CPU_S + size // 20_000_000
-    task = {
-        "path": str(Path(path).absolute()),
-        "cpu_s": cpu_s,
-        "memory_bytes": MEMORY_BYTES + 2 * size,
-        "parent": os.getpid(),
-    }
     try:
-        process = STARTER.submit(_start).result()
-    except (OSError, RuntimeError) as error:
+        process = _start(Path(path).absolute(), cpu_s, MEMORY_BYTES + 2 * size)
+    except OSError as error:
         raise ChildProcessError(f"no process could be started for it: {error}") from None
-    unsent = json.dumps(task)
     until = time.monotonic() + WALL_S + 4 * cpu_s
     try:
         while time.monotonic() < until:
             try:
-                answer, _ = process.communicate(unsent, timeout=LOOK_EVERY_S)
+                answer, _ = process.communicate(timeout=LOOK_EVERY_S)
                 return process.returncode, answer
             except subprocess.TimeoutExpired:
-                unsent = None  # communicate() goes on where it was
-            if not is_awaited():
-                raise ChildProcessError("nobody waits for it any more")
+                if not is_awaited():
+                    raise ChildProcessError("nobody waits for it any more") from None
         # its processor time would have ended it long before
         raise ChildProcessError("the process that reads it stands still")
     finally:
@@ -132,12 +120,12 @@ def _run(path, is_awaited):
         process.wait()
 
 
-def _start():
+def _start(path, cpu_s, memory_bytes):
     return subprocess.Popen(
         # -P: no module is imported from the folder that the script was started in
-        [sys.executable, "-P", "-m", "federation.convert"],
+        [sys.executable, "-P", "-m", "federation.convert", path, str(cpu_s), str(memory_bytes)],
         text=True,
-        stdin=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         # one thread: NumPy's others would only take address space
@@ -149,15 +137,13 @@ def _start():
 # --- the process --------------------------------------------------------------------------------
 
 
-def main():
-    """The task as JSON on stdin; on stdout the tensors, or a sentence that says what is wrong."""
-    task = json.load(sys.stdin)
-    end_with(task["parent"])
-    set_bounds(task["cpu_s"], task["memory_bytes"])
+def main(path, cpu_s, memory_bytes):
+    """Prints, as JSON, where the tensors of a file lie, or a sentence that says what is wrong."""
+    set_bounds(int(cpu_s), int(memory_bytes))
     tensors, layers, problem = [], None, None
     try:
-        tensors = weights.tensors_of(task["path"])
-        layers = weights.layers_of(task["path"])
+        tensors = weights.tensors_of(path)
+        layers = weights.layers_of(path)
     except ValueError as error:
         problem = str(error)
     except MemoryError:
@@ -165,15 +151,10 @@ def main():
     print(json.dumps({"tensors": tensors, "layers": layers, "problem": problem}))
 
 
-def end_with(parent):
-    """Ask the kernel for SIGKILL when the parent ends, however it ends and whatever we do then."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
-        os._exit(1)
-
-
 def set_bounds(cpu_s, memory_bytes):
     """Limits that the kernel keeps, because HDF5 does not come back to us while it is busy."""
+    # It ends with the thread that started it, and that one waits for it as long as its process is.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     used = resource.getrusage(resource.RUSAGE_SELF)
     until_s = int(used.ru_utime + used.ru_stime) + 1 + cpu_s
     # SIGXCPU comes at the soft limit; SIGKILL at the hard one, should the first not end it
@@ -187,4 +168,4 @@ def set_bounds(cpu_s, memory_bytes):
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

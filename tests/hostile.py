@@ -40,25 +40,26 @@ def one_text_many_times(path, megabytes=0.9, names=4000):
 
 
 def replace_converter(monkeypatch, folder, code):
-    """The bounded process runs `code` before it reads its task; its program lies in `folder`."""
+    """The bounded process runs `code` before all else; its program lies in `folder`."""
     program = folder / "converter_of_the_test.py"
     program.write_text(
         f"""
-import json, os, signal, sys, time
+import ctypes, json, os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from federation import convert, weights
-convert.end_with(os.getppid())  # or it would outlive a test run that is killed
+# or it would outlive a test run that is killed
+ctypes.CDLL(None).prctl(convert.PR_SET_PDEATHSIG, signal.SIGKILL)
 {code}
-convert.main()
+convert.main(*sys.argv[1:])
 """
     )
 
-    def start():
+    def start(path, cpu_s, memory_bytes):
         return subprocess.Popen(
-            [sys.executable, str(program)],
+            [sys.executable, str(program), path, str(cpu_s), str(memory_bytes)],
             cwd=folder,  # where a test looks for it
             text=True,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
