@@ -42,7 +42,7 @@ import model
 from common import files
 from federation import service, status, tls, weights
 from federation.rounds import Refused, Rounds, TooFewClients
-from federation.state import RunState, file_sha256_of
+from federation.state import RunState
 from generated import todo_pb2_grpc
 from reporting import card as cards
 from reporting import metrics
@@ -477,7 +477,7 @@ class Evaluator:
                 continue
             # A client may have delivered for the next round by now. That takes a digest of the
             # whole file, so only where there is something to tell.
-            if files.sha256_of(path) == file_sha256_of(state.counted[client]):
+            if files.sha256_of(path) == state.counted[client]["file_sha256"]:
                 suspects.append(client)
         if suspects:
             line += (

@@ -31,7 +31,7 @@ from pathlib import Path
 from common import log
 from common.files import first_free, publish, publish_rows, sha256_of
 from federation import status
-from federation.state import HISTORY_COLUMNS, file_sha256_of
+from federation.state import HISTORY_COLUMNS
 
 REPORT_EVERY_S = 30  # how often the server says for whom it waits
 RETRY_S = 1  # how soon a step is tried again for which no file could be opened
@@ -222,7 +222,7 @@ class Rounds:
         for client, uploads in self.state.uploads.items():
             sha256 = sha256_of(self.upload_path(client))
             for upload in uploads:
-                if file_sha256_of(upload) == sha256:
+                if upload["file_sha256"] == sha256:
                     found[client] = upload
         return found
 
@@ -518,9 +518,11 @@ class Rounds:
         leave a file that no entry names: an upload lost that was there before.
         """
         client = upload.client
-        new = {"num_examples": upload.num_examples, "sha256": upload.sha256}
-        if upload.file_sha256 != upload.sha256:
-            new["file_sha256"] = upload.file_sha256
+        new = {
+            "num_examples": upload.num_examples,
+            "sha256": upload.sha256,
+            "file_sha256": upload.file_sha256,
+        }
         old = self.uploads.get(client)
         # What it measured was told once, maybe to a server before this.
         scores = self.scores.get(client) or (old or {}).get("scores")

@@ -53,11 +53,6 @@ HISTORY_COLUMNS = (
 ).split(",")
 
 
-def file_sha256_of(upload):
-    """SHA-256 of what lies in an upload's file; an entry without it was stored as it was sent."""
-    return upload.get("file_sha256", upload["sha256"])
-
-
 @dataclass(frozen=True)
 class RunState:
     """One state of a run. `changed` makes the next one; `save` and `load` are the JSON file."""
@@ -92,9 +87,9 @@ class RunState:
 
     # Accepted uploads of the open round: {client: [upload, ...]}, an upload being
     # {"num_examples": 300, "sha256": of what was sent, "file_sha256": of what lies in its file,
-    # "scores": what the client measured}.
-    # The two SHA-256 differ, and the second is there, only where another layout was converted: the
-    # first recognises what a client sends again, the second finds the file after a crash.
+    # "scores": what the client measured; left out where it measured nothing}.
+    # The two SHA-256 differ only where another layout was converted: the first recognises what a
+    # client sends again, the second finds the file after a crash.
     # A list, because both are named here while a newer upload replaces an older one: the file
     # client001/client_weights.h5 is one of them, and its SHA-256 says which.
     uploads: dict = field(default_factory=dict)
@@ -174,7 +169,8 @@ UPLOAD_KINDS = {
     "update_cosine": OPTIONAL_NUMBER,
     "rounds_against": (int,),
 }
-NO_UPLOAD = {**dict.fromkeys(UPLOAD_KINDS), "file_sha256": "", "scores": {}, "rounds_against": 0}
+# ... and what an upload may leave out
+OPTIONAL = {"update_length": None, "update_cosine": None, "rounds_against": 0, "scores": {}}
 MERGED_KINDS = {"round": (int,), "clients": (int,), "missing": (str,), "num_examples": (int,)}
 # a metric is None where it cannot be measured
 ROW_KINDS = {**dict.fromkeys(HISTORY_COLUMNS, OPTIONAL_NUMBER), **MERGED_KINDS}
@@ -221,7 +217,7 @@ def _problem_of(state):
 
 
 def _is_upload(entry):
-    entry = {**NO_UPLOAD, **(entry if isinstance(entry, dict) else {})}
+    entry = {**OPTIONAL, **(entry if isinstance(entry, dict) else {})}
     scores = entry.pop("scores")
     return (
         _holds(entry, UPLOAD_KINDS)

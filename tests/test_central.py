@@ -151,7 +151,8 @@ def test_a_merged_model_that_answers_nan_is_no_model(here, monkeypatch, capsys):
                 for _, name, dataset in weights.datasets(file):
                     if name.endswith("norm5/moving_variance"):
                         dataset[...] = -100
-        uploads[client] = [{"num_examples": 10, "sha256": files.sha256_of(path)}]
+        digest = files.sha256_of(path)
+        uploads[client] = [{"num_examples": 10, "sha256": digest, "file_sha256": digest}]
     state = state.changed(uploads=uploads, frozen=state.clients)
     todoServer.open_rounds(arguments, state, evaluator)
     line = next(line for line in said if line.startswith("round 1/1"))

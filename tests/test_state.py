@@ -13,7 +13,7 @@ from federation.state import RunState
 
 A = "client001"
 GONE = object()
-UPLOAD = {"num_examples": 1, "sha256": "x"}
+UPLOAD = {"num_examples": 1, "sha256": "x", "file_sha256": "x"}
 COUNTED = {"round": 1, **UPLOAD}
 ROW = {"round": 1, "clients": 1, "missing": "", "num_examples": 1, "seconds": 1.0, **metrics()}
 
