@@ -57,7 +57,7 @@ def convert(path, layout, is_awaited=lambda: True):
 
 
 def contents_of(path, is_awaited=lambda: True):
-    """Of a file from outside: ([weights.Tensor] in Keras's order, what `weights.layers_of` gives).
+    """`weights.contents_of` a file from outside, which a process of its own reads.
 
     is_awaited  is_awaited() says whether anybody still waits for the result
 
@@ -142,8 +142,7 @@ def main(path, cpu_s, memory_bytes):
     set_bounds(int(cpu_s), int(memory_bytes))
     tensors, layers, problem = [], None, None
     try:
-        tensors = weights.tensors_of(path)
-        layers = weights.layers_of(path)
+        tensors, layers = weights.contents_of(path)
     except ValueError as error:
         problem = str(error)
     except MemoryError:

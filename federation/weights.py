@@ -202,14 +202,21 @@ class Tensor(NamedTuple):
 
 
 def tensors_of(path):
-    """[Tensor] of a weight file, in Keras's order: HDF5 reads it, so it must be trusted.
+    """[Tensor] of a weight file, as `contents_of` reads it."""
+    return contents_of(path)[0]
 
-    A file from outside is read by the bounded process of `convert.contents_of`.
+
+def contents_of(path):
+    """([Tensor] in Keras's order, `digest_of_layers`) of a weight file.
+
+    HDF5 reads it, so it must be trusted. A file from outside is read by a bounded process, which
+    calls this: `convert.contents_of`.
     Raises ValueError where it is no whole weight file, OSError for faults of this machine.
     """
     try:
         with h5py.File(path, "r") as file:
-            return [_tensor_of(*each) for each in datasets(file)]
+            tensors = [_tensor_of(*each) for each in datasets(file)]
+            return tensors, digest_of_layers(file.attrs.get("model_config"))
     except (ValueError, MemoryError):
         raise
     # HDF5 reports damage in many classes of exceptions; all of them mean the same here
@@ -223,25 +230,13 @@ def tensors_of(path):
         ) from None
 
 
-def layers_of(path):
-    """A digest of the layers that a file says its model has (`digest_of_layers`); None: says none.
-
-    HDF5 reads the file, as in `tensors_of`.
-    """
-    try:
-        with h5py.File(path, "r") as file:
-            model_config = file.attrs.get("model_config")
-    except Exception:  # as in `tensors_of`, which tells what is wrong with a file
-        return "unreadable"
-    return None if model_config is None else digest_of_layers(model_config)
-
-
 def digest_of_layers(model_config):
     """Of the layers of a model in Keras's JSON: their classes and settings, but not their names.
 
     Files of networks with and without a layer that has no weights load into each other in silence;
     this tells them apart. Settings that are switches, or made of parts (initializers, types), are
     left out: these differ between versions of Keras, and by what is frozen.
+    None where a file does not say its model's layers (None), or not in this form.
     """
     try:
         layers = [
@@ -256,7 +251,7 @@ def digest_of_layers(model_config):
             for layer in json.loads(model_config)["config"]["layers"]
         ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return "unreadable"
+        return None
     return hashlib.sha256(json.dumps(layers).encode()).hexdigest()
 
 
@@ -421,7 +416,7 @@ class Layout:
     """What lies where in the server's own weight file, and so in every file of its run.
 
     tensors    [Tensor], in Keras's order; `in_file_order` as they follow each other in the file
-    layers     digest of the layers that it describes, from `layers_of`; None: not known
+    layers     digest of the layers that it describes, from `digest_of_layers`
     outside    [(begin, bytes)]: all that lies between the tensors, before and behind them
     size       of the file, in bytes
     """
@@ -429,14 +424,16 @@ class Layout:
     def __init__(self, path, tensors=None, layers=None):
         """Describe the file `path`.
 
-        tensors  where they lie in it; None: the file is trusted, and HDF5 reads it here
+        tensors  where they lie in it; None: the file is trusted, and HDF5 reads both here
         Raises ValueError where it has no plain tensors.
         """
         try:
-            self.tensors = tensors_of(path) if tensors is None else tensors
-            check_places(path, self.tensors)
+            if tensors is None:
+                tensors, layers = contents_of(path)
+            check_places(path, tensors)
         except ValueError as error:
             raise ValueError(f"{path} cannot be used: {error}") from None
+        self.tensors = tensors
         self.in_file_order = sorted(self.tensors, key=lambda tensor: tensor.begin)
         self.layers = layers
         self.size = os.path.getsize(path)

@@ -89,7 +89,7 @@ def test_a_small_file_that_costs_much_is_refused_at_a_bounded_price(
 
 
 DIE = "os.kill(os.getpid(), signal.{})"
-FOR_EVER = "weights.tensors_of = lambda path: max(iter(int, 1))"
+FOR_EVER = "weights.contents_of = lambda path: max(iter(int, 1))"
 SAYS = "print({!r}); sys.exit()"
 
 
@@ -97,11 +97,11 @@ SAYS = "print({!r}); sys.exit()"
     ("code", "failure", "sentence"),
     [
         (FOR_EVER, ValueError, "cannot be read within"),
-        ("weights.tensors_of = lambda path: bytearray(300_000_000)", ValueError, "cannot be read"),
+        ("weights.contents_of = lambda path: bytearray(300_000_000)", ValueError, "cannot be read"),
         (DIE.format("SIGSEGV"), ValueError, "crashed, twice"),
         (DIE.format("SIGKILL"), ChildProcessError, "exit code -9"),
         (DIE.format("SIGSTOP"), ChildProcessError, "stands still"),
-        ("weights.tensors_of = lambda path: os.listdir('/none')", ChildProcessError, "code 1"),
+        ("weights.contents_of = lambda path: os.listdir('/none')", ChildProcessError, "code 1"),
         # a hostile file may have taken the process over: what it says is not trusted either
         (SAYS.format(""), ValueError, "nonsense"),
         (SAYS.format("[" * 5000), ValueError, "nonsense"),
