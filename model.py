@@ -478,7 +478,7 @@ def load(network, path, tensors=None):
     """
     try:
         if tensors is None:
-            tensors = weights.tensors_of(path)
+            tensors, _ = weights.contents_of(path)
         weights.check_shapes(tensors, shapes(network))
         numbers = weights.numbers(path, tensors)
         for (_, variable), values in zip(_named_tensors(network), numbers, strict=True):

@@ -201,11 +201,6 @@ class Tensor(NamedTuple):
     end: int
 
 
-def tensors_of(path):
-    """[Tensor] of a weight file, as `contents_of` reads it."""
-    return contents_of(path)[0]
-
-
 def contents_of(path):
     """([Tensor] in Keras's order, `digest_of_layers`) of a weight file.
 

@@ -129,7 +129,7 @@ def trainable(network):
 
 def load(network, path, tensors=None):
     network.path = path
-    weights.check_shapes(tensors or weights.tensors_of(path), shapes(network))
+    weights.check_shapes(tensors or weights.Layout(path).tensors, shapes(network))
 
 
 def default_epochs(network):

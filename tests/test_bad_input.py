@@ -103,7 +103,7 @@ def cut(part):
 def at_an_absurd_offset(path):
     """Its header says that a tensor lies where no file has bytes."""
     content = write_weights(path, 77, root="model_weights").read_bytes()
-    begin = weights.tensors_of(path)[2].begin
+    begin = weights.Layout(path).tensors[2].begin
     address = begin.to_bytes(8, "little")
     assert content.count(address) == 1
     path.write_bytes(content.replace(address, (2**64 - 16).to_bytes(8, "little")))
@@ -176,7 +176,7 @@ def test_a_bad_file_is_never_brought_into_the_layout(tmp_path, row):
     before = upload.read_bytes()
     with pytest.raises(ValueError, match=sentence) as caught:
         if not weights.fits(upload, layout):
-            weights.rewrite(upload, weights.tensors_of(upload), layout)
+            weights.rewrite(upload, weights.contents_of(upload)[0], layout)
     assert len(str(caught.value)) < 800
     assert upload.read_bytes() == before
 

@@ -195,7 +195,7 @@ def tensors_of(path):
             convert.set_bounds(cpu_s=1, memory_bytes=256 << 20)
             answer = {"problem": None}
             try:
-                answer["tensors"] = weights.tensors_of(path)
+                answer["tensors"], _ = weights.contents_of(path)
             except ValueError as error:
                 answer["problem"] = str(error)
             os.write(writer, json.dumps(answer).encode())

@@ -510,7 +510,7 @@ def test_a_file_whose_tensors_are_known_is_loaded_without_hdf5(tmp_path, monkeyp
     """As a client loads what it fetched: HDF5 never opens that."""
     network, other = model.build("drcnn", 32, 5), model.build("drcnn", 32, 6)
     model.save(network, tmp_path / "fetched.h5")
-    tensors = weights.tensors_of(tmp_path / "fetched.h5")
+    tensors = weights.Layout(tmp_path / "fetched.h5").tensors
     monkeypatch.setattr(h5py, "File", None)
     model.load(other, tmp_path / "fetched.h5", tensors)
     for one, another in zip(network.get_weights(), other.get_weights(), strict=True):

@@ -198,7 +198,7 @@ def test_a_fault_of_the_machine_is_never_one_of_the_file(own, monkeypatch):
 def test_a_list_that_lies_is_no_layout_and_puts_nothing_into_ours(own, tmp_path):
     """ValueError, and the file is as it was: never another exception, nor a file of ours."""
     upload = write_weights(tmp_path / "upload.h5", 7, root="model_weights")
-    before, tensors = upload.read_bytes(), weights.tensors_of(upload)
+    before, tensors = upload.read_bytes(), weights.Layout(upload).tensors
     lies = [
         {"begin": 1 << 40, "end": (1 << 40) + 8},
         {"begin": len(before) - 4, "end": len(before) + 4},
