@@ -7,8 +7,8 @@ from rich.table import Table
 from common.files import replacing
 from preparation.photos import open_image
 
-GRADE_NAMES = ("none", "mild", "moderate", "severe", "proliferative")
-LINE = 140  # characters of the table, of which short names need less
+GRADE_NAMES = ("none", "mild", "moderate", "severe", "PDR")
+LINE = 80  # characters of the table; the names of hospitals are broken to fit
 SHEET_COLUMNS = 12  # pictures in a row of the contact sheet ...
 SHEET_CELL = 128  # ... and pixels a side of each
 CHECK_ROWS = 60  # on the sheet of those to be checked
@@ -20,8 +20,9 @@ def print_table(sets, hospitals):
     hospitals: {name: what else is said of it}.
     """
     table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for heading in ("", *GRADE_NAMES, "DR", "total", "patients", "hospital"):
-        table.add_column(heading, justify="right")
+    for heading in ("", *GRADE_NAMES, "DR", "total", "patients"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("hospital", overflow="fold")
     for name, records in sets.items():
         none, *dr = count_grades(records)
         patients = len({record.get("patient") for record in records} - {None})

@@ -12,11 +12,12 @@ def records_of(grades):
 def test_the_table_has_a_row_a_set(capsys):
     sets = {"worker1": records_of([0, 0, 1, 2, 4]), "val_set": records_of([3])}
     sets["val_set"][0]["patient"] = "p0001"
-    overview.print_table(sets, {"worker1": "Lund [north]"})
-    header, first, second = capsys.readouterr().out.splitlines()
+    overview.print_table(sets, {"worker1": "Lund [north], and its branches"})
+    header, first, *more, second = capsys.readouterr().out.splitlines()
     assert header.split()[:5] == [*overview.GRADE_NAMES]
-    assert first.split() == "worker1 2 1 1 0 1 3 5 unknown Lund [north]".split()
+    assert first.split() == "worker1 2 1 1 0 1 3 5 unknown Lund [north], and its".split()
     assert second.split() == "val_set 0 0 0 1 0 1 1 1".split()
+    assert max(map(len, [header, first, *more])) <= 80 and len(more) == 1
 
 
 def test_the_contact_sheet_has_a_row_a_grade(tmp_path, monkeypatch):
