@@ -315,7 +315,21 @@ def rows_of_table(found, table, files, flags):
         found.notes.append(f"{table.path.name}, {role}: column {table.columns[number]!r}, {what}")
         if role == "patient":
             found.patients = f"column {table.columns[number]!r}"
+        if role == "hospital":
+            refuse_spellings(table, number, cells)
     return [Row(*cells) for cells in zip(*(columns[role] for role in Row._fields), strict=True)]
+
+
+def refuse_spellings(table, number, cells):
+    """Raise ValueError where one name is written in two ways: it would make two hospitals."""
+    written = {}
+    for cell in cells:
+        first = written.setdefault(read_patient(cell), cell)
+        if first != cell:
+            raise ValueError(
+                f"{table.path}: column {table.columns[number]!r} has {first!r} and {cell!r}, "
+                "expected each hospital in one spelling: write them the same, or as two names"
+            )
 
 
 def choose_column(table, role, given, check, used):
@@ -360,7 +374,7 @@ def holds(table, number, check):
 
 
 def read_patient(cell):
-    """The patient that a cell names, the same however it is written; "" if it names nobody."""
+    """The patient (or hospital) of a cell, the same however it is written; "" if it is nobody."""
     text = fold(unicodedata.normalize("NFC", cell))
     if text in NOBODY:
         return ""
