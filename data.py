@@ -35,7 +35,6 @@ INDEX_COLUMNS = {"picture": str, "label": int, "dir": str, "new_label": str}
 OPTIONAL_COLUMNS = {"patient": str}
 NUM_GRADES = 5
 MAX_INDEX_BYTES = 64 << 20  # enough for half a million images
-MAX_PATIENT = 100  # characters
 MAX_PICKLE_TUPLES = 1000  # an index needs none; a hostile pickle nests them
 # Decoded images that take more than this lie in a file, and the operating system keeps in memory
 # what fits.
@@ -54,8 +53,8 @@ class NotPlain(pickle.UnpicklingError):
 class PlainUnpickler(pickle.Unpickler):
     """Admits what the pickle format itself can say: dict, list, tuple, set, str, int, float ...
 
-    Everything else in a pickle is a class or a function that is looked up by its name, or an object
-    outside the pickle. Both lookups are methods, and both refuse here.
+    Everything else in a pickle is a class or a function that is looked up by its name: refused
+    here; or an object outside the pickle: Python's own unpickler knows none.
     """
 
     def find_class(self, module, name):
@@ -63,9 +62,6 @@ class PlainUnpickler(pickle.Unpickler):
             f"it holds {f'{module}.{name}'[:200]!r}, and only plain lists, strings and numbers "
             "are admitted"
         )
-
-    def persistent_load(self, pid):
-        raise NotPlain("it refers to an object outside itself, and only plain values are admitted")
 
 
 def load_plain(content):
@@ -207,11 +203,6 @@ def check_record(path, record):
         raise ValueError(
             f"{path}: new_label {record['new_label'][:20]!r} of {record['dir']!r} contradicts its "
             f"grade {record['label']}: 'True' is healthy (grade 0), 'False' is DR"
-        )
-    if "patient" in record and not 0 < len(record["patient"]) <= MAX_PATIENT:
-        raise ValueError(
-            f"{path}: patient {record['patient'][:20]!r} of {record['dir']!r} has "
-            f"{len(record['patient'])} characters, expected 1 to {MAX_PATIENT}"
         )
 
 
