@@ -43,7 +43,6 @@ def test_every_format_is_read_as_rgb(tmp_path, suffix):
 @pytest.mark.parametrize("name, make, words", [
     ("absent.png", lambda path: None, "is missing"),
     ("half.jpg", lambda path: path.write_bytes(as_jpeg()[:3000]), "cannot be read as JPEG, PNG"),
-    ("text.png", lambda path: path.write_text("no picture"), "cannot be read"),
     ("text.dcm", lambda path: path.write_text("no picture"), "cannot be read as DICOM"),
     ("gif.png", lambda path: eye().save(path, format="GIF"), "cannot be read"),
     ("deep.png", lambda path: plain(path, 4_000, np.uint16), "16 bits a channel .* 4,095"),
@@ -55,32 +54,25 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, name, make, words):
         photos.open_image(tmp_path / name)
 
 
-@pytest.mark.parametrize("limit", [100_000, 70_000])  # Pillow raises above twice, warns above once
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, limit):
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     eye().save(tmp_path / "bomb.png")
     save_dicom(tmp_path / "bomb.dcm", "", eye())
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    # Pillow itself only warns below twice of that
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     for name in ("bomb.png", "bomb.dcm"):
-        with pytest.raises(ValueError, match=f"{name} .*(too large|exceeds limit)"):
+        with pytest.raises(ValueError, match=f"{name} is too large"):
             photos.open_image(tmp_path / name)
 
 
 def test_a_photograph_is_turned_as_its_exif_says_also_beside_an_odd_tag(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    eye().transpose(TURNED).save(tmp_path / "plain.png", exif=exif)
-    odd = b"II*\0\x08\0\0\0\x02\0"  # two tags: orientation, and a resolution of 0/0
+    odd = b"II*\0\x08\0\0\0\x02\0"  # two tags: orientation 6, and a resolution of 0/0
     odd += struct.pack("<HHII", 0x0112, 3, 1, 6)
     odd += struct.pack("<HHII", 0x011A, 5, 1, 38) + struct.pack("<III", 0, 0, 0)
     eye().transpose(TURNED).save(tmp_path / "odd.png", exif=b"Exif\0\0" + odd)
-    for name in ("plain.png", "odd.png"):
-        assert (pixels(tmp_path / name) == np.asarray(eye())).all()
-
-
-def test_odd_tags_are_no_line(tmp_path):
-    eye().save(tmp_path / "eye.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    assert (pixels(tmp_path / "odd.png") == np.asarray(eye())).all()
+    eye().save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
     with warnings.catch_warnings(action="error"):
-        photos.open_image(tmp_path / "eye.jpg")
+        photos.open_image(tmp_path / "broken.jpg")
 
 
 def test_what_is_transparent_is_black(tmp_path):
@@ -91,27 +83,11 @@ def test_what_is_transparent_is_black(tmp_path):
     assert pixels(tmp_path / "eye.png")[0, :, 0].tolist() == [0] * 10 + [255] * 10
 
 
-def sixteen_bit_tiff(path, values):
-    """An uncompressed RGB TIFF of 16 bits, which Pillow cannot write."""
-    height, width, _ = values.shape
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 150), (259, 3, 1, 1)]
-    tags += [(262, 3, 1, 2), (273, 4, 1, 156), (277, 3, 1, 3), (278, 4, 1, height)]
-    tags += [(279, 4, 1, values.nbytes), (284, 3, 1, 1)]
-    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags))
-    head += b"".join(struct.pack("<HHII", *tag) for tag in tags) + b"\0" * 4
-    head = head.ljust(150, b"\0") + struct.pack("<HHH", 16, 16, 16)
-    path.write_bytes(head + values.astype("<u2").tobytes())
-
-
-def test_sixteen_bits_are_scaled_if_they_are_used_and_refused_if_not(tmp_path):
-    eight = np.asarray(eye()).astype(np.uint16)
-    sixteen_bit_tiff(tmp_path / "full.tif", eight * 257)
-    assert (pixels(tmp_path / "full.tif") == eight).all()
-    sixteen_bit_tiff(tmp_path / "twelve.tif", eight * 16)
-    with pytest.raises(ValueError, match="twelve.tif has 16 bits a channel and no value above"):
-        photos.open_image(tmp_path / "twelve.tif")
-    Image.fromarray(eight[..., 0] * 257).save(tmp_path / "grey.png")
-    assert (pixels(tmp_path / "grey.png")[..., 1] == eight[..., 0]).all()
+def test_sixteen_bits_that_are_used_are_scaled(tmp_path):
+    """In colour: bits12 of test_cases.py."""
+    eight = np.asarray(eye())[..., 0]
+    Image.fromarray(eight.astype(np.uint16) * 257).save(tmp_path / "grey.png")
+    assert (pixels(tmp_path / "grey.png")[..., 1] == eight).all()
 
 
 # --- DICOM ---------------------------------------------------------------------------------------
@@ -119,7 +95,7 @@ def test_sixteen_bits_are_scaled_if_they_are_used_and_refused_if_not(tmp_path):
 
 def test_a_colour_photograph_in_dicom_as_it_is_or_as_a_jpeg(tmp_path):
     path = save_dicom(tmp_path / "eye.dcm", "P7", eye())
-    assert (pixels(path) == np.asarray(eye())).all() and photos.dicom_patient(path) == "P7"
+    assert (pixels(path) == np.asarray(eye())).all()
     made = pydicom.dcmread(path)
     made.PixelData = pydicom.encaps.encapsulate([as_jpeg(quality=95, subsampling=1)])
     made.PhotometricInterpretation = "YBR_FULL_422"
@@ -155,23 +131,23 @@ def test_of_graham_the_field_fills_the_square_less_its_local_average(tmp_path):
     stretched = photos.stretch_field(eye(), find_field(eye()), 64)
     assert stretched[[0, 0, -1, -1], [0, -1, 0, -1], 0].min() > 20  # the corners are retina
     assert (photos.subtract_local_average(stretched) == graham).all()
+    flat = np.full((56, 56, 3), 90, np.uint8)
+    flat[28, 28] = 130
+    changed = photos.subtract_local_average(flat)
+    assert (changed[28, 28] > 128 + 4 * 30).all() and (changed[0, 0] == 128).all()
 
 
-@pytest.mark.parametrize("surround", ["black", "white"])
-@pytest.mark.parametrize("cut", [0, 80])
+@pytest.mark.parametrize("surround, cut", [("black", 80), ("white", 0), ("white", 80)])
 def test_in_colour_the_field_keeps_its_shape_on_black(tmp_path, surround, cut):
     """As large as it fits, in the middle; where the photograph cut it, black."""
     field = find_field(eye())
     disc = Image.new("L", eye().size)
-    box = [field.x - field.radius, field.y - field.radius, field.x + field.radius]
-    ImageDraw.Draw(disc).ellipse([*box, field.y + field.radius], fill=255)
+    ImageDraw.Draw(disc).circle((field.x, field.y), field.radius, fill=255)
     photograph = Image.composite(eye(), Image.new("RGB", eye().size, surround), disc)
-    photograph = photograph.crop((0, cut, eye().width, eye().height - cut))
-    photograph.save(tmp_path / "eye.png")
+    photograph.crop((0, cut, eye().width, eye().height - cut)).save(tmp_path / "eye.png")
     picture, doubt = photos.prepare_photograph(tmp_path / "eye.png", 120, "colour")
     assert doubt == "" and picture.shape == (120, 120, 3) and picture.dtype == np.uint8
-    scale = 120 / (2 * field.radius)
-    y, x = (np.mgrid[:120, :120] + 0.5 - 60) / scale
+    y, x = (np.mgrid[:120, :120] + 0.5 - 60) * field.radius / 60
     height = field.radius if not cut else eye().height / 2 - cut
     shown = (np.hypot(x, y) < field.radius - 4) & (abs(y) < height - 4)
     hidden = (np.hypot(x, y) > field.radius + 4) | (abs(y) > height + 4)
@@ -181,28 +157,15 @@ def test_in_colour_the_field_keeps_its_shape_on_black(tmp_path, surround, cut):
 
 
 def test_stretching_averages_what_a_pixel_covers():
-    stripes = np.zeros((8, 64, 3), np.uint8)
-    stripes[:, ::2] = 200
-    stripes[:, 1::2] = 100
-    whole = photos.stretch_rows(stripes, np.zeros(8), np.full(8, 64.0))
-    assert whole.shape == (8, 8, 3) and (whole == 150).all()
     ramp = np.arange(64, dtype=np.uint8)[None, :, None].repeat(8, 0).repeat(3, 2)
     part = photos.stretch_rows(ramp, np.full(8, 16.0), np.full(8, 48.0))
-    assert part[0, :, 0].tolist() == [18, 22, 26, 30, 34, 38, 42, 46]
-
-
-def test_the_local_average_is_subtracted():
-    flat = np.full((56, 56, 3), 90, np.uint8)
-    assert (photos.subtract_local_average(flat) == 128).all()
-    flat[28, 28] = 130
-    changed = photos.subtract_local_average(flat)
-    assert (changed[28, 28] > 128 + 4 * 30).all() and (changed[0, 0] == 128).all()
+    assert part.shape == (8, 8, 3) and part[0, :, 0].tolist() == [18, 22, 26, 30, 34, 38, 42, 46]
 
 
 def test_a_jpeg_is_decoded_at_a_fraction_but_never_below_what_is_needed(tmp_path):
-    large = eye(900, 1020, 980).resize((2040, 1960))
-    small = Image.new("RGB", (2400, 2400))
-    small.paste(large.resize((510, 490)), (900, 900))
+    large = eye(900, 1020, 980)
+    small = Image.new("RGB", (1600, 1600))
+    small.paste(large.resize((340, 326)), (600, 600))
     for name, image in (("large", large), ("small", small)):
         image.save(tmp_path / f"{name}.jpg", quality=95)
         image.save(tmp_path / f"{name}.png")
@@ -210,7 +173,6 @@ def test_a_jpeg_is_decoded_at_a_fraction_but_never_below_what_is_needed(tmp_path
         whole, same_doubt = photos.prepare_photograph(tmp_path / f"{name}.png", 128)
         assert np.abs(fast.astype(int) - whole).mean() < 6 and doubt == same_doubt
     assert photos.open_image(tmp_path / "large.jpg", shortest_side=256).size == (510, 490)
-    assert photos.open_image(tmp_path / "large.jpg", shortest_side=500).size == (1020, 980)
 
 
 def test_the_photograph_s_own_width_is_kept_also_where_it_is_turned(tmp_path):
