@@ -1,13 +1,12 @@
 """Only clients with the right certificate are served; who cannot connect is told why."""
 
+import base64
 import contextlib
-import os
 import re
 import socket
-import ssl
 import subprocess
 import threading
-from concurrent import futures
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import grpc
@@ -25,7 +24,7 @@ from seed_peer import LIMITS, cut
 
 import todoClient
 import todoServer
-from federation import tls, weights
+from federation import tls
 from generated import todo_pb2, todo_pb2_grpc
 
 # --- certificates --------------------------------------------------------------------------------
@@ -50,29 +49,22 @@ PAST = ("20200101000000Z", "20210101000000Z")
 PRESENT = ("20200101000000Z", "20490101000000Z")
 FUTURE = ("20480101000000Z", "20490101000000Z")
 P256 = "ec -pkeyopt ec_paramgen_curve:P-256"
-P521 = "ec -pkeyopt ec_paramgen_curve:P-521"
 CLIENT = ["subjectAltName=DNS:client001", "extendedKeyUsage=clientAuth"]
 SERVER = ["subjectAltName=DNS:localhost", "extendedKeyUsage=serverAuth"]
 MADE = {  # name: (common name, key, extensions, (from, to))
     "only-cn": ("client002", P256, [], PRESENT),
     "expired": ("client001", P256, CLIENT, PAST),
     "future": ("client001", P256, CLIENT, FUTURE),
-    "p521": ("client001", P521, CLIENT, PRESENT),
-    "ed25519": ("client001", "ed25519", CLIENT, PRESENT),
+    "p521": ("client001", P256.replace("256", "521"), CLIENT, PRESENT),
     "server-elsewhere": ("fl.example", P256, [], PRESENT),
     "server-expired": ("localhost", P256, SERVER, PAST),
     "server-future": ("localhost", P256, SERVER, FUTURE),
-    "server-p521": ("localhost", P521, SERVER, PRESENT),
 }
 
 
-def make_certs(folder, *arguments, **environment):
-    return subprocess.run(
-        [ROOT / "make_certs.sh", folder, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+def make_certs(folder, *arguments):
+    command = [ROOT / "make_certs.sh", folder, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -109,36 +101,39 @@ def flags(certs, own="client001", ca="ca"):
 
 
 @pytest.fixture
-def serve(make_run):
-    """serve(*flags) -> (Run of client001 and client002, stub(*flags, name) of a client of it)."""
+def serve(make_run, monkeypatch):
+    """serve(*flags, **options) -> (Run of client001 and client002, its address)."""
     servers = []
 
     def start(*given, **options):
         run = make_run(clients=["client001", "client002"], rounds=1)
-        credentials = tls.server_credentials(todoServer.parse(list(given)))
+        with monkeypatch.context() as patch:  # a certificate may be one that expires while it runs
+            patch.setattr(tls, "check_own_certificate", lambda *_: None)
+            credentials = tls.server_credentials(todoServer.parse(list(given)))
         server, address = serving.serve(run.rounds, credentials=credentials, **options)
         servers.append(server)
-
-        def stub(*given, name="client001"):
-            arguments = todoClient.parse(["--name", name, "--server", address, *given])
-            options = [("grpc.use_local_subchannel_pool", 1), *LIMITS[1:]]
-            return todo_pb2_grpc.FedMLStub(tls.channel(arguments, options))
-
-        return run, stub
+        return run, address
 
     yield start
     for server in servers:
         server.stop(0).wait()
 
 
+def stub_of(address, *given, name="client001"):
+    arguments = todoClient.parse(["--name", name, "--server", address, *given])
+    options = [("grpc.use_local_subchannel_pool", 1), *LIMITS[1:]]
+    return todo_pb2_grpc.FedMLStub(tls.channel(arguments, options))
+
+
 def fetch(stub, *metadata):
     pieces = stub.getWeight(todo_pb2.void(), metadata=metadata, timeout=60)
-    return b"".join(piece.blob or weights.base64.b64decode(piece.model) for piece in pieces)
+    return b"".join(base64.b64decode(piece.model) for piece in pieces)
 
 
 def test_an_old_client_is_known_by_its_certificate(serve, certs, tmp_path):
-    run, stub = serve(*flags(certs, "server"), serve_unnamed=False)
-    first, second = stub(*flags(certs)), stub(*flags(certs, "only-cn"), name="client002")
+    run, address = serve(*flags(certs, "server"), serve_unnamed=False)
+    first = stub_of(address, *flags(certs))
+    second = stub_of(address, *flags(certs, "only-cn"), name="client002")
     assert fetch(first) == run.weights.read_bytes()
 
     def send(stub, client, seed):
@@ -154,22 +149,40 @@ def test_an_old_client_is_known_by_its_certificate(serve, certs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("server", "client", "says", "words"),
+    ("client", "says", "words"),
     [
-        ("server", "client001", "client002", "'client002' came with the certificate of client001"),
-        ("server", "client009", None, "PERMISSION_DENIED"),  # of the CA, and not of the run
-        ("server", None, None, "UNAUTHENTICATED"),
+        ("client001", "client002", "'client002' came with the certificate of client001"),
+        ("client009", "client009", "PERMISSION_DENIED"),  # of the CA, and not of the run
     ],
 )
-def test_who_is_not_the_client_that_it_says_gets_no_weights(
-    serve, certs, server, client, says, words
-):
-    """The last one's server speaks TLS, and demands no certificate."""
-    given = flags(certs, server, ca="ca" if client else None)
-    _, stub = serve(*given, serve_unnamed=False)
-    metadata = [("fedml-client", says)] if says else []
+def test_who_is_not_the_client_that_it_says_gets_no_weights(serve, certs, client, says, words):
+    _, address = serve(*flags(certs, "server"))
     with pytest.raises(grpc.RpcError, match=words):
-        fetch(stub(*flags(certs, client), name=client or "client001"), *metadata)
+        fetch(stub_of(address, *flags(certs, client), name=client), ("fedml-client", says))
+
+
+@pytest.mark.parametrize(
+    ("own", "warning", "refusal"),
+    [
+        (None, "warning: plaintext", None),
+        ("server", "warning: without --tls-ca", "UNAUTHENTICATED"),
+    ],
+)
+def test_beyond_this_machine_a_server_warns_and_serves_unnamed_peers_if_insecure(
+    make_run, certs, capsys, own, warning, refusal
+):
+    """Who has no certificate and names nobody, as a peer of 2020."""
+    run = make_run(clients=["client001"], rounds=1)
+    given = ["--listen", "0.0.0.0:0", *(flags(certs, own, ca=None) if own else ["--insecure"])]
+    evaluator = SimpleNamespace(card_text=str)
+    server = todoServer.listen(todoServer.parse(given), run.rounds, evaluator)
+    said = capsys.readouterr().out
+    assert warning in said
+    address = "localhost:" + re.search(r"listening on .*:(\d+)", said)[1]
+    expected = pytest.raises(grpc.RpcError, match=refusal) if refusal else contextlib.nullcontext()
+    with expected:
+        fetch(stub_of(address, *(flags(certs, None) if own else [])))
+    server.stop(0).wait()
 
 
 # --- what is wrong at start ----------------------------------------------------------------------
@@ -179,23 +192,17 @@ def test_who_is_not_the_client_that_it_says_gets_no_weights(
     ("script", "given", "words"),
     [
         (todoServer, "--listen 0.0.0.0:0", "plaintext stays within"),
-        (todoServer, "--listen [::]:0", "plaintext stays within"),
         (todoServer, "--tls-ca ca.pem", "belong together"),
         (todoServer, "--tls-cert server.pem", "belong together"),
         (todoServer, "--tls-cert server.pem --tls-key ca.key", "mismatch"),
-        (todoServer, "--tls-cert server.key --tls-key server.key", "expected PEM files"),
-        (todoClient, "--server 192.0.2.1:1", "plaintext stays within"),
-        (todoClient, "--server [::ffff:192.0.2.1]:1", "plaintext stays within|as \\[::ffff"),
+        (todoServer, "--tls-cert client001.pem --tls-key client001.key", "no server's certificate"),
         (todoClient, "--server nowhere.invalid:1", "plaintext stays within"),
-        (todoClient, "--tls-cert client001.pem --tls-key client001.key", "--tls-ca"),
         (todoClient, "--tls-ca missing.pem", "No such file"),
         (todoClient, "--tls-ca client001.key", "expected PEM files"),
         (todoClient, "--server localhost", "not HOST:PORT"),
         (todoClient, "--server localhost:99999", "not HOST:PORT"),
-        (todoClient, "--server http://localhost:1", "not HOST:PORT"),
         (todoClient, "--server 2001:db8::1", "not HOST:PORT"),
         (todoClient, "--server ::1:50051", r"\[::1\]:50051"),
-        (todoClient, "--server [0:0:0:0:0:0:0:1]:50051", r"as \[::1\]:50051"),
     ],
 )
 def test_wrong_usage(certs, capsys, monkeypatch, script, given, words):
@@ -206,7 +213,7 @@ def test_wrong_usage(certs, capsys, monkeypatch, script, given, words):
     assert re.search(words, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("address", ["localhost:1", "127.9.9.9:1", "[::1]:1"])
+@pytest.mark.parametrize("address", ["127.9.9.9:1", "[::1]:1"])
 def test_plaintext_is_for_this_machine(address):
     assert todoClient.parse(["--name", "client001", "--server", address]).server == address
 
@@ -238,19 +245,14 @@ SETUPS = {
     "the client's certificate is not valid yet": Setup(client="future"),
     "the client's certificate is a server's": Setup(client="server"),
     "the client's certificate is another client's": Setup(client="client002"),
-    "the client's key is P-521": Setup(client="p521"),
-    "the client's key is Ed25519": Setup(client="ed25519"),
+    "the client's key is P-521 or Ed25519": Setup(client="p521"),
     "the client's certificate is of another CA": Setup(client="other/client001"),
     "the client has no certificate": Setup(client=""),
     "the client speaks plaintext": Setup(client=None),
     "the server speaks plaintext": Setup(server=None),
-    "the server's certificate has expired": Setup(server="server-expired"),
-    "the server's certificate is not valid yet": Setup(server="server-future"),
-    "the server's certificate is a client's": Setup(server="client001"),
-    "the server's key is P-521": Setup(server="server-p521"),
     "the server's certificate expires while it runs": Setup(server="server-expired"),
     "the client's clock is behind": Setup(server="server-future"),
-    "the server's certificate is of another CA": Setup(ca="other/ca"),
+    "the server's certificate is of another CA, or the proxy opens TLS": Setup(ca="other/ca"),
     "the server's certificate is of another host": Setup(server="server-elsewhere"),
     "nobody listens": Setup(before=("nobody", None)),
     "a firewall drops what is sent": Setup(before=("dropped", None)),
@@ -260,7 +262,6 @@ SETUPS = {
     "the proxy wants a password": Setup(proxy=("http", "407 Proxy Authentication Required")),
     "the proxy forbids the connection": Setup(proxy=("http", "403 Forbidden")),
     "the proxy finds no server": Setup(proxy=("http", "502 Bad Gateway")),
-    "the proxy opens TLS": Setup(proxy=("open_tls", None)),
     "the proxy is down": Setup(proxy=("nobody", None)),
     "a proxy before the server refuses large uploads": Setup(client=None, before=("http2", 413)),
     "a proxy before the server does not wait for a round": Setup(
@@ -273,8 +274,7 @@ SETUPS = {
 class Others:
     """Who else may answer: each method serves one connection."""
 
-    def __init__(self, certs):
-        self.certs = certs
+    def __init__(self):
         self.sockets = []
 
     def port_of(self, method, argument):
@@ -320,45 +320,46 @@ class Others:
         incoming.sendall(b"\0\0" + bytes([len(header)]) + b"\1\5\0\0\0\1" + header)
         incoming.recv(1 << 12)
 
-    def open_tls(self, incoming, _):
-        self.http(incoming, "200 Connection established")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.certs / "other/server.pem", self.certs / "other/server.key")
-        context.wrap_socket(incoming, server_side=True)
-
     def close(self):
         for each in self.sockets:
             each.close()
 
 
 @pytest.fixture
-def others(certs):
-    made = Others(certs)
+def others():
+    made = Others()
     yield made
-    made.close()
+    for each in made.sockets:
+        each.close()
 
 
-@pytest.fixture
-def listening(certs):
-    """listening(own) -> the port of a gRPC server without methods, with that certificate."""
-    started = []
+def test_each_row_has_its_test():
+    assert list(rows()) == list(SETUPS)
 
-    def start(own):
-        server = grpc.server(futures.ThreadPoolExecutor(1))
-        started.append(server)
-        if own is None:
-            port = server.add_insecure_port("localhost:0")
+
+@pytest.mark.parametrize("wrong", SETUPS)
+def test_who_cannot_connect_is_told_why(certs, others, serve, capsys, monkeypatch, wrong):
+    expected, does = rows()[wrong]
+    setup = SETUPS[wrong]
+    for name in (*tls.PROXY_VARIABLES, "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    if setup.proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{others.port_of(*setup.proxy)}")
+    own = ["--insecure"] if setup.client is None else flags(certs, setup.client, setup.ca)
+    client_flags = ["--name", "client001", *own]
+    if does == "the client ends with 2":
+        with pytest.raises(SystemExit, match="2"):
+            todoClient.parse(client_flags)
+        said = capsys.readouterr().err
+    else:
+        if setup.before:
+            address = f"127.0.0.1:{others.port_of(*setup.before)}"
         else:
-            pair = [(certs / f"{own}.{end}").read_bytes() for end in ("key", "pem")]
-            ca = (certs / "ca.pem").read_bytes()
-            credentials = grpc.ssl_server_credentials([pair], ca, require_client_auth=True)
-            port = server.add_secure_port("localhost:0", credentials)
-        server.start()
-        return port
-
-    yield start
-    for each in started:
-        each.stop(0).wait()
+            _, address = serve(*(flags(certs, setup.server) if setup.server else []))
+            address = address.replace("localhost", setup.host)
+        said, can_retry = why_a_call_fails(todoClient.parse([*client_flags, "--server", address]))
+        assert can_retry is (does == "the client waits")
+    assert re.search(re.sub("SERVER|FILE", r"\\S+", re.escape(expected)), said), said
 
 
 def why_a_call_fails(arguments):
@@ -370,58 +371,37 @@ def why_a_call_fails(arguments):
     return tls.explain(failed.value.details(), arguments)
 
 
-def test_each_row_has_its_test():
-    assert list(rows()) == list(SETUPS)
-
-
-@pytest.mark.parametrize("wrong", SETUPS)
-def test_who_cannot_connect_is_told_why(certs, others, listening, capsys, monkeypatch, wrong):
-    expected, does = rows()[wrong]
-    setup = SETUPS[wrong]
-    for name in (*tls.PROXY_VARIABLES, "no_grpc_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    if setup.proxy:
-        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{others.port_of(*setup.proxy)}")
-    client_flags = [] if setup.client is None else flags(certs, setup.client, setup.ca)
-    ends = {
-        "the server ends with 2": lambda: todoServer.parse(flags(certs, setup.server)),
-        "the client ends with 2": lambda: todoClient.parse(["--name", "client001", *client_flags]),
-    }
-    if does in ends:
-        with pytest.raises(SystemExit, match="2"):
-            ends[does]()
-        said = capsys.readouterr().err
-    else:
-        if setup.before:
-            address = f"127.0.0.1:{others.port_of(*setup.before)}"
-        else:
-            address = f"{setup.host}:{listening(setup.server)}"
-        insecure = ["--insecure"] if setup.client is None else []
-        client_flags += ["--name", "client001", "--server", address, *insecure]
-        said, can_retry = why_a_call_fails(todoClient.parse(client_flags))
-        assert can_retry is (does == "the client waits")
-    assert re.search(re.sub("SERVER|FILE", r"\\S+", re.escape(expected)), said), said
+@pytest.mark.parametrize(
+    ("details", "words", "can_retry"),
+    [
+        (
+            "VERIFY_FAILED: unsupported certificate purpose: OK",
+            "not accepted: unsup.*purpose",
+            False,
+        ),
+        ("Failed to create security handshaker", "expected PEM files", False),
+        ("Received http2 header with status: 302", "HTTP status 302.*let gRPC pass", False),
+        ("something new", "^failed to connect to all addresses; something new$", True),
+    ],
+)
+def test_what_no_row_makes_happen_is_explained_too(certs, details, words, can_retry):
+    arguments = todoClient.parse(["--name", "client001", *flags(certs)])
+    said, may_help = tls.explain(f"failed to connect to all addresses; {details}", arguments)
+    assert re.search(words, said) and may_help is can_retry
 
 
 def test_what_the_server_itself_says_is_not_explained(certs):
     arguments = todoClient.parse(["--name", "client001", *flags(certs)])
-    for details in ("client001: unable to get local issuer; Socket closed", "Socket closed"):
-        assert tls.explain(details, arguments) == (details, True)
+    details = "client001: unable to get local issuer; Socket closed"
+    assert tls.explain(details, arguments) == (details, True)
 
 
 # --- the scripts as they are started -------------------------------------------------------------
 
 
-def test_a_client_ends_where_waiting_is_in_vain(certs, listening, client_main):
-    code, said = client_main("--server", f"localhost:{listening(None)}", *flags(certs))
+def test_a_client_ends_where_waiting_is_in_vain(certs, served, client_main):
+    code, said = client_main("--server", served[1], *flags(certs))
     assert code == 1 and "speaks plaintext" in said
-
-
-def test_insecure_is_allowed_and_warned_about(start, begun):
-    site = begun(clients=["client001"])
-    server = start("todoServer.py", "--listen", "0.0.0.0:0", "--insecure", cwd=site)
-    server.wait_for("listening on 0.0.0.0:")
-    assert "warning: plaintext" in server.output
 
 
 @pytest.fixture
@@ -468,36 +448,30 @@ def test_two_rounds_while_certificates_are_renewed(start, begun, certs, own):
 # --- make_certs.sh -------------------------------------------------------------------------------
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_make_certs(tmp_path):
-    """It makes what is not there, and writes nothing over: so what was moved out is renewed."""
+def test_make_certs_makes_what_is_not_there_and_writes_nothing_over(tmp_path):
+    """So what was moved out is renewed."""
     folder = tmp_path / "certs"
-    made = make_certs(folder, "192.0.2.7", "client001", DAYS="90")
-    assert made.returncode == 0 and made.stdout.count("is valid until") == 3
+
+    def contents():
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    assert make_certs(folder, "192.0.2.7", "client001").returncode == 0
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.glob("*.key")}
     assert modes == dict.fromkeys(["ca.key", "server.key", "client001.key"], 0o600)
-    command = ["openssl", "x509", "-in", folder / "server.pem", "-noout", "-text"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "IP Address:192.0.2.7" in text and "DNS:localhost" in text
-    before = contents(folder)
+    before = contents()
     again = make_certs(folder, "192.0.2.7", "client001")
     assert again.returncode == 1 and "nothing is overwritten" in again.stderr
-    assert contents(folder) == before
-    assert make_certs(folder, "192.0.2.7", "client002").returncode == 0
-    assert before.items() <= contents(folder).items()
-    for name in ("server.pem", "server.key", "client001.pem", "client001.key"):
+    assert contents() == before
+    for name in ("server.pem", "server.key"):
         (folder / name).rename(tmp_path / name)
-    assert make_certs(folder, "192.0.2.7", "client001").returncode == 0
-    assert contents(folder)["server.pem"] != before["server.pem"]
-    command = ["openssl", "verify", "-CAfile", folder / "ca.pem", tmp_path / "server.pem"]
-    subprocess.run([*command, *folder.glob("[cs]*.pem")], check=True, capture_output=True)
+    assert make_certs(folder, "192.0.2.7", "client002").returncode == 0
+    assert before.items() - contents().items() == {
+        (name, before[name]) for name in ("server.pem", "server.key")
+    }
+    command = ["openssl", "verify", "-verify_ip", "192.0.2.7", "-CAfile", folder / "ca.pem"]
+    subprocess.run([*command, tmp_path / "server.pem", folder / "server.pem"], check=True)
 
 
-@pytest.mark.parametrize(
-    "wrong", ["", "host ../x", "192.0.2.7:50051 client003", "a,b client003", "host server"]
-)
+@pytest.mark.parametrize("wrong", ["", "host ../x", "192.0.2.7:50051 client003", "host server"])
 def test_make_certs_refuses(tmp_path, wrong):
     assert make_certs(tmp_path / "certs", *wrong.split()).returncode == 2
