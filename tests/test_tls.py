@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -12,14 +13,7 @@ from typing import NamedTuple
 import grpc
 import pytest
 import serving
-from conftest import (
-    ROOT,
-    client_script,
-    free_port,
-    server_script,
-    start_server,
-    write_weights,
-)
+from conftest import ROOT, free_port, write_weights
 from seed_peer import LIMITS, cut
 
 import todoClient
@@ -320,10 +314,6 @@ class Others:
         incoming.sendall(b"\0\0" + bytes([len(header)]) + b"\1\5\0\0\0\1" + header)
         incoming.recv(1 << 12)
 
-    def close(self):
-        for each in self.sockets:
-            each.close()
-
 
 @pytest.fixture
 def others():
@@ -404,18 +394,9 @@ def test_a_client_ends_where_waiting_is_in_vain(certs, served, client_main):
     assert code == 1 and "speaks plaintext" in said
 
 
-@pytest.fixture
-def own(certs, tmp_path):
-    """The folder of one client's own files."""
-    folder = tmp_path / "own"
-    folder.mkdir()
-    for name in ("ca.pem", "client001.pem", "client001.key"):
-        (folder / name).write_bytes((certs / name).read_bytes())
-    return folder
-
-
-def test_files_that_change_while_they_are_read_are_not_used(own, monkeypatch):
+def test_files_that_change_while_they_are_read_are_not_used(certs, tmp_path, monkeypatch):
     """gRPC would end the process on an empty key."""
+    own = shutil.copytree(certs, tmp_path / "own")
     arguments = todoClient.parse(["--name", "client001", *flags(own)])
     changing = (own / "client001.key").write_bytes
     monkeypatch.setattr(tls, "check_own_certificate", lambda *_: changing(b""))
@@ -423,26 +404,17 @@ def test_files_that_change_while_they_are_read_are_not_used(own, monkeypatch):
         tls.channel(arguments, [])
 
 
-def test_two_rounds_while_certificates_are_renewed(start, begun, certs, own):
-    """A running client waits for files that are away for a moment, as for a server."""
-    site = begun(clients=["client001"])
-    port = free_port()
-    command = ["--name", "client001", "--server", f"localhost:{port}", *flags(own)]
-    script = client_script(site)  # here it says at each attempt what it waits for
-    script.write_text(
-        script.read_text().replace("FIRST_PAUSE_S =", "REPORT_EVERY_S = todoClient.FIRST_PAUSE_S =")
-    )
-    client = start(script, *command, cwd=site)
-    client.wait_for("no server answers")
-    (own / "client001.key").unlink()
-    client.wait_for("No such file")
-    (own / "client001.key").touch()
-    client.wait_for("expected PEM")
-    (own / "client001.key").write_bytes((certs / "client001.key").read_bytes())
-    command = flags(certs, "server")
-    server, _ = start_server(start, site, *command, port=port, script=server_script(site))
-    assert client.wait() == server.wait() == 0, client.output
-    assert "Traceback" not in client.output and "warning: plaintext" not in server.output
+def test_files_that_are_being_renewed_are_waited_for(served, client_main, monkeypatch):
+    inner, faults = tls.channel, [tls.FilesNotReady("they are being renewed")]
+
+    def fails_once(*given):
+        if faults:
+            raise faults.pop()
+        return inner(*given)
+
+    monkeypatch.setattr(tls, "channel", fails_once)
+    code, said = client_main("--server", served[1], "--give-up-after", "60")
+    assert code == 0 and "they are being renewed" in said
 
 
 # --- make_certs.sh -------------------------------------------------------------------------------
