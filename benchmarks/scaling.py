@@ -75,7 +75,7 @@ def main(argv=None):
 def measure_without(grid):
     print(
         "| clients | MB | rounds | MB moved a round | seconds a round | server CPU seconds a round "
-        "| a GB moved | server peak, MB | above its level, MB |"
+        "| for each GB moved | server peak, MB | above its level, MB |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for clients, megabytes, rounds in grid:
