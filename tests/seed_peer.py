@@ -6,7 +6,6 @@ characters, and accept no message above 100,050 bytes.
 
 import base64
 import math
-import threading
 from concurrent import futures
 
 import grpc
@@ -46,37 +45,30 @@ def seed_client(address, name, size, rounds, train, timeout_s=60):
 
 
 class SeedServer(todo_pb2_grpc.FedMLServicer):
-    """Keeps what it is sent as uploads = {name on the wire: (bytes, size)}.
+    """For one client: the weights of the next round are those that it sent.
 
-    merge(uploads) -> the next round's bytes; answers: what the first uploads are answered with.
+    uploads   [(name on the wire, bytes, size)] of those that were merged
+    messages  the size of each message of every upload
+    answers   to the first uploads; then 1, which means that it was merged
     """
 
-    def __init__(self, content, clients, merge, answers=()):
-        self.content, self.clients, self.merge = content, clients, merge
-        self.uploads, self.round, self.changed = {}, 0, threading.Condition()
-        self.messages, self.answers = [], list(answers)
+    def __init__(self, content, answers=()):
+        self.content, self.answers = content, list(answers)
+        self.uploads, self.messages = [], []
 
     def getWeight(self, request, context):
         yield from cut(self.content)
 
     def sendWeight(self, request_iterator, context):
         assert not [key for key, _ in context.invocation_metadata() if key.startswith("fedml-")]
-        text, last = "", None
-        for last in request_iterator:
-            self.messages.append(last.ByteSize())
-            text += last.model
+        pieces = list(request_iterator)
+        self.messages += [piece.ByteSize() for piece in pieces]
         value = self.answers.pop(0) if self.answers else 1
-        if value != 1:
-            return todo_pb2.myResponse(value=value)
-        with self.changed:
-            number = self.round
-            self.uploads[last.clientname] = base64.b64decode(text, validate=True), last.clientsize
-            if len(self.uploads) == self.clients:
-                self.content = self.merge(self.uploads)
-                self.uploads, self.round = {}, number + 1
-                self.changed.notify_all()
-            self.changed.wait_for(lambda: self.round > number, 60)
-        return todo_pb2.myResponse(value=1)
+        if value == 1:
+            text = "".join(piece.model for piece in pieces)
+            self.content = base64.b64decode(text, validate=True)
+            self.uploads.append((pieces[-1].clientname, self.content, pieces[-1].clientsize))
+        return todo_pb2.myResponse(value=value)
 
     def start(self):
         server = grpc.server(futures.ThreadPoolExecutor(10), options=LIMITS)

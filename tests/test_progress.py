@@ -1,33 +1,28 @@
-"""`tell`: where each client is, and what it measured. Told by the clients, and never trusted.
+"""What a client tells of itself: where it is, and what it measured.
 
-It reaches server/status.json, server/clients.csv and a hospital's own history.csv, and counts for
-nothing: a bad one is left out, one that fails is passed over.
+It reaches server/status.json, server/clients.csv and the hospital's own history.csv. What the
+server makes of it is test_service.py.
 """
 
 import contextlib
 import csv
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import standin
-from conftest import Call, client_script, holding, start_server, until
+from conftest import Call, until
+from serving import serve
 
 import todoClient
 import todoServer
-from federation import status
 from federation.rounds import Refused
 from generated import todo_pb2
-from reporting import card as cards
 
 
 def rows_of(path):
     return list(csv.DictReader(Path(path).read_text().splitlines()))
-
-
-# --- what a client tells -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -36,37 +31,26 @@ def often(monkeypatch):
     monkeypatch.setattr(todoClient, "TELL_EVERY_S", 0.05)
 
 
-def trained(round_number):
-    row = {"loss": 0.25, "accuracy": 0.5, "num_examples": 4, "seconds": 2.5}
-    return [{"round": round_number, "epoch": 1, **row}]
-
-
 def test_a_client_that_trains_is_seen_training(served, client_main, often, monkeypatch):
     run, address = served
-    seen = []
+    seen = run.rounds.client_table.rows["client001"]
+    trains = standin.train
 
-    def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
+    def train(*arguments, progress, **options):
         progress(2, 5, 10, 0.5)
-        until(lambda: run.rounds.client_table.rows["client001"].get("epoch") == 2, "it is told")
-        status.write(run.folder, status.status_of(run.rounds))
-        found, _ = status.read(run.folder / "status.json")
-        seen.append(found["clients"][0])
-        return trained(round_number)
+        until(lambda: seen["phase"] == "training" and seen["epoch"] == 2, "it is told")
+        return trains(*arguments, **options)
 
     monkeypatch.setattr(standin, "train", train)
     assert client_main("--server", address, "--epochs", "2")[0] == 0
-    [row] = seen
-    assert (row["phase"], row["epoch"], row["epochs"], row["is_done"]) == ("training", 2, 2, False)
-    assert status.where(row, row["last_seen"] + 3).startswith("training, epoch 2 of 2")
 
 
 def test_a_client_whose_round_was_closed_trains_no_further(served, client_main, often, monkeypatch):
     run, address = served
 
-    def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
+    def train(*arguments, progress, **options):
         run.deliver("client001", 7).result()  # as if the others had been enough
-        ended = threading.Event()
-        until(lambda: progress(1, 1, 1000, 0.5) or ended.is_set(), "the training is ended")
+        until(lambda: progress(1, 1, 1000, 0.5), "the training is ended")
 
     monkeypatch.setattr(standin, "train", train)
     code, said = client_main("--server", address)
@@ -126,32 +110,15 @@ def test_reports_of_a_client_do_not_end_each_other(client_main, monkeypatch):
     assert told == ["done"]
 
 
-def test_the_scores_of_a_client_are_published_the_results_too(start, begun):
-    """Of each round at 0.5, of the result at the threshold that its model card names."""
-    site = begun(clients=["client001"], rounds=2)
-    finds_bright_pictures = [
-        "import standin",
-        "sys.modules['model'] = standin",
-        "standin.predict = lambda network, images: 1 - images.mean((1, 2, 3)) / 255",
-    ]
-    script = holding(site, "todoServer", *finds_bright_pictures)
-    server, address = start_server(start, site, script=script)
-    flags = ["--name", "client001", "--server", address, "--val-index", "index/val_set.pkl"]
-    client = start(client_script(site), *flags, cwd=site)
-    assert [client.wait(), server.wait()] == [0, 0], client.output
-    assert "has not said" not in server.output  # its last word was heard
-    rows = rows_of(site / "server" / "clients.csv")
-    assert [(row["round"], row["client"]) for row in rows] == [
-        (str(n), "client001") for n in range(3)
-    ]
-    assert all(row["examples"] == "4" and 0 <= float(row["auc"]) <= 1 for row in rows)
-    assert [bool(row["training_loss"]) for row in rows] == [True, True, False]
-    card = cards.read(site / "client001" / "server_weight.h5")
-    chosen = round(card["tasks"]["any DR"]["threshold"], 4)
-    assert 0.2 < chosen < 0.4
-    assert [round(float(row["threshold"]), 4) for row in rows] == [0.5, 0.5, chosen]
-    own = rows_of(site / "client001" / "history.csv")
-    assert [row["held_out_auc"] for row in own] == [row["auc"] for row in rows[:2]]
-    assert client.output.count("on this site's own held-out images: examples 4") == 3
-    found, _ = status.read(site / "server" / "status.json")
-    assert found["phase"] == "over" and found["clients"][0]["is_done"]
+def test_the_scores_of_a_client_are_published_the_results_too(client_main, make_run):
+    run = make_run(clients=["client001"], rounds=2)
+    server, address = serve(run.rounds)
+    code, said = client_main("--server", address, "--val-index", "index/val_set.pkl")
+    server.stop(0)
+    assert code == 0 and said.count("on this site's own held-out images: examples 4") == 3
+    rows = rows_of(run.folder / "clients.csv")
+    found = [(row["round"], row["examples"], bool(row["training_loss"])) for row in rows]
+    assert found == [("0", "4", True), ("1", "4", True), ("2", "4", False)]
+    own = rows_of("client001/history.csv")
+    assert [row["held_out_auc"] for row in own] == [row["auc"] for row in rows[:2]] != ["", ""]
+    assert run.rounds.done_clients == {"client001"}
