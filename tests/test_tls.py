@@ -29,16 +29,13 @@ default_ca = ours
 [ours]
 database = db.txt
 serial = serial
-new_certs_dir = .
-certificate = ca.pem
-private_key = ca.key
-default_md = sha256
-policy = any
 copy_extensions = copy
 unique_subject = no
+policy = any
 [any]
 commonName = supplied
 """
+SIGN = "ca -batch -config settings -cert ca.pem -keyfile ca.key -md sha256 -create_serial -outdir ."
 PAST = ("20200101000000Z", "20210101000000Z")
 PRESENT = ("20200101000000Z", "20490101000000Z")
 FUTURE = ("20480101000000Z", "20490101000000Z")
@@ -70,16 +67,15 @@ def certs(tmp_path_factory):
         assert made.returncode == 0, made.stderr
     (folder / "settings").write_text(CA_SETTINGS)
     (folder / "db.txt").touch()
-    (folder / "serial").write_text("1000")
     for name, (subject, key, extensions, (start, end)) in MADE.items():
         request = f"req -new -newkey {key} -nodes -keyout {name}.key -out {name}.csr"
-        added = [word for each in extensions for word in ("-addext", each)]
-        sign = f"ca -batch -config settings -startdate {start} -enddate {end} -notext"
+        added = "".join(f" -addext {each}" for each in extensions)
         for command in (
-            [*request.split(), "-subj", f"/CN={subject}", *added],
-            [*sign.split(), "-in", f"{name}.csr", "-out", f"{name}.pem"],
+            f"{request} -subj /CN={subject}{added}",
+            f"{SIGN} -startdate {start} -enddate {end} -notext -in {name}.csr -out {name}.pem",
         ):
-            subprocess.run(["openssl", *command], cwd=folder, check=True, capture_output=True)
+            command = ["openssl", *command.split()]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder
 
 
@@ -224,16 +220,19 @@ def rows():
 
 
 class Setup(NamedTuple):
-    """Who has which certificate; None: plaintext, "": TLS without one. before: Others.NAME."""
+    """Who has which certificate; None: plaintext, "": TLS without one."""
 
     client: str | None = "client001"
     server: str | None = "server"
     ca: str = "ca"  # that the client trusts
     host: str = "localhost"
-    before: tuple | None = None  # (method of Others, its argument), which answers in its place
-    proxy: tuple | None = None  # the same, as https_proxy
+    before: str | None = None  # which HTTP status is answered in its place
+    proxy: str | None = None  # the same, as https_proxy
+    details: str | None = None  # what gRPC says then, which no test makes happen
 
 
+NOBODY = "nobody"
+HTTP2 = "Received http2 header with status: "
 SETUPS = {
     "the client's certificate has expired": Setup(client="expired"),
     "the client's certificate is not valid yet": Setup(client="future"),
@@ -248,93 +247,57 @@ SETUPS = {
     "the client's clock is behind": Setup(server="server-future"),
     "the server's certificate is of another CA, or the proxy opens TLS": Setup(ca="other/ca"),
     "the server's certificate is of another host": Setup(server="server-elsewhere"),
-    "nobody listens": Setup(before=("nobody", None)),
-    "a firewall drops what is sent": Setup(before=("dropped", None)),
+    "nobody listens": Setup(before=NOBODY),
+    "a firewall drops what is sent": Setup(details="failed to connect: connect() timed out"),
     "the server's name is unknown": Setup(host="nowhere.invalid"),
-    "the server behind a forwarded port is away": Setup(before=("hang_up", None)),
-    "another program has the port": Setup(client=None, before=("http", "400 Bad Request")),
-    "the proxy wants a password": Setup(proxy=("http", "407 Proxy Authentication Required")),
-    "the proxy forbids the connection": Setup(proxy=("http", "403 Forbidden")),
-    "the proxy finds no server": Setup(proxy=("http", "502 Bad Gateway")),
-    "the proxy is down": Setup(proxy=("nobody", None)),
-    "a proxy before the server refuses large uploads": Setup(client=None, before=("http2", 413)),
-    "a proxy before the server does not wait for a round": Setup(
-        client=None, before=("http2", 504)
-    ),
-    "a proxy before the server finds it away": Setup(client=None, before=("http2", 502)),
+    "the server behind a forwarded port is away": Setup(before=""),
+    "another program has the port": Setup(client=None, before="400 Bad Request"),
+    "the proxy wants a password": Setup(proxy="407 Proxy Authentication Required"),
+    "the proxy forbids the connection": Setup(proxy="403 Forbidden"),
+    "the proxy finds no server": Setup(proxy="502 Bad Gateway"),
+    "the proxy is down": Setup(proxy=NOBODY),
+    "a proxy before the server refuses large uploads": Setup(details=HTTP2 + "413"),
+    "a proxy before the server does not wait for a round": Setup(details=HTTP2 + "504"),
+    "a proxy before the server finds it away": Setup(details=HTTP2 + "502"),
 }
 
 
-class Others:
-    """Who else may answer: each method serves one connection."""
+@pytest.fixture
+def answering():
+    """answering(status) -> a port where each connection gets this HTTP status; "": nothing."""
+    listeners = []
 
-    def __init__(self):
-        self.sockets = []
-
-    def port_of(self, method, argument):
-        if method == "nobody":
+    def start(status):
+        if status == NOBODY:
             return free_port()
-        listener = socket.create_server(("127.0.0.1", 0), backlog=1)
-        self.sockets.append(listener)
-        port = listener.getsockname()[1]
-        if method == "dropped":  # as from a queue that is full
-            for _ in range(4):
-                self.sockets.append(socket.socket())
-                self.sockets[-1].setblocking(False)
-                self.sockets[-1].connect_ex(("127.0.0.1", port))
-            return port
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
 
         def serve():
-            while True:
-                try:
+            with contextlib.suppress(OSError):  # the test is over
+                while True:
                     incoming, _ = listener.accept()
-                except OSError:
-                    return  # the test is over
-                with incoming, contextlib.suppress(OSError):  # the client hangs up, too
-                    getattr(self, method)(incoming, argument)
+                    with incoming, contextlib.suppress(OSError):  # the client hangs up, too
+                        incoming.recv(1 << 12)
+                        if status:
+                            incoming.sendall(f"HTTP/1.1 {status}\r\n\r\n".encode())
 
         threading.Thread(target=serve, daemon=True).start()
-        return port
+        return listener.getsockname()[1]
 
-    def hang_up(self, incoming, _):
-        incoming.recv(1 << 12)
-
-    def http(self, incoming, status):
-        incoming.recv(1 << 12)
-        incoming.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
-
-    def http2(self, incoming, status):
-        """Answer the first call with this status, as RFC 9113 and 7541 have it, as no gRPC does."""
-        incoming.sendall(b"\0\0\0\4\0\0\0\0\0")  # an empty SETTINGS frame
-        received = more = incoming.recv(1 << 12)
-        while more and b"/todoPackage.FedML/" not in received:  # in the call's headers
-            more = incoming.recv(1 << 12)
-            received += more
-        header = b"\0\7:status\3" + str(status).encode()
-        incoming.sendall(b"\0\0" + bytes([len(header)]) + b"\1\5\0\0\0\1" + header)
-        incoming.recv(1 << 12)
-
-
-@pytest.fixture
-def others():
-    made = Others()
-    yield made
-    for each in made.sockets:
+    yield start
+    for each in listeners:
         each.close()
 
 
-def test_each_row_has_its_test():
-    assert list(rows()) == list(SETUPS)
-
-
-@pytest.mark.parametrize("wrong", SETUPS)
-def test_who_cannot_connect_is_told_why(certs, others, serve, capsys, monkeypatch, wrong):
+@pytest.mark.parametrize("wrong", rows())
+def test_who_cannot_connect_is_told_why(certs, answering, serve, capsys, monkeypatch, wrong):
     expected, does = rows()[wrong]
     setup = SETUPS[wrong]
     for name in (*tls.PROXY_VARIABLES, "no_grpc_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     if setup.proxy:
-        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{others.port_of(*setup.proxy)}")
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{answering(setup.proxy)}")
     own = ["--insecure"] if setup.client is None else flags(certs, setup.client, setup.ca)
     client_flags = ["--name", "client001", *own]
     if does == "the client ends with 2":
@@ -342,23 +305,26 @@ def test_who_cannot_connect_is_told_why(certs, others, serve, capsys, monkeypatc
             todoClient.parse(client_flags)
         said = capsys.readouterr().err
     else:
-        if setup.before:
-            address = f"127.0.0.1:{others.port_of(*setup.before)}"
-        else:
+        address = "localhost:1"
+        if setup.before is not None:
+            address = f"127.0.0.1:{answering(setup.before)}"
+        elif not setup.details:
             _, address = serve(*(flags(certs, setup.server) if setup.server else []))
             address = address.replace("localhost", setup.host)
-        said, can_retry = why_a_call_fails(todoClient.parse([*client_flags, "--server", address]))
+        arguments = todoClient.parse([*client_flags, "--server", address])
+        details = setup.details or why_a_call_fails(arguments)
+        said, can_retry = tls.explain(details, arguments)
         assert can_retry is (does == "the client waits")
     assert re.search(re.sub("SERVER|FILE", r"\\S+", re.escape(expected)), said), said
 
 
 def why_a_call_fails(arguments):
-    """What tls.explain makes of it."""
+    """gRPC's words."""
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.min_reconnect_backoff_ms", 3000)]
     with tls.channel(arguments, options) as channel:
         with pytest.raises(grpc.RpcError) as failed:
             todo_pb2_grpc.FedMLStub(channel).sendWeight(iter([todo_pb2.modelWeight()]), timeout=30)
-    return tls.explain(failed.value.details(), arguments)
+    return failed.value.details()
 
 
 @pytest.mark.parametrize(
