@@ -56,6 +56,7 @@ def test_a_client_whose_round_was_closed_trains_no_further(served, client_main, 
     code, said = client_main("--server", address)
     assert code == 0 and "the round was closed without this client" in said
     assert "its result is client001/server_weight.h5" in said
+    assert Path("client001/server_weight.h5").read_bytes() == run.weights.read_bytes()
 
 
 def test_a_server_that_does_not_know_the_call_is_served_all_the_same(
@@ -73,13 +74,15 @@ def test_a_server_that_does_not_know_the_call_is_served_all_the_same(
 
 
 def test_the_result_is_scored_by_its_card(monkeypatch):
-    """With its recalibration and its threshold, as predict.py does; before there is one, at 0.5."""
-    monkeypatch.setattr(
-        todoClient.model, "predict", lambda network, images: np.array([0.9, 0.8, 0.7, 0.6])
-    )
+    """With its recalibration and its threshold, as predict.py does; before there is one, at 0.5.
+
+    A model that answers NaN is not scored.
+    """
+    answers, said = [0.9, 0.8, 0.7, 0.6], []
+    monkeypatch.setattr(todoClient.model, "predict", lambda network, images: np.array(answers))
     records = [{"new_label": text} for text in ("True", "True", "False", "False")]
     reporter = SimpleNamespace(at=lambda task, phase: None)
-    site = SimpleNamespace(held_out=records, reporter=reporter, say=lambda line: None)
+    site = SimpleNamespace(held_out=records, reporter=reporter, say=said.append)
     training = SimpleNamespace(site=site, held_out_images=None, network=None)
     entry = {"calibration": [1.0, 1.0], "threshold": 0.42}  # 0.23, 0.40, 0.54, 0.64 then
     of_round = todoClient.Training.scores(training, {}, "the fetched model")
@@ -87,6 +90,10 @@ def test_the_result_is_scored_by_its_card(monkeypatch):
     names = ("threshold", "sensitivity", "specificity")
     assert [of_round[name] for name in names] == [0.5, 0, 1]
     assert [of_result[name] for name in names] == [0.42, 1, 1]
+    answers[1] = np.nan
+    of_nan = todoClient.Training.scores(training, {}, "the fetched model")
+    assert of_nan == {"examples": 4, "threshold": 0.5}
+    assert "must not be used: it answers NaN for 1 of 4 images" in said[-2]
 
 
 def test_reports_of_a_client_do_not_end_each_other(client_main, monkeypatch):

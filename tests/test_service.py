@@ -200,9 +200,12 @@ def test_calls_that_never_send_their_request_hold_no_thread(served, silent):
     assert any(call.code() == grpc.StatusCode.OK for call in calls)
 
 
-def test_a_second_server_on_the_port_is_refused(served):
+def test_a_port_that_is_taken_on_one_address_of_the_host_is_taken(served):
+    """localhost is 127.0.0.1 and ::1: the second would get half of the clients, in silence."""
+    server, address = serve(served.run.rounds, "127.0.0.1:0")
     with pytest.raises(ValueError, match="cannot listen on .*another server"):
-        serve(served.run.rounds, served.address)
+        serve(served.run.rounds, address.replace("127.0.0.1", "localhost"))
+    server.stop(0).wait()
 
 
 # --- answers -------------------------------------------------------------------------------------
