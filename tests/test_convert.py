@@ -33,11 +33,6 @@ def upload(tmp_path):
     return write_weights(tmp_path / "upload.h5", 5, shapes, root="model_weights")
 
 
-def running_in(folder):
-    """The processes that `replace_converter` put in place of the real one."""
-    return [pid for pid, line in processes_in(folder).items() if "converter_of_the_test" in line]
-
-
 def check_converted(path, layout):
     digest = convert.convert(path, layout)
     expected = write_weights(path.with_name("expected.h5"), 5)
@@ -151,12 +146,12 @@ def test_two_run_at_once_and_a_conversion_that_nobody_waits_for_ends(
     awaited = [True]
     calls = [Call(convert.convert, upload, layout, lambda: bool(awaited)) for _ in range(3)]
     until(lambda: refused, "the third waits")
-    until(lambda: len(running_in(tmp_path)) == 2, "two have begun")
+    until(lambda: len(processes_in(tmp_path)) == 2, "two have begun")
     awaited.clear()
     for call in calls:
         with pytest.raises(ChildProcessError, match="nobody waits"):
             call.result()
-    assert not running_in(tmp_path)
+    assert not processes_in(tmp_path)
 
 
 def bounded_converter(folder):

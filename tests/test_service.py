@@ -38,22 +38,17 @@ def good(tmp_path, served):
     return [write_weights(tmp_path / f"{k}.h5", seed + k) for k in (1, 2)]
 
 
-def finish(served, good, first=None):
-    """client002 delivers, client001 did (its call is `first`) or does: the average is theirs."""
-    calls = [first or served.send(good[0], "client001"), served.send(good[1], "client002")]
+def finish(served, *calls):
+    """These deliveries are answered, and the average is that of the files in `good`."""
     assert [call.result().value for call in calls] == [1] * len(calls)
-    check_average(served)
+    seed = 100 * (served.round - 1)
+    assert served.run.holds(("client001", 3, seed + 1), ("client002", 3, seed + 2))
 
 
 def said_anew(served, monkeypatch):
     """What was said before counts no more, as when a minute has passed."""
     monkeypatch.setattr(served.run.rounds.say_of, "said", {})
     served.run.said.clear()
-
-
-def check_average(served):
-    seed = 100 * (served.round - 1)
-    assert served.run.holds(("client001", 3, seed + 1), ("client002", 3, seed + 2))
 
 
 @pytest.fixture
@@ -109,7 +104,7 @@ def test_an_upload_that_stands_still_is_ended_leaves_nothing_and_stops_no_one_el
     until(lambda: served.said("client002: its upload stands still"), "it is said")
     until(lambda: not list(served.folder.rglob("*.tmp*")), "nothing is left of it")
     go_on.set()
-    finish(served, good, first)
+    finish(served, first, served.send(good[1], "client002"))
 
 
 def test_a_new_upload_ends_the_clients_own_while_it_is_converted(
@@ -120,7 +115,7 @@ def test_a_new_upload_ends_the_clients_own_while_it_is_converted(
         replace_converter(patch, tmp_path, "time.sleep(1000)")
         converted = served.send(other, "client002")
         until(lambda: processes_in(tmp_path), "it is being converted")
-    finish(served, good)
+    finish(served, served.send(good[0], "client001"), served.send(good[1], "client002"))
     assert refusal(converted)[0] == CANCELLED
     assert not processes_in(tmp_path)
 
@@ -128,8 +123,7 @@ def test_a_new_upload_ends_the_clients_own_while_it_is_converted(
 def test_a_client_that_goes_away_after_a_complete_upload_counts(served, good):
     served.counted(good[0], "client001").cancel()
     until(lambda: served.said("client001 went away; what it delivered counts"), "noticed")
-    assert served.send(good[1], "client002").result().value == 1
-    check_average(served)
+    finish(served, served.send(good[1], "client002"))
 
 
 @pytest.mark.parametrize(("method", "client"), [("sendWeight", None), ("tell", "client001")])
@@ -153,10 +147,12 @@ def test_one_call_of_a_kind_a_client_and_few_of_peers_without_a_name(served, sil
         for call in calls:
             call.cancel()
         until(lambda: not served.service.transfers, "the last one, too")
-    unnamed = [silent("sendWeight", None) for _ in range(len(["client001", "client002"]) + 2)]
-    until(lambda: ended(unnamed), "one is too many")
+    said_anew(served, monkeypatch)
+    unnamed = [silent("sendWeight", None) for _ in range(len(["client001", "client002"]) + 3)]
+    until(lambda: len(ended(unnamed)) == 2, "two are too many")
     served.tell("client001")  # whoever is enrolled is served all the while
-    assert [call.code().name for call in ended(unnamed)] == ["RESOURCE_EXHAUSTED"]
+    assert [call.code().name for call in ended(unnamed)] == ["RESOURCE_EXHAUSTED"] * 2
+    assert len(served.said("RESOURCE_EXHAUSTED")) == 1  # in a minute
     for call in unnamed:
         call.cancel()
     until(lambda: not served.service.transfers, "nothing is held")
@@ -256,7 +252,7 @@ def test_scores_are_kept_with_the_upload_that_they_are_told_before(served, good)
     served.tell("client001", round_number=number, scores=scores)
     served.tell("client002", run="another", round_number=number, scores=scores)
     served.tell("client002", round_number=number + 1, scores=scores)
-    finish(served, good)
+    finish(served, served.send(good[0], "client001"), served.send(good[1], "client002"))
     counted = served.run.rounds.state.counted
     assert counted["client001"]["scores"] == scores
     assert "scores" not in counted["client002"]
