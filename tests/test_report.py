@@ -5,11 +5,10 @@ What the page says is tested in test_page.py.
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import make_data
+from conftest import make_data, new_run
 from PIL import Image
 
 import central
@@ -51,10 +50,9 @@ def finished_run(folder):
     model.configure(0)
     model.save(model.build("drcnn", 32), weights)
     assessed = metrics.assess(by_brightness(None, pixels), val)
-    state = SimpleNamespace(run="run0", rounds=2, arch="drcnn", image_size=32, seed=0)
-    state.weights, state.weights_sha256 = "none", files.sha256_of(weights)
     for number in (1, 2):
-        state.counted = {"client001": {"round": number, "num_examples": 8}}
+        counted = {"client001": {"round": number, "num_examples": 8}}
+        state = new_run(["client001"], 2, weights).changed(counted=counted)
         row = {"round": number, "clients": 1, "num_examples": 8}
         card = cards.make(state, row, prepared, files.sha256_of(val_path), assessed)
         cards.publish(weights, card)
@@ -83,14 +81,6 @@ def loaded(*flags):
     return report.load_client(args) if args.client_dir else report.load_server(args)
 
 
-def refused(capsys, *flags):
-    """The one sentence with which report.py ends."""
-    assert report.main(list(flags)) == 1
-    error = capsys.readouterr().err
-    assert " report: error: " in error and error.count("\n") == 1
-    return error
-
-
 def train_by(commands):
     for command in commands:
         assert central.main(command.partition(" central.py ")[2].split()) == 0
@@ -111,21 +101,24 @@ def test_it_ends_with_a_table_the_verdict_the_page_and_the_next_command(here, ca
     assert "client001 (screening centre) alone" in (here / "server" / "report.html").read_text()
 
 
-def test_a_card_keeps_what_was_measured_of_each_round(here):
+def test_a_card_keeps_what_was_measured_of_each_round_but_on_the_wire(here):
+    """There it has 4 kB: of many rounds and clients it says how many."""
     card = loaded().federated.card
     assert [row["round"] for row in card["by_round"]] == [1, 2]
     for task, entry in card["tasks"].items():
         assert card["by_round"][-1][task]["auc"] == entry["measured"]["auc"][0]
-    card["by_round"] *= 50  # what is too long for the wire is left out there
-    assert len(cards.to_wire(card)) <= cards.MAX_WIRE_BYTES
-    assert cards.parse(cards.to_wire(card))["by_round"] == []
+    card["by_round"] *= 50
+    assert cards.parse(cards.to_wire(card)) == {**card, "by_round": []}
+    card["clients"] = {f"client{number:03}": 10 for number in range(500)}
+    wired = cards.to_wire(card)
+    assert len(wired) <= 4000 and cards.parse(wired)["num_clients"] == 1
 
 
 def test_what_belongs_to_the_run_is_shown_beside_it_and_what_is_missing_by_its_command(here):
     shutil.copytree("alone/client001", "central")
     assert [other.kind for other in loaded().others] == ["alone", "central"]
-    change_card("alone/client001/central_weight.h5", run="old")
     shutil.rmtree("central")
+    change_card("alone/client001/central_weight.h5", run="old")
     run = loaded()
     assert run.others == [] and "of another run" in run.left_out[0]
     train_by(run.commands)
@@ -148,70 +141,66 @@ def test_the_best_round_is_a_candidate(here):
     assert len(loaded().candidates) == 1
 
 
-def test_a_hospital_gets_the_answer_at_home(here, capsys):
+def test_a_hospital_gets_the_answer_at_home(here):
     """Measured on its own patients, by what came with the model."""
     (here / "client001").mkdir()
     for name in ("server_weight.h5", "server_weight.json"):
         shutil.copy(here / "server" / name, here / "client001" / name)
-    own = data.read_index("index/val_set.pkl")[:12]
-    data.write_index("index/val_set.pkl", own)
-    train_by(loaded("--client-dir", "client001").commands)
-    run = loaded("--client-dir", "client001")
+    data.write_index("index/val_set.pkl", data.read_index("index/val_set.pkl")[:12])
+    at_home = ["--client-dir", "client001"]
+    train_by(loaded(*at_home).commands)
+    run = loaded(*at_home)
     assert [other.kind for other in run.others] == ["alone", "fine-tuned"] and run.commands == []
     assert run.others[1].card["round"] == 3  # one more, at that round's learning rate
     result = cards.read("client001/server_weight.h5")
     for task, entry in run.federated.card["tasks"].items():
         for name in ("threshold", "calibration"):
             assert entry[name] == result["tasks"][task][name]
-    assert run.federated.card["num_images"] == len(own)
+    assert run.federated.card["num_images"] == 12
     assert run.federated.card["warning"] == ""  # too few patients to warn of the model
-    assert report.main(["--client-dir", "client001"]) == 0
+    assert report.main(at_home) == 0
     assert "this hospital alone" in (here / "client001" / "report.html").read_text()
 
 
 def test_weights_card_and_validation_set_belong_together(here, capsys):
+    def refused(*flags):
+        """The one sentence with which report.py ends."""
+        assert report.main(list(flags)) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    capsys.readouterr()
+    (here / "server" / "clients.csv").write_text("round,client\none,x\n")
+    assert "clients.csv is no table of a run" in refused()
     shutil.copy("index/worker1.pkl", "index/val_set.pkl")
-    assert "is not the validation set that this run was scored on" in refused(capsys)
+    assert "is not the validation set that this run was scored on" in refused()
     with open("server/server_weight.h5", "ab") as file:
         file.write(b"x")
-    assert "describes other weights than" in refused(capsys)
+    assert "describes other weights than" in refused()
     (here / "server" / "server_weight.json").unlink()
-    assert "server_weight.json, the card of" in refused(capsys)
-    assert "elsewhere/server_weight.h5 is missing" in refused(capsys, "--server-dir", "elsewhere")
+    assert "server_weight.json, the card of" in refused()
+    assert "elsewhere/server_weight.h5 is missing" in refused("--server-dir", "elsewhere")
 
 
-def test_a_card_that_this_program_did_not_write_is_refused(here):
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("card_version", 1),
+        ("image_size", 5000),
+        ("num_nan", "0"),
+        ("by_round", [{"round": 1}]),
+        ("tasks", {}),
+        ("threshold", 2),
+        ("calibration", [0, 1]),
+        ("calibration", [1, 1e999]),
+        ("measured", {}),
+    ],
+)
+def test_a_card_that_this_program_did_not_write_is_refused(finished, name, value):
     """Of another version, or with other scores; the sentence names what is wrong."""
-    card = json.loads((here / "server" / "server_weight.json").read_text())
-
-    def with_task(**changes):
-        return {"tasks": {**card["tasks"], "any DR": {**card["tasks"]["any DR"], **changes}}}
-
-    for changes, name in [
-        ({"card_version": 1, "num_nan": None}, "version 1"),
-        ({"image_size": 5000}, "image_size"),
-        ({"num_nan": "0"}, "num_nan"),
-        *[({"by_round": each}, "by_round") for each in ("x", [1], [{"round": 1}])],
-        *[(with_task(threshold=each), "tasks") for each in (2, "0.5", True)],
-        *[(with_task(calibration=each), "tasks") for each in ([0, 1], [1], "", [1, 1e999])],
-        (with_task(measured={}), "tasks"),
-        ({"tasks": {}}, "tasks"),
-    ]:
-        with pytest.raises(ValueError, match=name):
-            cards.parse(json.dumps({**card, **changes}))
-
-
-def test_a_table_of_a_run(here, capsys):
-    """Empty cells are None; one that is damaged is refused, and not read in part."""
-    table = here / "server" / "clients.csv"
-    table.write_text("round,client,auc,loss\n1,007,,\n2,x,,0.5\n3\n")
-    rows = report.read_table(table, "round", "client")
-    assert [(row["client"], row["auc"], row["loss"]) for row in rows] == [
-        ("007", None, None),
-        ("x", None, 0.5),
-        ("", None, None),
-    ]
-    for text in ("series,round\ncentral,1\n", "round,client\n1,x,3\n", "round,client\none,x\n"):
-        table.write_text(text)
-        assert "clients.csv is no table of a run" in refused(capsys)
-    assert "nothing/val_set.pkl is missing" in refused(capsys, "--index-dir", "nothing")
+    card = json.loads((finished / "server" / "server_weight.json").read_text())
+    is_of_card = name in card
+    (card if is_of_card else card["tasks"]["any DR"])[name] = value
+    with pytest.raises(ValueError, match=name.removeprefix("card_") if is_of_card else "tasks"):
+        cards.parse(json.dumps(card))
