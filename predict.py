@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common.log import fail, say, warn
+from common.log import fail, plain, say, warn
 from common.script import end_script, exit_on_signals, new_parser, number, start_script
 
 if __name__ == "__main__":
@@ -313,13 +313,13 @@ def judge(results, graded, args, threshold):
 def show(results, with_scores):
     """A line for each photograph; those that were scored only if `with_scores`."""
     for result in results:
+        path, reason = plain(result.path), plain(result.reason)  # others may have named the file
         if result.verdict in FAILED:
-            reason = result.reason
-            fail("predict", reason if result.path in reason else f"{result.path}: {reason}")
+            fail("predict", reason if path in reason else f"{path}: {reason}")
         elif with_scores and result.score is None:
-            print(f"{result.path}  {result.verdict}: {result.reason}")
+            print(f"{path}  {result.verdict}: {reason}")
         elif with_scores:
-            print(f"{result.path}  score {result.score:.3f}  {result.verdict}".rstrip())
+            print(f"{path}  score {result.score:.3f}  {result.verdict}".rstrip())
     sys.stdout.flush()
 
 
