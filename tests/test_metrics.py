@@ -51,8 +51,8 @@ def test_the_calibration_error_is_the_mean_distance_of_groups_from_the_line():
     score = np.repeat([0.1, 0.3, 0.5, 0.7, 0.9], 10)
     positive = np.arange(50) % 10 < 10 * score  # exactly as many as the score says
     assert metrics.calibration_error(score, positive) < 1e-9
-    error = metrics.calibration_error(score / 2, positive)
-    assert error == pytest.approx(np.mean(score / 2))
+    error = metrics.calibration_error(1 - score, positive)
+    assert error == pytest.approx(np.mean(abs(1 - 2 * score)))
 
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -113,16 +113,18 @@ def test_the_difference_of_two_models_at_the_same_specificity():
     good, poor, ill = two_models(np.random.default_rng(9), 200_000)
     cut = np.quantile(poor[~ill], np.mean(good[~ill] <= 1))
     truth = np.mean(good[ill] > 1) - np.mean(poor[ill] > cut)
-    held, widths, widths_of_one = 0, [], []
+    true_area = metrics.auc(good, ill) - metrics.auc(poor, ill)
+    held, held_areas, widths, widths_of_one = 0, 0, [], []
     for seed in range(40):
         good, poor, ill = two_models(np.random.default_rng(seed), 120)
         found = metrics.sensitivity_difference(good, 1, poor, ill, names(120))
         held += found.low <= truth <= found.high
         area = metrics.auc_difference(good, poor, ill, names(120))
+        held_areas += area.low <= true_area <= area.high
         widths.append(area.high - area.low)
         _, low, high = metrics.measure(poor, ill, names(120))["auc"]
         widths_of_one.append(high - low)
-    assert held >= 35 and np.mean(widths) < np.mean(widths_of_one)
+    assert held >= 36 and held_areas >= 36 and np.mean(widths) < np.mean(widths_of_one)
     cuts = [cut for cut in [*poor, -9] if np.mean(poor[~ill] > cut) <= np.mean(good[~ill] > 1)]
     best = max(np.mean(poor[ill] > cut) for cut in cuts)
     assert found.value == pytest.approx(np.mean(good[ill] > 1) - best)

@@ -108,10 +108,16 @@ def test_the_best_hospital_alone_is_chosen_by_those_who_are_not_scored():
     assert "client001" in Page(run).verdict()
 
 
-@pytest.mark.parametrize("strength, used", [(1.2, 2), (9, 1)])
-def test_the_best_round_is_used_only_where_it_is_shown_to_be_better(strength, used):
-    best = model_of("federated", "federated", answers(strength, seed=3), round_number=1)
-    assert Page(run_of(1.2, candidates=[best])).card["round"] == used
+@pytest.mark.parametrize("on_choosing, on_reporting, used", [(1.2, 9, 2), (9, 1.2, 1)])
+def test_the_best_round_is_used_only_where_it_is_shown_to_be_better(
+    on_choosing, on_reporting, used
+):
+    """By those who choose."""
+    run = run_of(1.2)
+    best = [answers(strength, seed=3) for strength in (on_choosing, on_reporting)]
+    p_healthy = np.where(Page(run).choosing, *best)
+    run.candidates = [model_of("federated", "federated", p_healthy, round_number=1)]
+    assert Page(run).card["round"] == used
 
 
 def test_of_1000_people_all_are_accounted_for():
@@ -182,6 +188,8 @@ def test_the_page_needs_nothing_else_and_escapes_what_others_wrote(full):
 
 def test_figures_are_those_of_the_card_and_what_one_needs_first_is_first(full):
     page, text = full[0], text_of(full[1])
+    half = metrics.choosing_half(GRADES, [record["patient"] for record in page.run.val])
+    assert np.array_equal(page.reporting, ~half)
     order = re.findall(r'<(?:section|details) id="(\w+)"', full[1])
     assert order[:5] == ["brought", "use", "missed", "how", "rounds"]
     for entry in page.card["tasks"].values():
