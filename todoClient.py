@@ -1,5 +1,7 @@
 """One hospital: fetch the weights, train on its own images, send them back; round after round.
 
+What leaves it is weights, numbers and its name: no image and no index goes into a message.
+
     python3 todoClient.py --name client001                      # trains on index/worker1.pkl
     python3 todoClient.py --name client002 --server SERVER_IP:50051 --epochs 2
 
@@ -96,8 +98,8 @@ SERVED_S = 2 * CONNECT_S  # a call that lasted longer had a server at its other 
 MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
 
-# What a server trains that names nothing: the thesis demo's. A run without an id is one of that.
-SEED_TASK = {
+# What a server trains that names nothing: the thesis demo's, of 2020. A run without an id is its.
+TASK_OF_2020 = {
     "run": "",
     "arch": "vgg16",
     "image_size": 224,
@@ -146,7 +148,7 @@ def main(argv=None):
 
 
 def federate(site):
-    """The seed's five steps, round after round, until the run is over. Returns its last words."""
+    """The thesis's five steps, round after round, until the run is over. Returns its last words."""
     while True:
         if not site.has_trained_weights():
             task = keep_trying(ClientgetWeight, site)  # 1, 2: connect, get the weights
@@ -176,7 +178,7 @@ def ClientgetWeight(stub, site):
         if "fedml-run" in initial_metadata:
             task = task_from(initial_metadata)
         else:
-            task = next_seed_task(site)
+            task = next_task_of_2020(site)
         is_result = task["round"] > task["rounds"]
         path = site.result_path if is_result else site.weights_path
         with files.replacing(path) as written:
@@ -187,7 +189,8 @@ def ClientgetWeight(stub, site):
                     f"the weights arrived with SHA-256 {sha256}, the server announced "
                     f"{plain(announced)}"
                 )
-            # Only now: a call that failed named no run either, and looks like the demo's server.
+            # Not before all is here: an answer that breaks off may have named no run, as that of a
+            # server of 2020, which would then be taken for another run.
             if task["run"] != site.state["run"]:
                 site.begin_run(task["run"])
             site.layout = layout_of(written, site.layout)
@@ -218,14 +221,14 @@ def task_from(initial_metadata):
     return task
 
 
-def next_seed_task(site):
+def next_task_of_2020(site):
     """The task of a server that names none, the thesis demo's: there the client counts rounds."""
-    finished = 0
-    if site.state["run"] == SEED_TASK["run"]:
-        finished = site.state["round"]
-        if site.state["trained"]:  # that round is not delivered
-            finished -= 1
-    return {**SEED_TASK, "round": finished + 1, "rounds": site.arguments.rounds}
+    delivered = 0
+    if site.state["run"] == TASK_OF_2020["run"]:
+        delivered = site.state["round"]
+        if site.state["trained"]:  # of this round, and not delivered
+            delivered -= 1
+    return {**TASK_OF_2020, "round": delivered + 1, "rounds": site.arguments.rounds}
 
 
 def layout_of(path, earlier):
@@ -289,7 +292,7 @@ def train(site, task):
     held_out = {f"held_out_{name}": value for name, value in measured.items()}
     earlier = [row for row in site.state["history"] if row["round"] < task["round"]]
     history = earlier + [{**row, **held_out} for row in rows]
-    if measured:
+    if measured:  # who gave no --val-index tells nothing but where it is
         measured["training_loss"] = rows[-1]["loss"]
         measured["training_seconds"] = sum(row["seconds"] for row in rows)
     files.publish_rows(site.folder / "history.csv", HISTORY_COLUMNS, history)
@@ -346,8 +349,8 @@ def progress_of(site, task, phase):
         nonlocal last_line
         now = time.monotonic()
         left_s = (now - began) / done * (total - done)
-        told_s = min(round(left_s), 10_000_000)  # as long as the server believes
-        site.reporter.at(task, phase, seconds_left=told_s, **where)
+        believed_s = min(round(left_s), 10_000_000)  # the server leaves a larger one out
+        site.reporter.at(task, phase, seconds_left=believed_s, **where)
         bar.update(drawn, description=text, completed=done, total=total)
         if now - last_line >= 2 * REPORT_EVERY_S:
             last_line = now
@@ -406,7 +409,7 @@ def upload_of(site):
             ("fedml-sha256", state["trained"]["sha256"]),
         )
     else:  # the thesis demo's server knows base64 only, and takes the client's name from a path
-        path_on_server = f"{site.name}/{weights.SEED_FILE_NAME}"
+        path_on_server = f"{site.name}/{weights.OLD_PEERS_FILE_NAME}"
         messages = weights.base64_messages(site.weights_path, path_on_server, num_examples)
         request_metadata = ()
 
@@ -603,7 +606,7 @@ class Training:
         site.reporter.at(task, "scoring")
         p_healthy = model.predict(self.network, self.held_out_images)
         if answers_nan := metrics.answers_nan(p_healthy):
-            site.say(f"warning: the fetched model must not be used: {answers_nan}")
+            site.say(f"warning: {what} must not be used: {answers_nan}")
         threshold = 0.5
         if card:
             p_healthy = 1 - cards.score(card, metrics.LEARNT, p_healthy)
@@ -771,7 +774,11 @@ class ProgressReporter:
         threading.Thread(target=self._run, daemon=True).start()
 
     def at(self, task, phase, scores=None, **where):
-        """It works for this task, and is in this phase; where: epoch, epochs, seconds_left."""
+        """It is in this phase of this task.
+
+        task   a dict with run and round: a task, or the site's state
+        where  epoch, epochs, seconds_left
+        """
         of_task = {"run": task["run"], "round": task["round"]}
         status = todo_pb2.clientStatus(**of_task, phase=phase, scores=scores, **where)
         self.status = status if task["run"] else None

@@ -7,6 +7,9 @@ Killed at any instant, run the same command again to resume. Exit codes: 0 finis
 2 wrong usage, 3 too few clients within --round-timeout, 130 Ctrl-C, 143 SIGTERM.
 """
 
+# Flags, start, end, and what is made of a merged model. The rounds are `federation`'s: what clients
+# send is checked there, and no HDF5 file of theirs is opened in this process.
+
 import argparse
 import functools
 import importlib.util
@@ -75,6 +78,8 @@ RUN_FILES = (
     "status.json",
     "report.html",
 )
+
+say = functools.partial(log.say, "server")
 
 
 def main(argv=None):
@@ -249,9 +254,6 @@ def client_names(text):
             f"a client cannot be called {taken[0]!r}: the server has a file of that name"
         )
     return sorted(names)
-
-
-say = functools.partial(log.say, "server")
 
 
 # --- the run: resumed, or begun ------------------------------------------------------------------

@@ -103,8 +103,8 @@ def publish_text(path, text):
 def publish_rows(path, columns, rows):
     """Publish a CSV file with these columns; a row is a dict, and its other keys are left out.
 
-    The file is written whole from the state and never appended to, so a crash neither doubles nor
-    drops a row. A file that is already the same stays untouched.
+    The file is written whole and never appended to, so a crash neither doubles nor drops a row. A
+    file that is already the same stays untouched.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")

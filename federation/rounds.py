@@ -365,7 +365,7 @@ class Rounds:
         have = "no uploads yet"
         if self.uploads:
             have = f"have {', '.join(sorted(self.uploads))}"
-        waiting_for = [f"{name} ({self.client_table.where(name)})" for name in missing]
+        waiting_for = [f"{name} ({self.client_table.in_words(name)})" for name in missing]
         return f"{have}; waiting for {'; '.join(waiting_for)}"
 
     def _merge_and_commit(self):
@@ -389,9 +389,9 @@ class Rounds:
             }
             counted = dict(self.state.counted)
             for name, update in zip(names, updates, strict=True):
-                against = counted.get(name, {}).get("rounds_against", 0) + 1
-                if (update.get("update_cosine") or 0) >= 0:
-                    against = 0
+                against = 0
+                if (update.get("update_cosine") or 0) < 0:
+                    against = counted.get(name, {}).get("rounds_against", 0) + 1
                 update["rounds_against"] = against
                 counted[name] = {"round": number, **self.uploads[name], **update}
             self._save(
@@ -415,13 +415,13 @@ class Rounds:
         row = {**self.state.merged, **self.evaluate()}
         row["seconds"] = time.monotonic() - self.opened_at
         history = [*self.state.history, row]
-        best, scores = self.publish_result(self.state, row)
+        best, in_words = self.publish_result(self.state, row)
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, history)
         with self.changed:
             self._save(history=history, best=best)
             without = f", without {row['missing']}" if row["missing"] else ""
             self.say(
-                f"round {row['round']}/{self.state.rounds}: {scores}  ({row['clients']} "
+                f"round {row['round']}/{self.state.rounds}: {in_words}  ({row['clients']} "
                 f"clients{without}, {row['num_examples']} examples, {row['seconds']:.1f} s)"
             )
             self.changed.notify_all()
@@ -570,7 +570,7 @@ class Rounds:
         scores             dict of `status.SCORES`, {} where it measured nothing
         """
         with self.changed:
-            self.last_progress_at = time.monotonic()
+            self.note_progress()
             self.client_table.note(client, where)
             is_result = self.state.is_over and round_number > self.state.rounds
             if run == self.state.run and is_result:
@@ -584,7 +584,7 @@ class Rounds:
             return self.state.round
 
     def note_progress(self):
-        """Bytes move: the end of the run waits for them."""
+        """Bytes move, or a client tells where it is: the end of the run waits for such."""
         self.last_progress_at = time.monotonic()
 
     def wait_until_all_done(self, timeout_s):

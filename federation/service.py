@@ -1,7 +1,7 @@
 """The gRPC side of the server: its port, who calls, what is moving, and how a call is answered.
 
-The three calls themselves, step by step, are `todoServer.FedMLServicer`; what counts is decided in
-`federation.rounds`.
+The three calls themselves, step by step, are `todoServer.FedMLServicer`. Nothing here decides what
+counts, which is `federation.rounds`, and nothing opens a file from outside with HDF5.
 """
 
 import collections
@@ -22,9 +22,10 @@ from federation.rounds import Refused, Upload
 from generated import todo_pb2
 
 STALL_S = 30  # a call that moves no bytes for so long is ended
-# So is one of a peer that has not said who it is, or that tells where it is, in:
+# It is ended after this where its first message is due, and it is a `tell`, or nobody knows whose.
 FIRST_MESSAGE_S = 1
-# A peer without a name has in all so long as a line of 10 kB/s needs for the model, and a minute.
+# A call of a peer without a name may take as long as the model takes on a line of 10 kB/s, and a
+# minute.
 SLOWEST_BYTES_PER_S = 10_000
 EXTRA_S = 60
 LOOK_EVERY_S = 0.25  # how often the watchdog looks
@@ -38,7 +39,7 @@ HANDSHAKE_S = 5
 # must be longer: they keep their connection while they train, and their upload is for the round
 # that they fetched on it.
 IDLE_S = 60
-IDLE_WITH_SEED_PEERS_S = 3600
+IDLE_WITH_OLD_PEERS_S = 3600
 # On each address that the server listens on. Who holds all of them, and opens each anew as soon as
 # it is closed, keeps everyone out: so there are far more than clients. A silent one costs 13 kB,
 # one within a TLS handshake 46 kB, one that speaks HTTP/2 30 kB, and each call on it some 15 kB.
@@ -49,7 +50,7 @@ METADATA_BYTES = 8 << 10  # of one call
 CALLS_PER_CONNECTION = 4  # a client opens one or two
 REMEMBERED_CONNECTIONS = 1000
 M_ARENA_MAX = -8  # of glibc's malloc.h: how many heaps
-SEED_ARCH = "vgg16"  # the thesis demo's network; its peers know no other
+OLD_PEERS_ARCH = "vgg16"  # the thesis demo's network; its peers know no other
 SENTENCE_CHARACTERS = 2000  # of a refusal; gRPC drops a longer answer, its status code included
 NEVER = float("inf")
 
@@ -63,7 +64,7 @@ def create_server(servicer, listen, credentials=None):
     """
     service = servicer.service
     connections = CONNECTIONS + CONNECTIONS_PER_CLIENT * len(service.rounds.state.clients)
-    idle_s = IDLE_WITH_SEED_PEERS_S if service.serve_unnamed else IDLE_S
+    idle_s = IDLE_WITH_OLD_PEERS_S if service.serve_unnamed else IDLE_S
     server = grpc.server(
         started_pool(service.num_threads),
         options=[
@@ -115,7 +116,7 @@ def add_to_server(servicer, server):
         with service.refusals(context):
             yield from servicer.getWeight(todo_pb2.void(), context)  # `void` says nothing
 
-    def answered(method):
+    def with_one_answer(method):
         def serve(requests, context):
             with service.refusals(context):
                 return method(requests, context)
@@ -129,12 +130,12 @@ def add_to_server(servicer, server):
             todo_pb2.modelWeight.SerializeToString,
         ),
         "sendWeight": grpc.stream_unary_rpc_method_handler(
-            answered(servicer.sendWeight),
+            with_one_answer(servicer.sendWeight),
             todo_pb2.modelWeight.FromString,
             todo_pb2.myResponse.SerializeToString,
         ),
         "tell": grpc.stream_unary_rpc_method_handler(
-            answered(servicer.tell),
+            with_one_answer(servicer.tell),
             todo_pb2.clientStatus.FromString,
             todo_pb2.openRound.SerializeToString,
         ),
@@ -205,10 +206,10 @@ class Transfer:
         self.stall_s = stall_s
         self.ends_at = time.monotonic() + total_s
         self.is_ended = False  # by the server, though its thread may not be there yet
-        self.moved()
+        self.note_progress()
 
-    def moved(self):
-        self.last_moved = time.monotonic()
+    def note_progress(self):
+        self.last_progress_at = time.monotonic()
 
 
 class Service:
@@ -296,6 +297,7 @@ class Service:
         return Caller(name, metadata, context.peer(), "fedml-client" in metadata)
 
     def check_known(self, client):
+        """Raise Refused unless this run knows the client, which has then been seen just now."""
         if client not in self.known_clients:
             raise Refused(
                 "PERMISSION_DENIED",
@@ -331,7 +333,7 @@ class Service:
                 self.changed.wait_for(lambda: transfer.is_ended or self.transfers.isdisjoint(older))
             if transfer.is_ended:
                 raise Refused("CANCELLED", f"{client} began another {what}")
-            transfer.moved()
+            transfer.note_progress()
             yield transfer
         finally:
             with self.changed:
@@ -355,7 +357,7 @@ class Service:
             with self.changed:
                 here = list(self.transfers)
             for transfer in here:
-                if now < min(transfer.last_moved + transfer.stall_s, transfer.ends_at):
+                if now < min(transfer.last_progress_at + transfer.stall_s, transfer.ends_at):
                     continue
                 who = transfer.client or "a peer without a name"
                 self.end(transfer, f"{who}: its {transfer.what} stands still: ended")
@@ -393,10 +395,10 @@ class Service:
                 if caller.metadata.get("fedml-accept") == "blob":
                     messages = weights.blob_messages(file)
                 transfer.stall_s = STALL_S
-                transfer.moved()
+                transfer.note_progress()
                 for message in messages:
                     yield message
-                    transfer.moved()
+                    transfer.note_progress()
                     self.rounds.note_progress()
 
     def log_fetch(self, caller, round_number):
@@ -404,11 +406,11 @@ class Service:
         what = "result" if self.rounds.state.is_over else f"weights of round {round_number}"
         self.rounds.say_of((who, what), f"{who} fetches the {what}")
         arch = self.rounds.state.arch
-        if not caller.is_new and arch != SEED_ARCH:
+        if not caller.is_new and arch != OLD_PEERS_ARCH:
             self.rounds.say_of(
                 (who, "old"),
                 f"warning: {who} names no round, as a peer of 2020 does; such a peer can load the "
-                f"weights of --arch {SEED_ARCH} only, and this run's are {arch}",
+                f"weights of --arch {OLD_PEERS_ARCH} only, and this run's are {arch}",
             )
 
     def announce(self, round_number, sha256, context):
@@ -486,7 +488,7 @@ class Service:
                     "of 100,000 characters, or of 1 MiB"
                 )
             if message.model or message.blob:
-                transfer.moved()
+                transfer.note_progress()
             yield message
         transfer.stall_s = NEVER  # it is complete, and now checked
 
@@ -531,17 +533,17 @@ class Service:
         """Note where a client is and what it measured; the answer is the open round."""
         if caller.client is None:
             raise Refused("INVALID_ARGUMENT", "a peer without a name has nothing to tell")
-        told = self.first_message(caller, "report", requests, context)
+        report = self.first_message(caller, "report", requests, context)
         where, problems = status.within(
-            {name: getattr(told, name) for name in status.WHERE if getattr(told, name)},
+            {name: getattr(report, name) for name in status.WHERE if getattr(report, name)},
             status.WHERE,
         )
-        where["phase"] = told.phase
-        if told.phase not in status.PHASES:
+        where["phase"] = report.phase
+        if report.phase not in status.PHASES:
             where["phase"] = "working"
-            problems.append(f"phase is {told.phase[:30]!r}, expected {', '.join(status.PHASES)}")
+            problems.append(f"phase is {report.phase[:30]!r}, expected {', '.join(status.PHASES)}")
         scores, more_problems = status.within(
-            dict(itertools.islice(told.scores.items(), len(status.SCORES))), status.SCORES
+            dict(itertools.islice(report.scores.items(), len(status.SCORES))), status.SCORES
         )
         problems += more_problems
         if problems:
@@ -549,7 +551,7 @@ class Service:
                 (caller.client, "said"),
                 f"{caller.client} says what is left out here: {'; '.join(problems[:3])}",
             )
-        round_number = self.rounds.hear(caller.client, told.run, told.round, where, scores)
+        round_number = self.rounds.hear(caller.client, report.run, report.round, where, scores)
         return todo_pb2.openRound(run=self.rounds.state.run, round=round_number)
 
 

@@ -76,11 +76,11 @@ class Clients:
             said = NOWHERE | where if where else {}
             self.rows[client].update(said, last_seen=time.time())
 
-    def where(self, client):
-        return where(self.rows[client], time.time())
+    def in_words(self, client):
+        return in_words(self.rows[client], time.time())
 
 
-def where(row, now):
+def in_words(row, now):
     """'training, epoch 2 of 5, 3 min to go, heard 4 s ago': a row of the table in words."""
     if row.get("is_done"):
         return "has the result"
@@ -233,7 +233,7 @@ def draw(status, written, most_rounds=None, names=None):
         numbers = ["" if number is None else _cell(number) for number in numbers]
         # What others write stays text: without markup, and without control characters.
         name = (names or {}).get(row["name"], row["name"])
-        clients.add_row(Text(plain(name)), Text(plain(where(row, now))), *numbers)
+        clients.add_row(Text(plain(name)), Text(plain(in_words(row, now))), *numbers)
     rounds = Table(*ROUND_COLUMNS, "missing", box=None, pad_edge=False)
     first = 0 if most_rounds is None else max(0, len(status["history"]) - most_rounds)
     for row in status["history"][first:]:

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import statistics
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import h5py
@@ -31,11 +31,11 @@ BLOB_BYTES = 1 << 20  # of one message: the fastest here, 256 KiB and 4 MiB are 
 
 # The thesis demo cuts its base64 text after so many characters, and its peers accept no message
 # that holds more than so many bytes of anything else.
-SEED_CHARACTERS = 100_000
-SEED_EXTRA_BYTES = 45
-SEED_FILE_NAME = "client_weights.h5"
-# The thesis's text has the name without its extension.
-SEED_FILE_NAMES = (SEED_FILE_NAME, "client_weights")
+OLD_PEERS_CHARACTERS = 100_000
+OLD_PEERS_EXTRA_BYTES = 45
+OLD_PEERS_FILE_NAME = "client_weights.h5"
+# The thesis's text, other than its code, has the name without its extension.
+OLD_PEERS_FILE_NAMES = (OLD_PEERS_FILE_NAME, "client_weights")
 
 SLAB_ELEMENTS = 1 << 16  # tensors are read in slabs: memory does not follow the model's size
 MOST_NAMES = 10_000  # of layers, of one layer's weights and of all tensors, that a file may list
@@ -70,7 +70,7 @@ def base64_messages(path_or_file, clientname="", clientsize=0):
     """
     empty = todo_pb2.modelWeight(clientname=clientname, clientsize=clientsize)
     extra_bytes = empty.ByteSize() + 4  # 4: what stands before `model` in the message
-    characters = SEED_CHARACTERS - max(0, extra_bytes - SEED_EXTRA_BYTES)
+    characters = OLD_PEERS_CHARACTERS - max(0, extra_bytes - OLD_PEERS_EXTRA_BYTES)
     piece_bytes = characters // 4 * 3
     with _opened(path_or_file) as file:
         while piece := file.read(piece_bytes):
@@ -78,14 +78,9 @@ def base64_messages(path_or_file, clientname="", clientsize=0):
             yield todo_pb2.modelWeight(model=text, clientname=clientname, clientsize=clientsize)
 
 
-@contextmanager
 def _opened(path_or_file):
-    """The open file; one that came open is left to its owner to close."""
-    if hasattr(path_or_file, "read"):
-        yield path_or_file
-    else:
-        with open(path_or_file, "rb") as file:
-            yield file
+    """The open file: who reads it closes it, though its owner may close it once more."""
+    return path_or_file if hasattr(path_or_file, "read") else open(path_or_file, "rb")
 
 
 # --- messages -> file ---------------------------------------------------------------------------
@@ -100,13 +95,13 @@ def client_of(clientname):
     """
     name = clientname
     folder, slash, file_name = clientname.removeprefix("./").partition("/")
-    if slash and file_name in SEED_FILE_NAMES:
+    if slash and file_name in OLD_PEERS_FILE_NAMES:
         name = folder
     if not CLIENT_NAME.fullmatch(name):
         raise ValueError(
             f"client name {clientname[:80]!r} ({len(clientname)} characters) is refused: expected "
             "letters, digits, '.', '_', '-' (at most 64), "
-            f"with '/{SEED_FILE_NAME}' behind it or nothing"
+            f"with '/{OLD_PEERS_FILE_NAME}' behind it or nothing"
         )
     return name
 

@@ -82,7 +82,7 @@ def test_it_trains_as_a_client_trains(here, arch):
     client.layout = weights.Layout(client.weights_path)
     task = {"run": "r", "rounds": 2, "arch": arch, "image_size": 16, "freeze_base": freezes_base}
     for number in (1, 2):
-        todoClient.train(client, {**todoClient.SEED_TASK, **task, "round": number})
+        todoClient.train(client, {**todoClient.TASK_OF_2020, **task, "round": number})
     # by their numbers: the files of a frozen network are laid out otherwise
     assert same_bits(read_weights("client001/central_weight.h5"), read_weights(client.weights_path))
     kept = [(here / folder / "features.npz").exists() for folder in ("client001", "federated")]

@@ -59,7 +59,7 @@ def test_three_old_clients_complete_three_rounds_one_changing_nothing(make_run, 
 
 def test_our_client_takes_part_with_an_old_server(client_main, tmp_path, monkeypatch):
     """It counts the rounds itself; name as a path and size go in every message, which is small."""
-    monkeypatch.setattr(todoClient, "SEED_TASK", {**todoClient.SEED_TASK, "image_size": 32})
+    monkeypatch.setattr(todoClient, "TASK_OF_2020", {**todoClient.TASK_OF_2020, "image_size": 32})
     first = write_weights(tmp_path / "first.h5", 1, LARGE, root="model_weights")
     old = SeedServer(first.read_bytes(), answers=[0, 1])  # 0: not merged
     server, address = old.start()

@@ -172,13 +172,13 @@ def test_a_download_may_stand_still_for_30_s_and_one_without_a_name_has_a_total_
         next(download)
         (transfer,) = served.service.transfers
         assert transfer.stall_s == 30
-        assert transfer.ends_at - transfer.last_moved == pytest.approx(total_s, abs=1)
+        assert transfer.ends_at - transfer.last_progress_at == pytest.approx(total_s, abs=1)
         download.close()
 
 
 def test_messages_are_counted_and_those_without_content_are_no_progress(served):
     moved = []
-    transfer = SimpleNamespace(moved=lambda: moved.append(1))
+    transfer = SimpleNamespace(note_progress=lambda: moved.append(1))
     empty = itertools.repeat(todo_pb2.modelWeight(clientname="client001"))
     with pytest.raises(ValueError, match="in more than 10. messages"):
         for _ in served.service.limited(empty, transfer):

@@ -300,7 +300,7 @@ def test_a_client_that_cannot_take_part_is_one_sentence_and_exit_1(
 
 @pytest.mark.parametrize(
     ("own_size", "of_2020", "warns"),
-    [(16, {}, True), (32, {}, False), (16, todoClient.SEED_TASK, False)],
+    [(16, {}, True), (32, {}, False), (16, todoClient.TASK_OF_2020, False)],
 )
 def test_a_warning_where_the_network_is_larger_than_the_pictures(
     client_main, capsys, own_size, of_2020, warns

@@ -34,7 +34,7 @@ TOLD = {"last_seen": NOW - 4, **TRAINING}
     ],
 )
 def test_where_a_client_is(row, words):
-    assert status.where(row, NOW) == words
+    assert status.in_words(row, NOW) == words
 
 
 def shown(path, capsys):
