@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 import data
 import model
@@ -9,17 +10,12 @@ from preparation import synthetic
 from reporting import metrics
 
 
-def synthetic_set(count, seed, image_size=128, lesions=True, hospitals=(synthetic.EQUAL_HOSPITAL,)):
-    """`count` images, of each hospital in turn: uint8 (n, size, size, 3), and grades int (n,)."""
+def synthetic_set(count, seed, image_size=128):
+    """uint8 (count, size, size, 3), and their grades, int (count,)."""
     rng = np.random.default_rng(seed)
-    images = []
-    grades = []
-    for number in range(count):
-        hospital = hospitals[number % len(hospitals)]
-        grade = int(rng.choice(5, p=hospital.grade_shares))
-        images.append(synthetic.draw(grade, rng, image_size, lesions, hospital)[0])
-        grades.append(grade)
-    return np.stack(images), np.array(grades)
+    grades = rng.choice(5, count, p=synthetic.GRADE_SHARES)
+    images = [synthetic.draw(grade, rng, image_size)[0] for grade in grades.tolist()]
+    return np.stack(images), grades
 
 
 def test_a_seed_gives_the_same_bits_and_moves_the_random_stream_by_the_same_amount():
@@ -45,52 +41,24 @@ def test_without_lesions_it_is_the_healthy_picture_and_differs_only_where_lesion
         sick, mask = synthetic.draw(grade, np.random.default_rng(seed))
         assert (without == healthy).all() and not empty.any() and mask.any()
         changed = np.abs(sick.astype(int) - healthy).max(axis=2)
-        near = np.zeros_like(mask)  # the lens blurs a lesion over the neighbouring pixels
-        for dy in range(-3, 4):
-            for dx in range(-3, 4):
-                near |= np.roll(mask, (dy, dx), (0, 1))
+        # the lens blurs a lesion over the neighbouring pixels
+        near = np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(7))) > 0
         assert changed[~near].max() <= 8
         assert changed[mask].mean() > 10
 
 
-@pytest.mark.parametrize("hospital", synthetic.HOSPITALS, ids=lambda hospital: hospital.name)
-def test_a_hospital_is_described_without_a_slip(hospital):
-    assert sum(hospital.grade_shares) == pytest.approx(1) and hospital.grade_shares[0] == 0.5
-    # A misspelt kind would be drawn by nobody, and no one would notice.
-    assert set(hospital.lesions) <= set(synthetic.LESIONS)
-    for grade, share in enumerate(hospital.grade_shares):
-        kinds = [kind for kind, counts in hospital.lesions.items() if grade in counts]
-        assert bool(kinds) == (grade > 0 and share > 0)
-
-
-@pytest.mark.parametrize("number, least_blood, most_blood", [
-    (1, 0.02, 0.5),  # deposits before all, and some blood
-    (2, 0.9, 1),
-])  # fmt: skip
-def test_hospitals_see_other_lesions(number, least_blood, most_blood):
-    hospital = synthetic.HOSPITALS[number]
-    changes = []
-    for seed in range(8):
-        (sick, mask), (without, _) = (
-            synthetic.draw(3, np.random.default_rng(seed), 128, lesions, hospital)
-            for lesions in (True, False)
-        )
-        changes.append((sick.astype(int) - without)[mask][:, 1])  # blood is darker in green
-    assert least_blood < (np.concatenate(changes) < 0).mean() <= most_blood
-
-
-def test_the_cameras_of_the_hospitals_differ():
-    """The same eyes, photographed in each hospital: the colour of the light, and cut or not."""
-    reds_per_blue, cut = [], []
-    for hospital in synthetic.HOSPITALS:
-        rngs = map(np.random.default_rng, range(20))
-        images = np.stack([synthetic.draw(0, rng, hospital=hospital)[0] for rng in rngs])
-        middle = images[:, 40:88, 40:88].astype(float)
-        reds_per_blue.append(middle[..., 0].mean() / middle[..., 2].mean())
-        cut.append(images[:, :6].max() < 30)
-    screening, macula, referral = reds_per_blue
-    assert macula < 0.95 * screening and referral > 1.05 * screening
-    assert cut == [False, True, False]
+def test_hospitals_differ_in_patients_and_cameras():
+    drawn = [
+        [synthetic.draw(3, np.random.default_rng(0), 128, lesions, hospital) for lesions in (1, 0)]
+        for hospital in synthetic.HOSPITALS[1:]
+    ]
+    # deposits before all in the macula clinic, and blood, which is darker in green, in the other
+    of_blood = [
+        (sick.astype(int) - without)[mask][:, 1] < 0 for (sick, mask), (without, _) in drawn
+    ]
+    assert of_blood[0].mean() < 0.5 and of_blood[1].mean() > 0.9
+    light = [without[40:88, 40:88].mean(axis=(0, 1)) for _, (without, _) in drawn]
+    assert light[1][0] / light[1][2] > 1.1 * light[0][0] / light[0][2]  # warmer
 
 
 def test_colour_thumbnails_do_not_tell_the_grade():
@@ -107,8 +75,7 @@ def test_colour_thumbnails_do_not_tell_the_grade():
 
 
 @pytest.mark.slow
-def test_a_network_learns_the_lesions_and_nothing_else():
-    """Trained on the synthetic set, drcnn tells the grades; without lesions, it can only guess."""
+def test_a_network_learns_the_lesions():
     model.configure(seed=0)
     network = model.build("drcnn", 128, seed=0)
     images, grades = synthetic_set(900, seed=0)
@@ -116,10 +83,5 @@ def test_a_network_learns_the_lesions_and_nothing_else():
     batches = data.TrainingBatches(images, labels, batch_size=16, seed=0, client="central")
     for round_number in range(1, 11):
         model.train(network, batches, round_number, 1, lambda row: None)
-
-    def auc(lesions):
-        images, grades = synthetic_set(400, seed=99, lesions=lesions)
-        return metrics.auc(1 - model.predict(network, images), grades > 0)
-
-    assert auc(lesions=True) >= 0.95
-    assert abs(auc(lesions=False) - 0.5) <= 0.1
+    images, grades = synthetic_set(400, seed=99)
+    assert metrics.auc(1 - model.predict(network, images), grades > 0) >= 0.95
