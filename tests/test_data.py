@@ -23,8 +23,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def test_an_index_comes_back():
-    healthy = {"picture": "2.png", "label": 0, "dir": "preprocessed/2.png", "new_label": "True"}
-    records = [RECORD, healthy]
+    records = [RECORD, {**RECORD, "label": 0, "new_label": "True"}]
     data.write_index("worker1.pkl", records)
     assert data.read_index("worker1.pkl") == records
     assert data.healthy(records).tolist() == [0, 1]
@@ -229,22 +228,13 @@ def test_an_epoch_follows_from_seed_client_round_and_epoch(images):
     assert len(made) == len(choices)
 
 
-def test_without_augmentation_images_are_passed_on_as_they_are(images):
-    batches = data.TrainingBatches(images, LABELS, 10, 0, "a", augment=False)
-    ((pixels, order),) = epoch(batches, 1, 1)
-    assert np.array_equal(pixels, images[order.astype(int)])
-
-
 @pytest.mark.parametrize("shape, expected", [
     ((70, 16, 16, 3), [32, 32, 6]), ((20, 448, 448, 3), [8, 8, 4]), ((2, 4000, 4000, 3), [1, 1]),
     ((40, 1280), [32, 8]),  # features
 ])  # fmt: skip
 def test_so_many_images_at_once_as_memory_holds(shape, expected):
-    each_its_number = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
-    batches = list(data.evaluation_batches(np.broadcast_to(each_its_number, shape)))
-    assert [len(batch) for batch in batches] == expected
-    numbers = [batch.reshape(len(batch), -1)[:, 0] for batch in batches]
-    assert np.concatenate(numbers).tolist() == list(range(shape[0]))
+    images = np.broadcast_to(np.uint8(0), shape)
+    assert [len(batch) for batch in data.evaluation_batches(images)] == expected
 
 
 def test_resampling_is_what_tensorflow_s_own_projective_transform_gives(images):
