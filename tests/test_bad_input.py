@@ -6,7 +6,6 @@ wrong with a stream or its metadata by a real one. The rest: whose fault a failu
 from outside in the server.
 """
 
-import base64
 import errno
 import re
 
@@ -53,11 +52,6 @@ def replaced(name=W, **options):
     return change
 
 
-def with_group(file):
-    del file[W]
-    file.create_group(W)
-
-
 def with_link(file):
     del file[W]
     file[W] = h5py.ExternalLink("/etc/passwd", "x")
@@ -80,7 +74,10 @@ FILES = {  # row: (change of a good file, keyword of the sentence)
     ),
     "an external link": (with_link, "is a link"),
     "integers": (replaced(data=np.zeros((2, 1), "i4")), "int32, expected float32"),
-    "a group in place of a tensor": (with_group, "not a dataset"),
+    "a group in place of a tensor": (
+        lambda file: (file.pop(W), file.create_group(W)),
+        "not a dataset",
+    ),
     "a tensor in place of a layer": (replaced("norm1", data=1.0), "'norm1' is not a group"),
     "a layer that is missing": (lambda file: file.pop("norm1"), "'norm1' is named but not in"),
     "a name that leads upwards": (
@@ -114,59 +111,38 @@ def test_a_bad_file_is_never_brought_into_the_layout(tmp_path, row):
 # --- streams and metadata ------------------------------------------------------------------------
 
 
-def message(**fields):
-    return todo_pb2.modelWeight(**{"clientname": NAME, "clientsize": 3, **fields})
+def base64_of(client=NAME, size=3):
+    return lambda path: weights.base64_messages(path, client, size)
+
+
+def blobs(content, client=NAME, times=1):
+    message = todo_pb2.modelWeight(clientname=client, clientsize=3, blob=content)
+    return lambda path: (message for _ in range(times))
+
+
+def cut_base64(path):
+    (message,) = weights.base64_messages(path, NAME, 3)
+    message.model = message.model[:-401]
+    return [message]
 
 
 def with_nan(path):
     tensors = random_tensors(77)
     tensors[2][1, 0] = np.nan
-    return write_weights(path.with_name("nan.h5"), tensors)
+    return weights.blob_messages(write_weights(path, tensors), "client002", 3)
 
 
 DENIED, INVALID = "PERMISSION_DENIED", "INVALID_ARGUMENT"
-STREAMS = {  # row: (good file -> messages, status code, keyword of the sentence)
-    "unknown client": (
-        lambda path: weights.base64_messages(path, "client009", 3),
-        DENIED,
-        "'client009' is not one.*client001, ",
-    ),
-    "a name of 10 kB": (
-        lambda path: [message(clientname="x" * 10_000, blob=path.read_bytes())],
-        INVALID,
-        r"client name .*\(10000 characters\)",
-    ),
-    "no examples": (
-        lambda path: weights.base64_messages(path, NAME, 0),
-        INVALID,
-        "client002 says it has 0 examples, expected 1 to 1000",
-    ),
-    "more than --max-examples": (
-        lambda path: weights.base64_messages(path, NAME, 1001),
-        INVALID,
-        "1001 examples, .*--max-examples",
-    ),
+STREAMS = {  # row: (a file of client002 -> messages, status code, keyword of the sentence)
+    "unknown client": (base64_of("client009"), DENIED, "'client009' is not one.*client001, "),
+    "a name of 10 kB": (blobs(b"x", "x" * 10_000), INVALID, r"client name .*\(10000 characters\)"),
+    "no examples": (base64_of(size=0), INVALID, "client002 says it has 0 .*, expected 1 to 1000"),
+    "more than --max-examples": (base64_of(size=1001), INVALID, "1001 examples, .*--max-examples"),
     "an empty stream": (lambda path: [], INVALID, "empty stream"),
-    "base64 that ends within a group": (
-        lambda path: [message(model=base64.b64encode(path.read_bytes())[:-401])],
-        INVALID,
-        "client002: .*middle of a group of 4",
-    ),
-    "a message of 3 MB": (
-        lambda path: [message(blob=b"x" * 3_000_000)],
-        "RESOURCE_EXHAUSTED",
-        "larger than max",
-    ),
-    "an endless stream": (
-        lambda path: (message(blob=b"x" * 1000) for _ in range(1 << 30)),
-        INVALID,
-        "larger than [0-9,]+ bytes, the most",
-    ),
-    "not a number": (
-        lambda path: weights.blob_messages(with_nan(path), "client002", 3),
-        INVALID,
-        "client002: layer 'healthy' holds nan",
-    ),
+    "cut base64": (cut_base64, INVALID, "client002: .*middle of a group of 4"),
+    "a message of 3 MB": (blobs(bytes(3_000_000)), "RESOURCE_EXHAUSTED", "larger than max"),
+    "an endless stream": (blobs(bytes(1000), times=1 << 30), INVALID, "larger than .*, the most"),
+    "not a number": (with_nan, INVALID, "client002: layer 'healthy' holds nan"),
 }
 METADATA = {  # row: (what differs, status code, keyword of the sentence); all else is good
     "another run": ({"run": "0123"}, "FAILED_PRECONDITION", "'0123'; the server is in run run0"),
@@ -178,12 +154,14 @@ METADATA = {  # row: (what differs, status code, keyword of the sentence); all e
 
 
 @pytest.mark.parametrize("row", [*STREAMS, *METADATA])
-def test_bad_input_is_refused_and_the_round_goes_on(served, good, row):
+def test_bad_input_is_refused_and_the_round_goes_on(served, good, tmp_path, row):
     first = served.counted(good[0], "client001")
     before = served.tree()
     what, code, sentence = (STREAMS | METADATA)[row]
     if row in STREAMS:
-        call = served.stub.sendWeight.future(iter(what(good[1])), timeout=60)
+        call = served.stub.sendWeight.future(
+            iter(what(write_weights(tmp_path / "bad.h5", 2))), timeout=60
+        )
     else:
         call = served.send(good[1], "client002", **what)
     found, details = refusal(call)

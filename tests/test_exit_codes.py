@@ -176,22 +176,19 @@ def waits(client_main, two, *flags):
     return call
 
 
-def deaf(run):
-    """A context in which the server answers pings, and no call: each waits for this lock."""
-    return run.rounds.changed
-
-
 @pytest.fixture
-def impatient(monkeypatch):
+def deaf(two, monkeypatch):
+    """A context in which the server answers pings, and no call: each waits for this lock."""
     for name, seconds in {"UNANSWERED_S": 2, "TELL_EVERY_S": 0.2, "TELL_TIMEOUT_S": 1}.items():
         monkeypatch.setattr(todoClient, name, seconds)
+    return two[0].rounds.changed
 
 
 def test_a_last_upload_that_was_never_answered_is_exit_5_and_the_next_start_delivers_it(
-    client_main, two, impatient
+    client_main, two, deaf
 ):
     call = waits(client_main, two, "--give-up-after", "1")
-    with deaf(two[0]):
+    with deaf:
         code, said = call.result()
     assert code == 5 and "delivered and never answered" in said
     two[0].stop()  # both are started again
@@ -204,10 +201,10 @@ def test_a_last_upload_that_was_never_answered_is_exit_5_and_the_next_start_deli
     assert code == 0 and "training now" not in said
 
 
-def test_a_deaf_server_is_given_up_by_who_fetches(client_main, two, impatient):
+def test_a_deaf_server_is_given_up_by_who_fetches(client_main, two, deaf):
     Path("client001").mkdir()  # a client that was started again, and knows the run
     files.save_state(Path("client001/state.json"), {**todoClient.NEW_STATE, "run": "run0"})
-    with deaf(two[0]):
+    with deaf:
         code, said = client_main("--server", two[1], "--give-up-after", "1")
     assert code == 4 and "it answered nothing for 2 s" in said
 

@@ -23,36 +23,26 @@ from federation.rounds import Refused
 # --- refused --------------------------------------------------------------------------------------
 
 
-def drcnn_of(*layers):
-    """What a file says of a network of these layers, as Keras writes it."""
-    described = [{"class_name": name, "config": {"name": name.lower()}} for name in layers]
-    return json.dumps({"class_name": "Functional", "config": {"layers": described}})
-
-
-@pytest.mark.parametrize("its_layers", [("Rescaling", "Conv2D"), ("Conv2D",)])
-def test_the_file_of_a_network_with_other_layers_is_refused(
-    client_main, make_run, monkeypatch, its_layers
-):
+def test_the_file_of_a_network_with_other_layers_is_refused(client_main, make_run, monkeypatch):
     """Its tensors are the same: in silence, each network would answer otherwise than trained."""
+
+    def drcnn_of(*layers):
+        described = [{"class_name": name, "config": {}} for name in layers]
+        return json.dumps({"config": {"layers": described}})
+
     run = make_run(clients=["client001"], rounds=1)
     run.stop()
     with h5py.File(run.weights, "r+") as file:
-        file.attrs["model_config"] = drcnn_of(*its_layers)
+        file.attrs["model_config"] = drcnn_of("Conv2D")
     new_run(["client001"], 1, run.weights).save(run.folder / "state.json")
     run.start()
-    build = standin.build
-
-    def built(*arguments):
-        network = build(*arguments)
-        network.to_json = lambda: drcnn_of("Rescaling", "Conv2D")
-        return network
-
-    monkeypatch.setattr(standin, "build", built)
+    network = standin.build("drcnn", 32)
+    network.to_json = lambda: drcnn_of("Rescaling", "Conv2D")
+    monkeypatch.setattr(standin, "build", lambda *_: network)
     server, address = serve(run.rounds)
     code, said = client_main("--server", address)
     server.stop(0)
-    is_refused = its_layers == ("Conv2D",)
-    assert code == is_refused and ("this server runs another version" in said) == is_refused
+    assert code == 1 and "this server runs another version" in said
 
 
 def test_a_rejected_upload_ends_the_client_with_1_and_the_next_start_trains_again(

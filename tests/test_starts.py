@@ -33,39 +33,27 @@ def nothing(*_):
     pass
 
 
-def no_weights():
-    Path("server/server_weight.h5").unlink()
-
-
-def other_weights():
-    write_weights("server/server_weight.h5", 7)
-
-
-def own_index():
-    """The records of val_set.pkl, in an index/ that may be changed."""
-    records = data.read_index(Path("index/val_set.pkl"))
-    Path("index").unlink()
-    Path("index").mkdir()
-    data.write_index(Path("index/val_set.pkl"), records)
-    return records
-
-
-def other_patients():
-    data.write_index(Path("index/val_set.pkl"), own_index()[:-1])
-
-
-def other_pictures():
-    own_index()
-    Path("index/prepared.json").write_text('{"preprocessing": "graham"}')
-
-
 def other_network():
     path = Path("server/state.json")
     RunState.load(path).changed(arch="resnet").save(path)
 
 
-def of_a_client():
-    files.save_state(Path("server/state.json"), todoClient.NEW_STATE)
+def own_index():
+    """An index/ that may be changed."""
+    shutil.copytree("index", "own")
+    Path("index").unlink()
+    Path("own").rename("index")
+
+
+def other_patients():
+    own_index()
+    path = Path("index/val_set.pkl")
+    data.write_index(path, data.read_index(path)[:-1])
+
+
+def other_pictures():
+    own_index()
+    Path("index/prepared.json").write_text('{"preprocessing": "graham"}')
 
 
 @pytest.mark.parametrize(
@@ -77,12 +65,20 @@ def of_a_client():
         (nothing, "--weights imagenet", "--weights is imagenet, but .*--fresh"),
         (nothing, "--round-timeout 5 --min-clients 3", "3 is more than the run's 2 clients"),
         (nothing, "--fresh --index-dir nowhere", "nowhere/val_set.pkl is missing"),
-        (no_weights, "", "server_weight.h5 is missing.*--fresh"),
-        (other_weights, "", "server_weight.h5 is not the model of round 1.*--fresh"),
+        (Path("server/server_weight.h5").unlink, "", "server_weight.h5 is missing.*--fresh"),
+        (
+            lambda: write_weights("server/server_weight.h5", 7),
+            "",
+            "server_weight.h5 is not the model of round 1.*--fresh",
+        ),
         (other_network, "", "--arch resnet, and this program knows.*--fresh"),
-        (other_patients, "", "validation_sha256.*--fresh"),
+        (other_patients, "", "other images .*validation_sha256.*--fresh"),
         (other_pictures, "", "preprocessing was '', is 'graham'.*--fresh"),
-        (of_a_client, "", "server/state.json is not a state.*--fresh"),
+        (
+            lambda: files.save_state(Path("server/state.json"), todoClient.NEW_STATE),
+            "",
+            "server/state.json is not a state.*--fresh",
+        ),
     ],
 )
 def test_a_server_that_cannot_go_on_is_exit_1_and_changes_nothing(server_main, spoil, flags, words):
@@ -211,10 +207,6 @@ def trained(client_main):
     return save
 
 
-def other_file():
-    write_weights("client001/client_weights.h5", 2)
-
-
 @pytest.mark.parametrize(
     ("flags", "spoil", "trains_again"),
     [
@@ -223,7 +215,7 @@ def other_file():
         ("--epochs 2", nothing, "epochs was None, is 2"),
         ("--learning-rate 1e-3", nothing, "learning_rate was None, is 0.001"),
         ("--index index/worker2.pkl", nothing, "num_examples was 4, is 6"),
-        ("", other_file, "training now"),
+        ("", lambda: write_weights("client001/client_weights.h5", 2), "training now"),
     ],
 )
 def test_what_was_trained_is_delivered_unless_by_other_settings(
@@ -257,57 +249,44 @@ def test_what_lies_in_a_clients_folder_of_another_run_is_moved_aside_and_said(
 # --- what a client is told at its first fetch ----------------------------------------------------
 
 
-def the_server_says(**changes):
-    def say(run):
-        run.rounds.state = run.rounds.state.changed(**changes)
-
-    return say
-
-
-def pictures_of_another_kind(run):
-    """Nothing else would say that one hospital's are prepared otherwise."""
-    shutil.copytree("index", "own")
-    Path("own/prepared.json").write_text('{"preprocessing": "graham"}')
-    the_server_says(preprocessing="colour")(run)
-
-
-NOT_AS_EXPECTED = "the server names a run, but not its network and round as expected"
-
-
 @pytest.mark.parametrize(
-    ("set_up", "flags", "words"),
+    ("says", "flags", "words"),
     [
-        (the_server_says(image_size=10**9), "", f"{NOT_AS_EXPECTED} .*at most 4096"),
-        (the_server_says(arch="resnet"), "", f"{NOT_AS_EXPECTED} .*'resnet'"),
-        (nothing, "--name client009 --index index/worker1.pkl", "'client009' is not one of"),
-        (nothing, "--index index/worker9.pkl", "index/worker9.pkl is missing"),
-        (
-            pictures_of_another_kind,
-            "--index own/worker1.pkl",
-            "of the kind 'graham' .own/prepared.json.* of the kind 'colour': .*--preprocessing",
-        ),
+        ({"image_size": 10**9}, "", "not its network and round as expected .*at most 4096"),
+        ({"arch": "resnet"}, "", "not its network and round as expected .*'resnet'"),
+        ({}, "--name client009 --index index/worker1.pkl", "'client009' is not one of"),
+        ({}, "--index index/worker9.pkl", "index/worker9.pkl is missing"),
     ],
 )
 def test_a_client_that_cannot_take_part_is_one_sentence_and_exit_1(
-    client_main, served, set_up, flags, words
+    client_main, served, says, flags, words
 ):
     run, address = served
-    set_up(run)
+    run.rounds.state = run.rounds.state.changed(**says)
     code, said = client_main("--server", address, *flags.split())
     assert code == 1 and re.search(words, said) and len(said.splitlines()) == 1
-    assert not list(Path("client001").glob("*.csv"))
 
 
 @pytest.mark.parametrize(
-    ("own_size", "of_2020", "warns"),
-    [(16, {}, True), (32, {}, False), (16, todoClient.TASK_OF_2020, False)],
+    ("prepared", "code", "words"),
+    [
+        (
+            {"preprocessing": "graham"},
+            1,
+            "of the kind 'graham' .own/prepared.json.* of the kind 'colour': .*--preprocessing",
+        ),
+        ({"preprocessing": "colour", "image_size": 16}, 0, "warning: the pictures here have 16"),
+        ({"preprocessing": "colour", "image_size": 32}, 0, ""),
+    ],
 )
-def test_a_warning_where_the_network_is_larger_than_the_pictures(
-    client_main, capsys, own_size, of_2020, warns
+def test_pictures_of_another_kind_or_size_than_the_servers_are_told(
+    client_main, served, prepared, code, words
 ):
+    """Nobody else would notice."""
+    run, address = served
+    run.rounds.state = run.rounds.state.changed(preprocessing="colour")
     shutil.copytree("index", "own")
-    Path("own/prepared.json").write_text(json.dumps({"image_size": own_size}))
-    site = todoClient.Site(todoClient.parse(["--name", "client001", "--index", "own/worker1.pkl"]))
-    task = {"run": "run0", "image_size": 32, "preprocessing": "colour"}
-    todoClient.check_pictures(site, {**task, **of_2020})
-    assert ("warning" in capsys.readouterr().out) == warns
+    Path("own/prepared.json").write_text(json.dumps(prepared))
+    ended, said = client_main("--server", address, "--index", "own/worker1.pkl")
+    assert ended == code and re.search(words, said)
+    assert ("warning" in said) == words.startswith("warning")
