@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common import log
@@ -189,10 +189,16 @@ def alone_in(folder):
 
     A second server or client in the same folder would remove the temporary files that the first is
     writing. The lock belongs to the open folder, so the operating system releases it however the
-    process ends. Raises ValueError where another process holds the folder, OSError where this one
-    cannot write into it: told now, and not at the first upload.
+    process ends. A folder that was made here, and in which nothing was kept, is removed again.
+    Raises ValueError where another process holds the folder, OSError where this one cannot write
+    into it: told now, and not at the first upload.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"{folder} is a file, expected a folder") from None
     folder_fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,11 +216,14 @@ def alone_in(folder):
             "processes work in one folder"
         )
     try:
-        writable = temporary(Path(folder) / "writable")
+        writable = temporary(folder / "writable")
         writable.touch()
         writable.unlink()
         yield
     finally:
+        with suppress(OSError):  # one that is not empty stays
+            for each in made:
+                each.rmdir()
         os.close(folder_fd)
 
 

@@ -73,7 +73,7 @@ def test_a_missing_package_is_one_sentence_and_exit_1(script):
 def test_a_missing_file_is_one_sentence_and_exit_1(command, sentence, tmp_path):
     shown = run(sys.executable, *f"{ROOT}/{command}".split(), cwd=tmp_path)
     assert shown.returncode == 1 and len(shown.stderr.splitlines()) == 1
-    assert sentence in shown.stderr
+    assert sentence in shown.stderr and not list(tmp_path.iterdir())  # and leaves nothing behind
 
 
 def test_two_signals_at_once_end_a_server(start, begun):
