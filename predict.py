@@ -24,7 +24,14 @@ from functools import partial
 from pathlib import Path
 
 from common.log import fail, plain, say, warn
-from common.script import end_script, exit_on_signals, new_parser, number, start_script
+from common.script import (
+    end_script,
+    exit_on_signals,
+    new_file,
+    new_parser,
+    number,
+    start_script,
+)
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -63,7 +70,6 @@ def main(argv=None):
     try:
         graded = read_graded(args)
         paths, skipped = find_images([*args.images, *graded])
-        check_writable(args.csv)
         weights = args.weights or weights_here()
         card = cards.read(weights)
         if card["num_nan"]:
@@ -109,7 +115,7 @@ def parser():
         help="the model; its card, FILE with .json in place of .h5, lies beside it (default: the "
         "result that lies here, client001/server_weight.h5 or server/server_weight.h5)",
     )
-    add("--csv", type=Path, metavar="FILE", help=f"write a table of {', '.join(CSV_COLUMNS)}")
+    add("--csv", type=new_file, metavar="FILE", help=f"write a table of {', '.join(CSV_COLUMNS)}")
     add = made.add_mutually_exclusive_group().add_argument
     add("--threshold", type=part, help="the score above which it is referable (the model's)")
     add(
@@ -181,12 +187,6 @@ def read_graded(args):
     return {str(photo.path): photo for photo in found.photos}
 
 
-def check_writable(path):
-    """Raises ValueError where --csv FILE could not be written after an hour of scoring."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError(f"--csv {path} cannot be written: expected a file in a folder that exists")
-
-
 def weights_here():
     """The weight file of the result that lies in this project. Raises ValueError for several."""
     found = [*sorted(Path().glob("client*/server_weight.h5")), Path("server/server_weight.h5")]
@@ -212,7 +212,8 @@ def check_kinds(card, paths):
     Of a model whose pictures are of a kind that nobody knows, imported ones say, that is only told.
     """
     trained_on = card["preprocessing"]
-    kinds = {kind_of_pictures(path) for path in paths}
+    # one that is missing is told when it is opened
+    kinds = {kind_of_pictures(path) for path in paths if Path(path).exists()}
     if None in kinds and trained_on == synthetic.KIND:
         raise ValueError(
             "the model was trained on synthetic eyes, and its score of a photograph would say "

@@ -13,7 +13,6 @@ and is written last: an index without it is not complete. Nothing is removed tha
 write: it is moved to a folder old-1, old-2 ...
 """
 
-import argparse
 import datetime
 import hashlib
 import json
@@ -24,7 +23,15 @@ from collections import Counter
 from pathlib import Path
 
 from common.log import fail
-from common.script import at_least, end_script, exit_on_signals, pixels, start_script
+from common.script import (
+    at_least,
+    end_script,
+    exit_on_signals,
+    new_parser,
+    number,
+    pixels,
+    start_script,
+)
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -109,10 +116,7 @@ def prepare(args):
 
 def parser():
     """The argparse.ArgumentParser of this script's flags."""
-    made = argparse.ArgumentParser(
-        description="Prepare a data set: pictures in preprocessed/, indexes in index/.",
-        allow_abbrev=False,
-    )
+    made = new_parser(__doc__)
     add = made.add_argument_group("what there is").add_argument
     add(
         "--dataset",
@@ -176,7 +180,7 @@ def parser():
     add = made.add_argument_group("who gets which").add_argument
     add(
         "--val-part",
-        type=float,
+        type=number("a part, 0 to 1", lambda value: 0 <= value <= 1),
         metavar="PART",
         help="part of the photographs to validate on, 0 to 1 (as the data set says, or 0.2); "
         "0: a hospital trains on all it has, 1: all are for the server to score by",
@@ -196,7 +200,7 @@ def parser():
     )
     add(
         "--alpha",
-        type=float,
+        type=number("a number from 0.001 to 1000", lambda value: 0.001 <= value <= 1000),
         default=0.5,
         metavar="A",
         help="dirichlet: the smaller, the more unequal (0.5)",
@@ -244,8 +248,6 @@ def parse(argv):
             is_synthetic and args.source
         ),
         "expected --source, the folder of the photographs": not is_synthetic and not args.source,
-        f"--val-part {args.val_part}: expected a part, 0 to 1": not 0 <= (args.val_part or 0) <= 1,
-        f"--alpha {args.alpha}: expected 0.001 to 1000": not 0.001 <= args.alpha <= 1000,
         f"--split {args.split} is of --dataset {of_kind}, not of {args.dataset}: use iid, noniid "
         "or dirichlet": args.dataset != of_kind,
         f"--split noniid is for 3 clients, found {args.num_clients}: use --split dirichlet": (

@@ -4,8 +4,8 @@
     python3 report.py --client-dir client002   # a hospital's, of its own held-out patients
 
 Beside the federated model it shows what central.py trained --like this run: each hospital alone,
-all images in one place, at home also the result that was fine-tuned there. The page names the
-command where one is missing, and needs nothing else: no network, no script, no other file.
+all images in one place, at home also the result that was fine-tuned there. Where one of them is
+missing, the page names the command that makes it. The page is one file, and loads nothing.
 No model is trained in here.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.log import fail, say
-from common.script import end_script, exit_on_signals, new_parser, start_script
+from common.script import end_script, exit_on_signals, new_file, new_parser, start_script
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
@@ -81,7 +81,12 @@ def parse(argv):
         metavar="DIR",
         help="where val_set.pkl lies (index)",
     )
-    add("--out", type=Path, metavar="FILE", help="(report.html in the server's or client's folder)")
+    add(
+        "--out",
+        type=new_file,
+        metavar="FILE",
+        help="(report.html in the server's or client's folder)",
+    )
     return parser.parse_args(argv)
 
 

@@ -105,6 +105,19 @@ def initial_weights(text):
     return text
 
 
+def new_file(text):
+    """An argparse type: the path of a file to write, told now if it cannot be, not after the work.
+
+    pathlib.Path.
+    """
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be written: expected a file in a folder that exists"
+        )
+    return path
+
+
 def at_least(least, most=999_999_999):
     """An argparse type: a whole number from `least` to `most`; the wire takes nine digits."""
 

@@ -190,7 +190,7 @@ def read(path):
         version = status["version"]
     except FileNotFoundError:
         raise ValueError(f"there is no {path}: a server writes it when it runs") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, IsADirectoryError):
         raise ValueError(f"{path} is not a server's status.json") from None
     if version != STATUS_VERSION:
         raise ValueError(f"{path} has version {version}, this program reads {STATUS_VERSION}")

@@ -153,7 +153,7 @@ def test_each_is_scored_once_and_a_bad_file_gets_its_sentence(score, folder, mon
     assert (code, scores) == (1, {}) and f"{folder / 'empty'} has no image" in said.err
 
 
-def test_csv_is_one_for_a_spreadsheet(score, folder, project, tmp_path):
+def test_csv_is_one_for_a_spreadsheet(score, folder, project, tmp_path, capsys):
     shutil.move(folder, project / "=München")
     code, scores, _ = score("graham", "--csv", tmp_path / "scores.csv", "=München")
     shutil.rmtree(project / "=München")
@@ -170,8 +170,9 @@ def test_csv_is_one_for_a_spreadsheet(score, folder, project, tmp_path):
     landscape = by_name["=b_left.png"]
     assert landscape["verdict"] == "not gradable" and landscape["score"] == ""
     assert landscape["reason"] == "no round field of view"
-    code, _, said = score("graham", "--csv", tmp_path / "none" / "scores.csv", "x.jpg")
-    assert code == 1 and "none/scores.csv cannot be written" in said.err
+    with pytest.raises(SystemExit, match="2"):
+        score("graham", "--csv", tmp_path / "none" / "scores.csv", "x.jpg")
+    assert "none/scores.csv cannot be written" in capsys.readouterr().err
 
 
 # --- photographs that are graded already ----------------------------------------------------------
