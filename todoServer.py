@@ -88,14 +88,16 @@ def main(argv=None):
     try:
         with ExitStack() as locks:
             locks.enter_context(files.alone_in(arguments.server_dir))
+            tls.check_free(arguments.listen)  # before any work
             evaluator = Evaluator(arguments)
-            state = resume(arguments, evaluator) or begin(arguments, evaluator)
-            clients = arguments.clients or state.clients
+            state = resume(arguments, evaluator)
+            clients = arguments.clients or (state.clients if state else NEW_RUN["clients"])
             if (arguments.min_clients or 1) > len(clients):
                 raise ValueError(
                     f"--min-clients {arguments.min_clients} is more than the run's {len(clients)} "
                     "clients"
                 )
+            state = state or begin(arguments, evaluator)
             # Also those who leave: what they delivered for the open round is moved aside.
             for client in sorted({*clients, *state.clients}):
                 locks.enter_context(files.alone_in(arguments.server_dir / client))
@@ -223,7 +225,7 @@ def parser():
     )
     tls.add_arguments(
         add,
-        "that signed the clients' certificates: each client must show its own, in its name "
+        "the CA that signed the clients' certificates: each client must show its own, in its name "
         "(mutual TLS)",
         "the server's certificate, for TLS",
     )

@@ -163,21 +163,18 @@ def keep_one_heap():
 
 def bind(server, listen, credentials):
     """Bind the server; returns HOST:PORT with the number of its port. Raises ValueError."""
-    host, _, port = listen.rpartition(":")
-    bound = 0
-    # gRPC is content when one of the host's addresses is free: look at all of them first.
-    if not tls.is_taken(host, port):
-        with contextlib.suppress(RuntimeError):  # what gRPC raises where it cannot bind
-            if credentials:
-                bound = server.add_secure_port(listen, credentials)
-            else:
-                bound = server.add_insecure_port(listen)
-    if not bound:
+    tls.check_free(listen)
+    try:
+        if credentials:
+            port = server.add_secure_port(listen, credentials)
+        else:
+            port = server.add_insecure_port(listen)
+    except RuntimeError:
         raise ValueError(
-            f"cannot listen on {listen}: is another server running there? "
-            "Choose another --listen HOST:PORT"
-        )
-    return f"{host}:{bound}"
+            f"cannot listen on {listen}: expected an address of this machine, and a port that this "
+            "user may take"
+        ) from None
+    return f"{listen.rpartition(':')[0]}:{port}"
 
 
 @dataclass(frozen=True)

@@ -228,17 +228,21 @@ def is_this_machine(address):
     return all(ipaddress.ip_address(number).is_loopback for number in numbers)
 
 
-def is_taken(host, port):
-    """Whether a server listens already on that port, on any address of the host.
+def check_free(listen):
+    """Raises ValueError where a server listens already at HOST:PORT, on any address of the host.
 
     gRPC binds those addresses that are free and is content with one of them: of localhost's two,
     127.0.0.1 and ::1, each of two servers would serve half of the clients.
     """
+    host, _, port = listen.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), port), timeout=1).close()
     except OSError:
-        return False
-    return True
+        return
+    raise ValueError(
+        f"cannot listen on {listen}: is another server running there? Choose another --listen "
+        "HOST:PORT"
+    )
 
 
 # --- credentials ---------------------------------------------------------------------------------
