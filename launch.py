@@ -8,7 +8,8 @@ and the page of the result.
 
 Run the same command again to resume an unfinished run. After a finished one it begins a new run.
 PYTHON=/path/to/python names an interpreter that has the packages, instead of .venv.
-Exit codes: 0 finished, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM; else of the process that failed.
+Exit codes: 0 finished, 1 an error, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM; else that of the process
+that failed.
 """
 
 # A flag is declared in the script that it belongs to, and goes to every script that knows it.
