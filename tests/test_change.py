@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, Started, copy_of, free_port, make_data
+from conftest import ROOT, copy_of, make_data, start_server
 from eyes import eye
 
 from reporting.metrics import TASKS
@@ -17,27 +17,28 @@ TEXT = (ROOT / "docs" / "change.md").read_text(encoding="utf-8")
 ENDS_S = 400
 
 
-def part_of(heading):
-    """What stands below this heading."""
-    return TEXT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+def block(heading, kind):
+    """The text of the block of this kind below a heading: "diff", or "" for commands."""
+    part = TEXT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    found = dict(re.findall(r"^```(\w*)\n(.*?)^```$", part, re.M | re.S))
+    return found[kind]
 
 
-def blocks(heading, kind):
-    """The texts of the blocks of this kind below a heading: "diff", or "" for commands."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", part_of(heading), re.M | re.S)
-    return [text for its_kind, text in found if its_kind == kind]
+def commands_of(heading):
+    """The commands below a heading, one a line, as they are given in a project's folder."""
+    lines = block(heading, "").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
 def changed(folder, heading):
     """A copy of the project with the patch of this recipe, to which its context must fit."""
-    copy_of(folder)
-    [patch] = blocks(heading, "diff")
-    subprocess.run(["patch", "-p1", "--fuzz=0"], cwd=folder, input=patch, text=True, check=True)
+    patch = ["patch", "-p1", "--fuzz=0"]
+    subprocess.run(patch, cwd=copy_of(folder), input=block(heading, "diff"), text=True, check=True)
     return folder
 
 
 def run(folder, *command):
-    """What a Python command says in this folder, and that it ends with 0."""
+    """What a Python command says in this folder; it ends with 0."""
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True
     )
@@ -56,16 +57,15 @@ def test_another_network_is_trained(tmp_path):
 
 def test_another_disease_has_other_words_everywhere(tmp_path):
     folder = changed(tmp_path / "project", "Another disease")
-    source = tmp_path / "photographs"
+    source = folder / "DIR"
     source.mkdir()
+    rows = ["image,label"]
     for number in range(24):
         eye(grade=2 * (number % 2), seed=number).save(source / f"{number:02}.png")
-    rows = [f"{number:02}.png,{number % 2}" for number in range(24)]
-    (source / "labels.csv").write_text("\n".join(["image,label", *rows]))
-    [command] = blocks("Another disease", "")
-    words = shlex.split(command.replace("DIR", str(source)))[1:]
-    said = run(folder, *words, "--val-part", "0.5", "--image-size", "32")
-    assert "glaucoma" in said
+        rows.append(f"{number:02}.png,{number % 2}")
+    (source / "labels.csv").write_text("\n".join(rows))
+    [command] = commands_of("Another disease")
+    assert "glaucoma" in run(folder, *command, "--val-part", "0.5", "--image-size", "32")
     page = run(folder, "-c", PAGE_OF_ANSWERS)
     assert "Screening for glaucoma" in page and "no glaucoma" in page
     assert not re.search(r"\bDR\b|retinopathy|referable", page)
@@ -73,12 +73,9 @@ def test_another_disease_has_other_words_everywhere(tmp_path):
 
 def test_the_words_of_the_disease_stand_in_one_place():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("[cfpr]*/*.py")]:
-        words = {node.value for node in ast.walk(ast.parse(path.read_text())) if is_text(node)}
+        nodes = ast.walk(ast.parse(path.read_text()))
+        words = {node.value for node in nodes if isinstance(node, ast.Constant)}
         assert path.name == "metrics.py" or not words & set(TASKS), path
-
-
-def is_text(node):
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 # The page of a model that knows the grades, and what warns of one that does not.
@@ -110,49 +107,38 @@ print(Page(run).html(), run.others[0].card["warning"], cards.summary(run.federat
 """
 
 
-def commands_of(heading):
-    """The commands below a heading, one a line, as they are given in a project's folder."""
-    [text] = blocks(heading, "")
-    return [shlex.split(line, comments=True)[1:] for line in text.splitlines()]
-
-
-def run_federation(folder, server_words, client_words):
-    """A server's command and a command for each client, on a free port, to their end."""
-    address = f"localhost:{free_port()}"
-    more = ["--threads", "1", "--server", address]
-    commands = [[*server_words, "--listen", address, "--rounds", "1"]]
-    commands += [[*words, *more] for words in client_words]
-    processes = [Started([sys.executable, *words], folder) for words in commands]
-    try:
-        codes = [process.wait(ENDS_S) for process in processes]
-    finally:
-        for process in processes:
-            if process.process.poll() is None:
-                process.kill()
-    assert codes == [0] * len(processes), processes[0].output
+def run_federation(start, folder, server_words, clients):
+    """A server's command and a command for each client, to their end. Returns the card."""
+    script, *flags = server_words
+    server, address = start_server(start, folder, "--rounds", "1", *flags, script=folder / script)
+    processes = [server]
+    for script, *flags in clients:
+        flags += ["--server", address, "--threads", "1"]
+        processes.append(start(folder / script, *flags, cwd=folder))
+    codes = [process.wait(ENDS_S) for process in processes]
+    assert codes == [0] * len(processes), server.output
     return json.loads((folder / "server" / "server_weight.json").read_text())
 
 
 @pytest.mark.slow
-def test_five_clients_take_part(tmp_path):
+def test_five_clients_take_part(start, tmp_path):
     folder = copy_of(tmp_path / "project")
     prepare, server, client = commands_of("Five clients")
     run(folder, *prepare, *"--num-train 25 --num-val 20 --image-size 32".split())
     names = [f"client{number:03}" for number in range(1, 6)]
     clients = [[name if word == "client005" else word for word in client] for name in names]
-    card = run_federation(folder, [*server, "--image-size", "32"], clients)
+    card = run_federation(start, folder, [*server, "--image-size", "32"], clients)
     assert sorted(card["clients"]) == names
 
 
 @pytest.mark.slow
-def test_clients_follow_the_servers_image_size(tmp_path):
+def test_clients_follow_the_servers_image_size(start, tmp_path):
     folder = copy_of(tmp_path / "project")
-    prepare, server = (
-        [word.replace("256", "32") for word in words] for words in commands_of("Another image size")
-    )
+    commands = commands_of("Another image size")
+    prepare, server = [[word.replace("256", "32") for word in words] for words in commands]
     run(folder, *prepare, *"--num-train 12 --num-val 20".split())
     clients = [["todoClient.py", "--name", f"client00{number}"] for number in (1, 2, 3)]
-    card = run_federation(folder, server, clients)
+    card = run_federation(start, folder, server, clients)
     assert card["image_size"] == card["prepared_image_size"] == 32
 
 
@@ -161,19 +147,17 @@ import numpy as np
 import data, model
 model.configure(0, 1)
 network = model.build("drcnn", 16)
-start = network.get_weights()
+first = network.get_weights()
 images = np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8)
-def distance(mu):
-    model.MU = mu
-    network.set_weights(start)
+for model.MU in (0, 100):
+    network.set_weights(first)
     model.compiled(network)
     batches = data.TrainingBatches(images, np.arange(8) % 2, 4, 0, "client001")
     for round_number in (1, 2):  # the second with what the first has left behind
-        before = [np.array(variable) for variable in network.trainable_variables]
+        start = [np.array(variable) for variable in network.trainable_variables]
         model.train(network, batches, round_number, 2, report=lambda row: None)
-    pairs = zip(before, network.trainable_variables)
-    return sum(np.square(variable - old).sum() for old, variable in pairs)
-print(distance(0), distance(100))
+    pairs = zip(start, network.trainable_variables)
+    print(sum(np.square(variable - old).sum() for old, variable in pairs))
 """
 
 
