@@ -182,8 +182,8 @@ class Page:
             rival = f"the best hospital alone, {best.name.removesuffix(' alone')}"
         if found.low <= 0 <= found.high:
             return (
-                f"No difference is shown between federation and {rival}: it found {how_many} "
-                f"{images}, {figures}."
+                f"No difference is shown between federation and {rival}: federation found "
+                f"{how_many} {images}, {figures}."
             )
         return f"Federation found {how_many} {images} than {rival}, {figures}."
 
@@ -196,7 +196,7 @@ class Page:
 
         A model that was scored once is a point.
         """
-        ends = []
+        ends, last_round = [], 1
         with drawing("AUC by round, of each model", 4.9, 3.1) as (axes, finish):
             # of many hospitals some share a style, and the names at the ends tell them apart
             styles = chain(STYLES[:1], cycle(STYLES[1:]))
@@ -206,9 +206,11 @@ class Page:
                 if points:
                     axes.plot(*zip(*points, strict=True), **style)
                     ends.append((points[-1][1], model.name, style["color"]))
+                    last_round = max(last_round, points[-1][0])
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.set(xlabel="round", ylabel=f"AUC for {TASK}")
+            axes.set(xlabel="round", ylabel=f"AUC for {TASK}", xlim=(0.7, last_round + 0.3))
             axes.set_ylim(top=1.01)
+            axes.set_yticks([tick for tick in axes.get_yticks() if axes.get_ylim()[0] < tick <= 1])
             label_ends(axes, ends)
             return finish() if ends else ""
 
@@ -403,9 +405,11 @@ class Page:
                 "have it, or the scores do not rise with it."
             )
         else:
+            at_server = self.run.home and self.used.kind == "federated"
             figures += (
-                " Those who choose recalibrated the scores (Platt 1999): a score is the "
-                f"probability of {TASK} among patients of whom as many have it as of these."
+                f" The scores were recalibrated on {'the server’s' if at_server else 'those'} "
+                f"patients who choose (Platt 1999): a score is the probability of {TASK} among "
+                "patients of whom as many have it as of them."
             )
         conclusion = "scores are on average neither too low nor too high"
         if bias.low > 0 or bias.high < 0:

@@ -99,8 +99,9 @@ def test_an_interval_keeps_its_width_where_every_draw_agrees():
     assert found == (0, -unseen, unseen)
 
 
-def two_models(rng, n):
+def two_models(seed, n):
     """Scores of two models, which look at the same images, and which of them are ill."""
+    rng = np.random.default_rng(seed)
     ill = np.arange(n) % 2 == 0
     shared = rng.standard_normal(n)
     good = 2 * ill + shared + 0.5 * rng.standard_normal(n)
@@ -110,13 +111,13 @@ def two_models(rng, n):
 
 def test_the_difference_of_two_models_at_the_same_specificity():
     """By its definition; of 40 samples most intervals hold the truth, narrow as they are paired."""
-    good, poor, ill = two_models(np.random.default_rng(9), 200_000)
+    good, poor, ill = two_models(9, 200_000)
     cut = np.quantile(poor[~ill], np.mean(good[~ill] <= 1))
     truth = np.mean(good[ill] > 1) - np.mean(poor[ill] > cut)
     true_area = metrics.auc(good, ill) - metrics.auc(poor, ill)
     held, held_areas, widths, widths_of_one = 0, 0, [], []
     for seed in range(40):
-        good, poor, ill = two_models(np.random.default_rng(seed), 120)
+        good, poor, ill = two_models(seed, 120)
         found = metrics.sensitivity_difference(good, 1, poor, ill, names(120))
         held += found.low <= truth <= found.high
         area = metrics.auc_difference(good, poor, ill, names(120))
@@ -262,6 +263,7 @@ def test_a_model_that_must_not_be_used(score, grades, sentence):
     scores = metrics.scores(1 - score, (grades == 0).astype(float))
     assert sentence in assessed["warning"]
     json.dumps([assessed, scores], allow_nan=False)
+    assert assessed["num_nan"] == np.isnan(score).sum()
     if assessed["num_nan"]:
         assert set(scores.values()) == {assessed["choosing_auc"]} == {None}
         for entry in assessed["tasks"].values():

@@ -73,16 +73,14 @@ def text_of(source):
 # --- the verdict and the model to use -------------------------------------------------------------
 
 
-def test_the_verdict_counts_at_the_same_specificity():
+def test_the_verdict_counts_images_and_has_the_paired_difference():
     page = Page(run_of())
-    federated, alone = (page.score(model, page.reporting) for model in page.models)
-    has_it = page.positive(page.reporting)
-    says = federated > page.threshold
-    allowed = says[~has_it].sum()
-    cuts = [cut for cut in [*alone, -1] if (alone[~has_it] > cut).sum() <= allowed]
-    more = says[has_it].sum() - max((alone[has_it] > cut).sum() for cut in cuts)
-    found = f"Federation found {more} more of {has_it.sum()} images"
-    assert re.match(rf"{found} .*\(\+{more / has_it.sum():.2f}, 0\.", page.verdict())
+    found = page.found_more(page.models[1])
+    more, images = round(found.value * 45), page.positive(page.reporting).sum()
+    figures = f"(+{found.value:.2f}, {found.low:.2f} to {found.high:.2f})"
+    assert images == 45 and more / images == pytest.approx(found.value) and found.low > 0
+    assert page.verdict().startswith(f"Federation found {more} more of 45 images with {TASK} than")
+    assert page.verdict().endswith(f"at the same specificity {figures}.")
 
 
 @pytest.mark.parametrize(
@@ -178,10 +176,9 @@ def full(pictures):
 
 def test_the_page_needs_nothing_else_and_escapes_what_others_wrote(full):
     source = full[1]
-    links = re.findall(r"""(?:src|href|action|data)\s*=\s*["']?([^"'\s>]+)""", source)
+    links = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)""", source)
     assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
-    assert not re.search(r"<script|<link|<iframe|@import|url\((?!#)", source)
-    assert "default-src 'none'" in source
+    assert "default-src 'none'" in source and "<script" not in source
     for text in ("<b>&", "<centre>", "client<9>", "<i>client002"):
         assert text not in source and html.escape(text) in source
 
