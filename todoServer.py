@@ -470,19 +470,18 @@ class Evaluator:
         return {"round": row["round"], "auc": area, "sha256": state.weights_sha256}, line
 
     def line_of(self, state, card):
-        """The scores in words; of a model that must not be used with whose update may be why."""
-        line = cards.summary(card)
-        if card["num_nan"]:
-            line = f"the merged model {card['warning'].removeprefix('it ')}"
-        suspects = []
-        for client in card["clients"] if card["warning"] else ():
-            path = self.folder / client / "client_weights.h5"
-            if not path.exists() or not weights.has_negative_variance(path):
-                continue
-            # A client may have delivered for the next round by now. That takes a digest of the
-            # whole file, so only where there is something to tell.
-            if files.sha256_of(path) == state.counted[client]["file_sha256"]:
-                suspects.append(client)
+        """The scores in words; of a model that answers NaN, with whose update may be why."""
+        if not card["num_nan"]:
+            return cards.summary(card)
+        paths = {client: self.folder / client / "client_weights.h5" for client in card["clients"]}
+        suspects = [
+            client
+            for client, path in paths.items()
+            # by its digest: a client may have delivered for the next round by now
+            if files.sha256_of(path) == state.counted[client]["file_sha256"]
+            and weights.has_negative_variance(path)
+        ]
+        line = f"the merged model {card['warning'].removeprefix('it ')}"
         if suspects:
             line += (
                 f"; the update of {', '.join(suspects)} holds a negative moving variance, which no "

@@ -168,18 +168,11 @@ def test_numbers_written_into_a_layout_are_the_file_that_keras_would_write(tmp_p
     assert digest == sha256_of(fetched)
 
 
-@pytest.mark.parametrize(
-    ("arrays", "reason"),
-    [
-        ([np.zeros(3, "f4"), *random_tensors(4)[1:]], r"\(3,\), .*\(3, 3, 3, 2\)"),
-        ([*random_tensors(4)[:3], np.float32([np.nan])], "layer 'healthy' holds nan"),
-    ],
-)
-def test_what_cannot_be_written_leaves_the_file(own, tmp_path, arrays, reason):
+def test_what_cannot_be_written_leaves_the_file(own, tmp_path):
     fetched = write_weights(tmp_path / "client_weights.h5", 0)
     before = fetched.read_bytes()
-    with pytest.raises(ValueError, match=reason):
-        weights.write_tensors(fetched, own[1], arrays)
+    with pytest.raises(ValueError, match="layer 'healthy' holds nan"):
+        weights.write_tensors(fetched, own[1], [*random_tensors(4)[:3], np.float32([np.nan])])
     assert fetched.read_bytes() == before and list(tmp_path.iterdir()) == [fetched]
 
 
