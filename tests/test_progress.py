@@ -57,6 +57,21 @@ def test_a_client_whose_round_was_closed_trains_no_further(served, client_main, 
     assert Path("client001/server_weight.h5").read_bytes() == run.weights.read_bytes()
 
 
+def test_a_client_that_waits_says_for_what(served, client_main, often, monkeypatch):
+    run, address = served
+    said, evaluate = [], run.evaluate
+    monkeypatch.setattr(todoClient, "say", lambda name, line: said.append(line))
+    monkeypatch.setattr(todoClient, "REPORT_EVERY_S", 0)
+
+    def evaluated():
+        waits = "round 1/1: waiting for the server's answer for"
+        until(lambda: any(line.startswith(waits) for line in said), "it is said")
+        return evaluate()
+
+    run.evaluate = evaluated
+    assert client_main("--server", address)[0] == 0
+
+
 def test_a_server_that_does_not_know_the_call_is_served_all_the_same(
     request, client_main, monkeypatch
 ):

@@ -100,35 +100,25 @@ def test_an_upload_waits_until_what_was_measured_is_told():
 
 
 @pytest.mark.parametrize(
-    ("details", "code"),
-    [("Socket closed", 5), ("Received http2 header with status: 504", 4)],
+    ("details", "rounds", "code", "words"),
+    [
+        ("Socket closed", 1, 5, "weights were delivered and never answered"),
+        ("Received http2 header with status: 504", 1, 4, "so the run may be over"),  # a proxy's
+        ("Socket closed", 2, 4, "what was trained is kept"),
+    ],
 )
-def test_what_a_proxy_has_answered_was_not_delivered(
-    request, client_main, monkeypatch, details, code
+def test_who_gives_up_says_what_is_lost(
+    client_main, make_run, monkeypatch, details, rounds, code, words
 ):
     def fails(servicer, request_iterator, context):
         list(request_iterator)
         raise Refused("UNAVAILABLE", details)
 
     monkeypatch.setattr(todoServer.FedMLServicer, "sendWeight", fails)
-    assert client_main("--server", request.getfixturevalue("served")[1])[0] == code
-
-
-@pytest.mark.parametrize(
-    ("run", "round_number", "sent", "code", "words"),
-    [
-        ("r", 3, True, 5, "delivered and never answered"),
-        ("r", 3, False, 4, "round 3 was the last, so the run may be over"),
-        ("r", 2, True, 4, "what was trained is kept"),
-        ("", 3, True, 4, "what was trained is kept"),  # of a server of 2020
-    ],
-)
-def test_who_gives_up_says_what_is_lost(run, round_number, sent, code, words):
-    state = {"run": run, "round": round_number, "rounds": 3, "trained": {"a": 1}}
-    arguments = SimpleNamespace(server="here:1", give_up_after=9)
-    error = todoClient.gave_up(SimpleNamespace(state=state, sent=sent, arguments=arguments))
-    assert error.args[1] == code and words in error.args[0]
-    assert "did not answer for 9 s" in error.args[0]
+    server, address = serve(make_run(clients=["client001"], rounds=rounds).rounds)
+    ended, said = client_main("--server", address)
+    server.stop(0)
+    assert ended == code and words in said
 
 
 class Unavailable(grpc.RpcError):

@@ -255,7 +255,6 @@ def test_what_lies_in_a_clients_folder_of_another_run_is_moved_aside_and_said(
         ({"image_size": 10**9}, "", "not its network and round as expected .*at most 4096"),
         ({"arch": "resnet"}, "", "not its network and round as expected .*'resnet'"),
         ({}, "--name client009 --index index/worker1.pkl", "'client009' is not one of"),
-        ({}, "--index index/worker9.pkl", "index/worker9.pkl is missing"),
     ],
 )
 def test_a_client_that_cannot_take_part_is_one_sentence_and_exit_1(
