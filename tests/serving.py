@@ -19,6 +19,43 @@ def serve(rounds, listen="localhost:0", credentials=None, **options):
     return service.create_server(servicer, listen, credentials)
 
 
+def connection(address):
+    """A channel with a connection of its own, as processes have it: one takes few calls at once."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+    return grpc.insecure_channel(address, options)
+
+
+class Peer:
+    """A client of ours by hand, in a run named run0."""
+
+    def __init__(self, channel, name):
+        self.name = name
+        self.is_me = [("fedml-client", name)]
+        self.stub = todo_pb2_grpc.FedMLStub(channel)
+
+    def send(self, path, /, **changes):
+        """A future: the answer to an upload of 3 examples; a change of its metadata may be None."""
+        named = {"client": self.name, "run": "run0", "round": "1"}
+        named |= {"sha256": files.sha256_of(path), **changes}
+        return self.stub.sendWeight.future(
+            weights.blob_messages(path, self.name, 3),
+            metadata=[(f"fedml-{name}", value) for name, value in named.items() if value],
+            timeout=60,
+        )
+
+    def fetch(self):
+        """The call: a stream of messages."""
+        metadata = [*self.is_me, ("fedml-accept", "blob")]
+        return self.stub.getWeight(todo_pb2.void(), metadata=metadata, timeout=60)
+
+    def tell(self, phase="training", run="run0", round_number=1, scores=None, **where):
+        """The answer to a report: the open round."""
+        status = todo_pb2.clientStatus(
+            run=run, round=round_number, phase=phase, scores=scores or {}, **where
+        )
+        return self.stub.tell(status, metadata=self.is_me, timeout=60)
+
+
 class Served:
     """A run of 10,000 rounds for client001 and client002 behind a server, and a channel to it."""
 
@@ -28,7 +65,7 @@ class Served:
         servicer = todoServer.FedMLServicer(self.run.rounds, **options)
         self.service = servicer.service
         self.server, self.address = service.create_server(servicer, "localhost:0")
-        self.channel = grpc.insecure_channel(self.address, [("grpc.max_send_message_length", -1)])
+        self.channel = connection(self.address)
         self.stub = todo_pb2_grpc.FedMLStub(self.channel)
 
     @property
@@ -36,20 +73,9 @@ class Served:
         """The number of the open round."""
         return self.run.rounds.state.round
 
-    def metadata(self, name, path, changes):
-        """What a new peer sends with an upload of this file; a change to None leaves one out."""
-        named = {"client": name, "run": "run0", "round": str(self.round)}
-        named["sha256"] = files.sha256_of(path)
-        named |= changes
-        return [(f"fedml-{name}", value) for name, value in named.items() if value is not None]
-
     def send(self, path, name, /, **changes):
-        """A future: the answer to a whole upload of 3 examples."""
-        return self.stub.sendWeight.future(
-            weights.blob_messages(path, name, 3),
-            metadata=self.metadata(name, path, changes),
-            timeout=60,
-        )
+        """A future: the answer to an upload for the open round."""
+        return Peer(self.channel, name).send(path, **{"round": str(self.round), **changes})
 
     def counted(self, path, client):
         """The same, once the upload is counted and its call waits."""
@@ -62,17 +88,11 @@ class Served:
         assert not call.done(), call.exception()
         return call
 
-    def fetch(self, client):
-        """The call of a new peer's fetch."""
-        metadata = [("fedml-client", client), ("fedml-accept", "blob")]
-        return self.stub.getWeight(todo_pb2.void(), metadata=metadata, timeout=60)
+    def fetch(self, name):
+        return Peer(self.channel, name).fetch()
 
-    def tell(self, client, phase="training", run="run0", round_number=1, scores=None, **where):
-        """The answer to a report: the open round."""
-        status = todo_pb2.clientStatus(
-            run=run, round=round_number, phase=phase, scores=scores or {}, **where
-        )
-        return self.stub.tell(status, metadata=[("fedml-client", client)], timeout=60)
+    def tell(self, name, *words, **where):
+        return Peer(self.channel, name).tell(*words, **where)
 
     def tree(self):
         """Every file below and beside the server's folder with its bytes."""

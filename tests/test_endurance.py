@@ -10,7 +10,6 @@ import socket
 import threading
 from pathlib import Path
 
-import grpc
 import pytest
 from conftest import (
     client_script,
@@ -21,11 +20,9 @@ from conftest import (
     until,
     write_weights,
 )
-from serving import serve
+from serving import Peer, connection, serve
 
-from federation import weights
 from federation.state import RunState
-from generated import todo_pb2, todo_pb2_grpc
 
 
 class Proxy:
@@ -159,30 +156,15 @@ def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(mak
     run = make_run(clients=names, rounds=1)
     server, address = serve(run.rounds)
     path = write_weights(run.folder / "upload.h5", 1)
-    with contextlib.ExitStack() as channels:
-        stubs = {}
-        for name in names:  # each on its own connection, which takes few calls at a time
-            options = [("grpc.use_local_subchannel_pool", 1)]
-            channel = channels.enter_context(grpc.insecure_channel(address, options))
-            stubs[name] = todo_pb2_grpc.FedMLStub(channel)
-
-        def send(name):
-            named = (("fedml-client", name), ("fedml-run", "run0"), ("fedml-round", "1"))
-            messages = weights.blob_messages(path, name, 1)
-            return stubs[name].sendWeight.future(messages, metadata=named, timeout=60)
-
-        calls = []
-        for _ in range(2):
-            before = set(run.rounds.waiting.values())
-            calls = [send(name) for name in names[:-1]]
-            until(lambda: len(set(run.rounds.waiting.values()) - before) == 7, "they wait")  # noqa: B023
-        for name in names:
-            is_me = (("fedml-client", name),)
-            status = todo_pb2.clientStatus(run="run0", round=1, phase="waiting")
-            assert stubs[name].tell(status, metadata=is_me, timeout=30).round == 1
-        assert list(stubs[names[-1]].getWeight(todo_pb2.void(), metadata=is_me, timeout=30))
-        assert send(names[-1]).result().value == 1
-        assert [call.result().value for call in calls] == [1] * 7
+    *others, last = [Peer(connection(address), name) for name in names]
+    for _ in range(2):
+        before = set(run.rounds.waiting.values())
+        calls = [peer.send(path) for peer in others]
+        until(lambda: len(set(run.rounds.waiting.values()) - before) == 7, "they wait")  # noqa: B023
+    assert [peer.tell("waiting").round for peer in (*others, last)] == [1] * 8
+    assert list(last.fetch())
+    assert last.send(path).result().value == 1
+    assert [call.result().value for call in calls] == [1] * 7
     server.stop(0).wait()
 
 

@@ -7,36 +7,27 @@ Exit codes: 0 the run is over, 1 refused or an error, 2 usage, 3 too few clients
 import signal
 from pathlib import Path
 
-import grpc
 import pytest
 from conftest import Call, client_script, holding, start_server, until, write_weights
-from serving import refusal, serve
+from serving import Peer, connection, refusal, serve
 
 import todoClient
 import todoServer
 from common import files
-from federation import weights
 from federation.state import RunState
-from generated import todo_pb2, todo_pb2_grpc
 
 TWO = ("client001", "client002")
 STANDIN = "import standin\nsys.modules['model'] = standin"
 STANDS_STILL = "lambda *_: print('here', flush=True) or time.sleep(99)"
 
 
-def stub_of(address):
-    return todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
+def peer(address):
+    return Peer(connection(address), "client001")
 
 
 def deliver(address, site):
-    """A future of the answer to client001's upload, as a client of ours sends it."""
-    path = write_weights(site / "upload.h5", 1)
-    named = {"client": "client001", "run": "run0", "round": "1", "sha256": files.sha256_of(path)}
-    return stub_of(address).sendWeight.future(
-        weights.blob_messages(path, "client001", 3),
-        metadata=[(f"fedml-{name}", value) for name, value in named.items()],
-        timeout=60,
-    )
+    """A future of the answer to client001's upload."""
+    return peer(address).send(write_weights(site / "upload.h5", 1))
 
 
 def state_of(site):
@@ -130,11 +121,9 @@ def test_a_server_whose_run_is_over_gives_the_result_and_ends_with_the_last_word
     (site / "server" / "server_weight.json").write_text("damaged")
     server, address = start_server(start, site)
     assert "is over" in server.output and "--rounds N goes on" in server.output
-    is_me = [("fedml-client", "client001")]
-    assert list(stub_of(address).getWeight(todo_pb2.void(), metadata=is_me, timeout=30))
+    assert list(peer(address).fetch())
     server.wait_for("goes out without its model card")
-    done = todo_pb2.clientStatus(run="run0", round=2, phase="done")
-    stub_of(address).tell(done, metadata=is_me, timeout=30)
+    peer(address).tell("done", round_number=2)
     assert server.wait() == 0 and "client001 has not said" not in server.output
 
 

@@ -10,17 +10,15 @@ import csv
 import itertools
 import threading
 
-import grpc
 import numpy as np
 import pytest
 from conftest import Call, random_tensors, read_weights, until, write_weights
-from serving import refusal, serve
+from serving import Peer, connection, refusal, serve
 
 from common import files
-from federation import rounds, status, weights
+from federation import rounds, status
 from federation.rounds import Refused
 from federation.state import RunState
-from generated import todo_pb2, todo_pb2_grpc
 
 A, B, C = "client001", "client002", "client003"
 TRAINING = {"phase": "training"}
@@ -340,16 +338,10 @@ def test_who_left_gets_its_last_answer_and_no_more(make_run):
     all_deliver(run, client001=1, client002=2)
     run.restart(clients=[A])
     server, address = serve(run.rounds)
-    stub = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
-
-    def sends(seed, number):
-        path = write_weights(run.folder / f"{seed}.h5", seed)
-        metadata = [("fedml-client", B), ("fedml-run", "run0"), ("fedml-round", str(number))]
-        return stub.sendWeight.future(weights.blob_messages(path, B, 1), metadata=metadata)
-
-    assert sends(2, 1).result().value == 1
-    fetches = stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", B)])
-    for call in (sends(5, 2), fetches):
+    peer = Peer(connection(address), B)
+    two, five = [write_weights(run.folder / f"{seed}.h5", seed) for seed in (2, 5)]
+    assert peer.send(two).result().value == 1
+    for call in (peer.send(five, round="2"), peer.fetch()):
         code, sentence = refusal(call)
         assert code == "PERMISSION_DENIED" and "--clients" in sentence
     server.stop(0).wait()

@@ -7,13 +7,12 @@ import signal
 import sys
 import time
 
-import grpc
 import pytest
 from conftest import ROOT, server_script, start_server, until
+from serving import Peer, connection
 
 import status as script
 from federation import status
-from generated import todo_pb2, todo_pb2_grpc
 
 NOW = 1_000_000
 SEEN = {**status.NOWHERE, "last_seen": NOW - 14}
@@ -83,8 +82,7 @@ def test_it_is_kept_up_to_date_and_says_that_the_server_was_stopped(start, begun
     path = site / "server" / "status.json"
     server, address = start_server(start, site, script=server_script(site))
     until(path.exists, "the status is there")
-    stub = todo_pb2_grpc.FedMLStub(grpc.insecure_channel(address))
-    list(stub.getWeight(todo_pb2.void(), metadata=[("fedml-client", "client001")], timeout=30))
+    list(Peer(connection(address), "client001").fetch())
     until(lambda: "working, fetched" in shown(path, capsys)[1], "the fetch is in the file")
     server.signal(signal.SIGTERM)
     assert server.wait() == 143
