@@ -6,6 +6,7 @@ upload (`fits`), and a list of tensors that lies about the file (`Layout`, `rewr
 
 import base64
 import errno
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -252,6 +253,22 @@ def test_a_merge_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="ends in the middle"):
         fedavg([path], [1], target, layout)
     assert target.read_bytes() == before
+
+
+def test_memory_does_not_follow_the_size_of_the_model(tmp_path):
+    shapes = [("dense", (5_000_000,))]  # 20 MB
+    own, upload, other = (tmp_path / name for name in ("own.h5", "upload.h5", "other.h5"))
+    for path, root in ((own, ""), (upload, ""), (other, "model_weights")):
+        write_weights(path, [np.ones(5_000_000, "f4")], shapes, root)
+    layout, tensors = weights.Layout(own), weights.Layout(other).tensors
+    tracemalloc.start()
+    weights.spool(weights.blob_messages(upload, "client001", 3), tmp_path / "sent.h5", 30_000_000)
+    assert weights.fits(upload, layout)
+    weights.rewrite(other, tensors, layout)
+    fedavg([upload, other], [1, 2], own, layout)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 4_000_000
 
 
 # --- whose update pulls where --------------------------------------------------------------------
