@@ -80,7 +80,7 @@ weights.fedavg = fedavg
 @pytest.mark.parametrize(
     ("clients", "flags", "code", "status_code", "words"),
     [
-        (TWO, "--round-timeout 1 --min-clients 2", 3, "UNAVAILABLE", "1 of at least 2"),
+        (TWO, "--round-timeout 5 --min-clients 2", 3, "UNAVAILABLE", "1 of at least 2"),
         (TWO[:1], "", 1, "INTERNAL", "No space left on device: 'server/server_weight.h5'"),
     ],
 )

@@ -17,6 +17,8 @@ from serving import serve
 import todoClient
 import todoServer
 from federation.rounds import Refused
+from reporting import card as cards
+from reporting import metrics
 
 
 def rows_of(path):
@@ -120,15 +122,36 @@ def test_reports_of_a_client_do_not_end_each_other(client_main, served):
     assert call.result()
 
 
-def test_the_scores_of_a_client_are_published_the_results_too(client_main, make_run):
-    run = make_run(clients=["client001"], rounds=2)
-    server, address = serve(run.rounds)
+def test_the_scores_of_a_client_are_published_the_results_too(client_main, make_run, monkeypatch):
+    """The result's by its card; one that is of other weights is left out."""
+
+    def finds_bright_pictures(network, images):
+        return 1 - images.mean((1, 2, 3)) / 255
+
+    monkeypatch.setattr(standin, "predict", finds_bright_pictures)
+    monkeypatch.setattr(todoServer, "model", standin)
+    evaluator = todoServer.Evaluator(todoServer.parse([]))
+    run = make_run(
+        clients=["client001"], rounds=2, publish_result=lambda *it: evaluator.publish_result(*it)
+    )
+    evaluator.open(run.rounds.state)
+    run.evaluate = evaluator.evaluate
+    server, address = serve(run.rounds, card_text=lambda: evaluator.card_text())
     code, said = client_main("--server", address, "--val-index", "index/val_set.pkl")
-    server.stop(0)
     assert code == 0 and said.count("on this site's own held-out images: examples 4") == 3
     rows = rows_of(run.folder / "clients.csv")
     found = [(row["round"], row["examples"], bool(row["training_loss"])) for row in rows]
     assert found == [("0", "4", True), ("1", "4", True), ("2", "4", False)]
     own = rows_of("client001/history.csv")
     assert [row["held_out_auc"] for row in own] == [row["auc"] for row in rows[:2]] != ["", ""]
+    card = cards.read(Path("client001/server_weight.h5"))
+    chosen = cards.used_threshold(card, metrics.LEARNT)
+    assert [float(row["threshold"]) for row in rows] == [0.5, 0.5, round(chosen, 6)]
+    assert chosen != 0.5
     assert run.rounds.done_clients == {"client001"}
+    text = evaluator.card_text().replace(card["weights_sha256"], "0" * 64)
+    evaluator.card_text = lambda: text
+    code, said = client_main("--server", address)
+    server.stop(0)
+    assert code == 0 and "model card is left out: it describes other weights" in said
+    assert not Path("client001/server_weight.json").exists()
