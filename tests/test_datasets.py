@@ -88,17 +88,11 @@ def test_a_published_set_is_read_as_it_is_unpacked(tmp_path, name):
 # --- a table of any name --------------------------------------------------------------------------
 
 
-def test_columns_are_found_by_their_names_and_it_is_said_what_they_hold(tmp_path):
-    text = "Patient ID,Retinopathy grade,Image name,macular edema\n7,0,a,1\n7,2,b,0\n8,3,c,2\n"
-    found = load("folder", folder_of(tmp_path, text), flags())
-    assert grades_of(found) == {"a": 0, "b": 2, "c": 3}
-    assert "labels.csv, label: column 'Retinopathy grade', 3 of 3 cells are grades" in found.notes
-    assert found.patients == "column 'Patient ID'"
-
-
-def test_a_column_without_a_known_name_is_found_by_what_it_holds(tmp_path):
+def test_a_column_without_a_known_name_is_found_by_what_it_holds_and_that_is_said(tmp_path):
     text = "what,who,how bad\na.jpg,x,0\nb.jpg,y,2\nc.jpg,z,4\n"
-    assert grades_of(load("folder", folder_of(tmp_path, text), flags()))["c.jpg"] == 4
+    found = load("folder", folder_of(tmp_path, text), flags())
+    assert grades_of(found) == {"a.jpg": 0, "b.jpg": 2, "c.jpg": 4}
+    assert "labels.csv, label: column 'how bad', 3 of 3 cells are grades" in found.notes
 
 
 @pytest.mark.parametrize("text, words", [
