@@ -57,7 +57,7 @@ def draw_photographs(folder):
     rows = ["image,label"]
     for number in range(NUM_PHOTOGRAPHS):
         rng = np.random.default_rng(number)
-        eye, _ = synthetic.draw(number % 5, rng, 750)
+        eye = synthetic.draw(number % 5, rng, 750)
         large = Image.fromarray(eye).resize((SIZE[1], SIZE[1]), Image.Resampling.BICUBIC)
         photograph = Image.new("RGB", SIZE)
         photograph.paste(large, ((SIZE[0] - SIZE[1]) // 2, 0))

@@ -97,7 +97,7 @@ def make_picture(number, photo, folder, made_with):
         if photo.path is None:
             rng = np.random.default_rng([made_with["seed"], 0, number])
             hospital = synthetic.hospital_of(photo.hospital)
-            image, _ = synthetic.draw(photo.grade, rng, made_with["image_size"], hospital=hospital)
+            image = synthetic.draw(photo.grade, rng, made_with["image_size"], hospital=hospital)
         elif made_with["dataset"] == "imported":
             image = np.asarray(photos.open_image(photo.path))
             if not made_with["keep_channels"]:  # OpenCV wrote them in the other order

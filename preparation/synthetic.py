@@ -1,6 +1,6 @@
 """Draw a synthetic fundus photograph of a given grade of diabetic retinopathy (DR).
 
-    image, lesion_mask = draw(grade=2, rng=np.random.default_rng(0), image_size=128)
+    image = draw(grade=2, rng=np.random.default_rng(0), image_size=128)
 
 A fundus photograph shows the back of the eye: the optic disc (bright, where nerve and vessels
 enter), the vessels, and the macula (darker, around the fovea, where sight is sharpest). It needs
@@ -182,16 +182,13 @@ class Shape(NamedTuple):
     ink: float = 1.0  # the alpha to draw with, 0..1
 
 
-def draw(grade, rng, image_size=128, lesions=True, hospital=EQUAL_HOSPITAL):
-    """Draw one eye: an image, uint8 (image_size, image_size, 3), and the mask of its lesions.
+def draw(grade, rng, image_size=128, hospital=EQUAL_HOSPITAL):
+    """Draw one eye: an image, uint8 (image_size, image_size, 3).
 
     grade       0 to 4
     rng         np.random.Generator. The same state gives the same bits, and the generator moves
                 on by the same amount whatever the grade.
-    lesions     False draws the same eye and the same photograph without the lesions
     hospital    whose patient it is, and whose camera
-
-    The mask is bool (image_size, image_size).
     """
     eye_rng, camera_rng, lesion_rng = [
         np.random.default_rng(seed) for seed in rng.integers(2**63, size=3)
@@ -208,8 +205,7 @@ def draw(grade, rng, image_size=128, lesions=True, hospital=EQUAL_HOSPITAL):
     retina = absorb(retina, arteries, ARTERY)
     retina = absorb(retina, veins, VEIN)
 
-    shown = grade if lesions else 0
-    counts = {kind: hospital.lesions.get(kind, {}).get(shown, (0, 0)) for kind in LESIONS}
+    counts = {kind: hospital.lesions.get(kind, {}).get(grade, (0, 0)) for kind in LESIONS}
     blood_shapes, exudate_shapes, cotton_wool_shapes = draw_lesions(
         counts, eye, veins + arteries, lesion_rng, scale
     )
@@ -220,8 +216,7 @@ def draw(grade, rng, image_size=128, lesions=True, hospital=EQUAL_HOSPITAL):
     retina = cover(retina, cotton_wool, COTTON_WOOL)
     retina = cover(retina, exudates, EXUDATE)
     retina = absorb(retina, blood, BLOOD)
-    mask = np.maximum(np.maximum(blood, exudates), cotton_wool) > 0.2
-    return take_photograph(retina, camera, camera_rng, field), mask
+    return take_photograph(retina, camera, camera_rng, field)
 
 
 def choose_eye(rng):

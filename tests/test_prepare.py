@@ -100,7 +100,7 @@ def test_the_synthetic_set_is_what_the_index_says():
     assert Path("index/contact_sheet.png").exists()
     record = sets["worker2"][0]
     rng = np.random.default_rng([0, 0, number_of(record)])
-    image, _ = synthetic.draw(record["label"], rng, 32, hospital=synthetic.HOSPITALS[1])
+    image = synthetic.draw(record["label"], rng, 32, hospital=synthetic.HOSPITALS[1])
     assert (np.asarray(Image.open(record["dir"])) == image).all()
 
 
