@@ -136,19 +136,12 @@ def make(state, row, prepared, validation_sha256, assessed):
 def commit():
     """The commit of this program, "" where it is not in a git repository."""
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # git would answer for a repository further up
-        return ""
+    # of this folder itself: git alone would also answer for a repository further up
+    command = ["git", "--git-dir=.git", "--work-tree=.", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()[:60]
+    except OSError:
         return ""
-    return done.stdout.strip()[:60] if done.returncode == 0 else ""
 
 
 def path_of(weights_path):

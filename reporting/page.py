@@ -160,9 +160,8 @@ class Page:
             return f"This model must not be used: {self.card['warning']}."
         alone = [model for model in self.models if model.kind == "alone"]
         if not alone:
-            return (
-                "What federation brought is not measured: no hospital was trained alone beside it."
-            )
+            which = "this hospital was not" if self.run.home else "no hospital was"
+            return f"What federation brought is not measured: {which} trained alone beside it."
         positive = self.positive(self.reporting)
         with_it, without = metrics.patients_by_class(positive, self.patients[self.reporting])
         if min(with_it, without) < metrics.FEWEST_PATIENTS:
