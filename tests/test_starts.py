@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from conftest import write_weights
 
 import data
 import todoClient
-import todoServer
 from common import files
 from federation.state import RunState
 
@@ -151,23 +149,6 @@ def test_fresh_moves_the_old_run_aside_and_nothing_else(server_main):
     code, said = server_main()
     assert code == 0 and "server/old-2" in said
     assert (server / "old-2" / "server_weight.h5").read_bytes() == model
-
-
-def test_a_last_evaluation_that_was_interrupted_is_repeated_though_its_events_fail(
-    server_main, monkeypatch
-):
-    """What --tensorboard cannot write is a warning: TensorFlow itself is missing here."""
-    monkeypatch.setattr(todoServer.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    merged = {"round": 1, "clients": 1, "missing": "", "num_examples": 3}
-    path = Path("server/state.json")
-    state = RunState.load(path).changed(clients=["client001"], rounds=1, round=2, merged=merged)
-    state.save(path)
-    code, said = server_main("--tensorboard")
-    resuming, warning, evaluated = said.splitlines()
-    assert code == 0 and "resuming run run0 at round 1/1 from server" in resuming
-    assert "warning: --tensorboard" in warning
-    assert "round 1/1: AUC" in evaluated and RunState.load(path).is_over
 
 
 # --- a client's folder ---------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""--tensorboard: the scores of each round. That it ends no run is in test_starts.py."""
+"""--tensorboard: the scores of each round, and never the end of a run."""
+
+import sys
 
 import pytest
 
@@ -26,3 +28,9 @@ def test_the_scores_of_each_round_are_written(tmp_path):
         for name in reader.Tags()["tensors"]
     }
     assert found == {name: [(1, 1.0), (2, 0.5)][: 1 if name == "auc" else 2] for name in NAMES}
+
+
+def test_what_fails_there_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    todoServer.write_events(tmp_path, {})
+    assert "warning: --tensorboard: " in capsys.readouterr().out
