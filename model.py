@@ -1,4 +1,4 @@
-"""The DR CNN: build, train, predict, save and load.
+"""The networks: build, train, predict, save and load.
 
 The only module with Keras layers. TensorFlow takes seconds to import, so it loads on first use.
 

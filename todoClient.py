@@ -232,7 +232,7 @@ def next_task_of_2020(site):
 
 
 def layout_of(path, earlier):
-    """The Layout of a file that the server sent; it is not trusted more than one of a client.
+    """The Layout of a file that the server sent, which is trusted no more than a client's is there.
 
     earlier  the Layout of the one before, which most files have, or None
     Raises ValueError.

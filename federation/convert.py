@@ -151,7 +151,7 @@ def main(path, cpu_s, memory_bytes):
 
 
 def set_bounds(cpu_s, memory_bytes):
-    """Limits that the kernel keeps, because HDF5 does not come back to us while it is busy."""
+    """What the kernel keeps, because HDF5 does not come back to us while it is busy."""
     # It ends with the thread that started it, and that one waits for it as long as its process is.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -227,7 +227,7 @@ class Service:
         self.layout = weights.Layout(rounds.weights_path)
         self.max_bytes = int(1.1 * self.layout.size)
         self.max_messages = EXTRA_MESSAGES + self.max_bytes // SMALLEST_PIECE_BYTES
-        self.changed = threading.Condition()  # with the lock of the two that follow
+        self.changed = threading.Condition()  # with the lock of `transfers`: here, ended
         self.transfers = set()
         # What the thesis demo's clients last fetched: (connection, round), the newest last.
         self.fetched = collections.deque(maxlen=REMEMBERED_CONNECTIONS)

@@ -57,7 +57,9 @@ def within(values, limits):
 
 
 class Clients:
-    """The table: what is known of each client in this round. Whoever calls holds the run's lock.
+    """The table: what is known of each client in this round.
+
+    Any thread may note something: no row comes or goes, and what one says is shown and no more.
 
     rows  client -> {"last_seen": time or None}, and where it was then: its phase, and `WHERE`
     """
