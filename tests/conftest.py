@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from standin import metrics, random_tensors, read_weights, write_weights
 
 import data
@@ -253,26 +254,24 @@ def make_data(folder, clients=3, images=8, validation=8):
     PNGs that follow from their number, grades 0 and 2 in turn.
     images: of the first client; every later one has 2 more, so that no two weigh the same.
     """
-    from PIL import Image
-
-    (folder / "preprocessed").mkdir(parents=True)
-    (folder / "index").mkdir()
+    for name in ("preprocessed", "index"):
+        (folder / name).mkdir(parents=True)
+    counts = {f"worker{number + 1}.pkl": images + 2 * number for number in range(clients)}
     numbers = itertools.count()
-
-    def record():
-        number = next(numbers)
-        grade = 2 * (number % 2)
-        path = f"preprocessed/{number:04}.png"
-        random = np.random.default_rng(number)
-        pixels = random.integers(0, 120 + 40 * grade, (32, 32, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / path)
-        name = Path(path).name
-        return {"picture": name, "label": grade, "dir": path, "new_label": str(grade == 0)}
-
-    counts = {f"worker{client + 1}.pkl": images + 2 * client for client in range(clients)}
-    for name, count in [*counts.items(), ("val_set.pkl", validation)]:
-        data.write_index(folder / "index" / name, [record() for _ in range(count)])
+    for name, count in {**counts, "val_set.pkl": validation}.items():
+        records = [make_picture(folder, next(numbers)) for _ in range(count)]
+        data.write_index(folder / "index" / name, records)
     return folder
+
+
+def make_picture(folder, number):
+    """The record of a picture that is made."""
+    grade, name = 2 * (number % 2), f"{number:04}.png"
+    random = np.random.default_rng(number)
+    pixels = random.integers(0, 120 + 40 * grade, (32, 32, 3), np.uint8)
+    path = f"preprocessed/{name}"
+    Image.fromarray(pixels).save(folder / path)
+    return {"picture": name, "label": grade, "dir": path, "new_label": str(grade == 0)}
 
 
 @pytest.fixture
@@ -323,6 +322,7 @@ class Started:
                 **(env or {}),
             },
         )
+        self.pid, self.signal = self.process.pid, self.process.send_signal
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
@@ -333,10 +333,6 @@ class Started:
     @property
     def output(self):
         return "\n".join(self.lines)
-
-    @property
-    def pid(self):
-        return self.process.pid
 
     def wait_for(self, pattern, timeout_s=DEADLINE_S):
         """The match of the first line in which the pattern is found."""
@@ -358,9 +354,6 @@ class Started:
             pytest.fail(f"{self.command} still runs after {timeout_s} s; it said:\n{self.output}")
         self.reader.join(5)  # what it has started may hold its output open
         return code
-
-    def signal(self, number):
-        self.process.send_signal(number)
 
     def kill(self):
         """kill -9, for real."""
@@ -443,41 +436,22 @@ def begun(shared_site, tmp_path):
 
 
 def holding(site, script, *patches):
-    """A file: the script as it is, but for patches (Python text) that are run before."""
+    """A file: the script with the stand-in for `model`, after these patches (Python text)."""
     path = site / f"{script}_patched.py"
-    files.publish_text(  # whole at every instant: an earlier process may just begin to read it
-        path,
-        "\n".join(
-            [
-                "import sys, time",
-                f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]",
-                "from common.script import end_script, start_script",
-                "start_script(never_waits=True)",
-                *patches,
-                f"import {script}",
-                f"end_script({script}.main())",
-            ]
-        ),
-    )
+    lines = [
+        "import sys, time",
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]",
+        "from common.script import end_script, start_script",
+        "start_script(never_waits=True)",
+        "import standin",
+        "sys.modules['model'] = standin",
+        *patches,
+        f"import {script}",
+        f"end_script({script}.main())",
+    ]
+    # whole at every instant: an earlier process may just begin to read it
+    files.publish_text(path, "\n".join(lines))
     return path
-
-
-def client_script(site, training_s=0):
-    """todoClient.py without TensorFlow; its training ends in the same weights in every round."""
-    return holding(
-        site,
-        "todoClient",
-        "import os, standin",
-        f'os.environ.update(STANDIN_TRAINING_S="{training_s}", STANDIN_SEED="1")',
-        'sys.modules["model"] = standin',
-        "import todoClient",
-        "todoClient.FIRST_PAUSE_S = todoClient.LONGEST_PAUSE_S = 0.05",
-    )
-
-
-def server_script(site):
-    """todoServer.py without TensorFlow; its evaluation is nothing."""
-    return holding(site, "todoServer", "import standin", 'sys.modules["model"] = standin')
 
 
 # --- the scripts' main() in this process ---------------------------------------------------------
@@ -518,19 +492,18 @@ def client_main(shared_site, tmp_path, monkeypatch, capsys):
         (tmp_path / name).symlink_to(shared_site / name)
     monkeypatch.setattr(todoClient, "model", standin)
     monkeypatch.setattr(todoClient, "exit_on_signals", lambda *_: None)
-    reporters = []
+    reporters, inner = [], todoClient.ProgressReporter
 
-    class Reporter(todoClient.ProgressReporter):
-        def __init__(self, site):
-            super().__init__(site)
-            reporters.append(self)
+    def reporter(site):
+        reporters.append(inner(site))
+        return reporters[-1]
 
-    monkeypatch.setattr(todoClient, "ProgressReporter", Reporter)
+    monkeypatch.setattr(todoClient, "ProgressReporter", reporter)
 
     def main(*flags):
         code = todoClient.main(["--name", "client001", "--give-up-after", "0", *flags])
         for each in reporters:
-            each.status = None
+            each.status = None  # it tells nobody any more
         said = capsys.readouterr()
         return code, said.out + said.err
 

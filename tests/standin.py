@@ -6,10 +6,7 @@
 Tests and benchmarks share it. Settings come from the environment, as both start processes:
 
 STANDIN_WEIGHTS      the weight file that a run begins with, and whose shapes the network has
-STANDIN_TRAINING_S   how long "training" takes (default: 0 s)
 STANDIN_GATE         1: "training" waits for a line on stdin
-STANDIN_SEED         training always ends in the random weights of this seed; without it, training
-                     adds a constant to every number
 STANDIN_BASE64       1: a client speaks the thesis demo's base64 form, to this project's server
 """
 
@@ -17,7 +14,6 @@ import importlib
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,7 +134,6 @@ def default_epochs(network):
 
 def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
     say("standin", "training now")
-    time.sleep(float(os.environ.get("STANDIN_TRAINING_S", 0)))
     if os.environ.get("STANDIN_GATE") == "1":
         sys.stdin.readline()
     measured = {"loss": 0.0, "accuracy": 0.0, "num_examples": 1, "seconds": 0.0}
@@ -152,8 +147,7 @@ def save(network, path):
 
 
 def tensors(network):
-    if "STANDIN_SEED" in os.environ:
-        return random_tensors(int(os.environ["STANDIN_SEED"]), shapes(network))
+    """Training adds a constant to every number."""
     return [Moved(network.path, tensor) for tensor in weights.Layout(network.path).tensors]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import DEADLINE_S, Call, server_script, start_server
+from conftest import DEADLINE_S, Call, holding, start_server
 from standin import shapes_of_size, write_weights
 
 from common.files import sha256_of
@@ -91,7 +91,7 @@ def run(begun, start):
     state = RunState.load(site / "server" / "state.json").changed(weights_sha256=sha256_of(own))
     state.save(site / "server" / "state.json")
     upload = write_weights(site / "upload.h5", 2, SHAPES)
-    yield Federation(*start_server(start, site, script=server_script(site)), upload)
+    yield Federation(*start_server(start, site, script=holding(site, "todoServer")), upload)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 

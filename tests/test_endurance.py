@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import (
-    client_script,
     holding,
     make_data,
-    server_script,
     start_server,
     until,
     write_weights,
@@ -78,6 +76,9 @@ class Proxy:
         self.drop_all()
 
 
+TRIES_SOON = "import todoClient as it; it.FIRST_PAUSE_S = it.LONGEST_PAUSE_S = 0.05"
+
+
 @pytest.fixture
 def behind_a_proxy(start, begun):
     """behind_a_proxy(idle_s) -> site, server, proxy, take_part(name, script); one round."""
@@ -85,12 +86,12 @@ def behind_a_proxy(start, begun):
 
     def make(idle_s=None):
         site = begun(rounds=1)
-        server, address = start_server(start, site, script=server_script(site))
+        server, address = start_server(start, site, script=holding(site, "todoServer"))
         proxies.append(Proxy(int(address.rpartition(":")[2]), idle_s))
 
         def take_part(name, script=None):
             arguments = ["--name", name, "--server", proxies[-1].address]
-            return start(script or client_script(site), *arguments, cwd=site)
+            return start(script or holding(site, "todoClient", TRIES_SOON), *arguments, cwd=site)
 
         return site, server, proxies[-1], take_part
 
@@ -120,7 +121,6 @@ def test_a_lost_answer_is_fetched_by_delivering_again(behind_a_proxy, how, times
 
 
 LONG_TRAINING = """
-import standin
 def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
     for step in range(1, 361):  # three minutes
         progress(1, step, 360, 0.5)
@@ -128,7 +128,6 @@ def train(network, batches, round_number, epochs, report, progress=None, first_r
     return [{"round": round_number, "epoch": 1, "loss": 0.5, "accuracy": 0.5, "num_examples": 4,
              "seconds": 180}]
 standin.train = train
-sys.modules["model"] = standin
 """
 
 

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import Call, client_script, holding, start_server, until, write_weights
+from conftest import Call, holding, start_server, until, write_weights
 from serving import Peer, connection, refusal, serve
 
 import todoClient
@@ -17,8 +17,7 @@ from common import files
 from federation.state import RunState
 
 TWO = ("client001", "client002")
-STANDIN = "import standin\nsys.modules['model'] = standin"
-STANDS_STILL = "lambda *_: print('here', flush=True) or time.sleep(99)"
+STANDS_STILL = "lambda *_, **__: print('here', flush=True) or time.sleep(99)"
 
 
 def peer(address):
@@ -57,7 +56,7 @@ def test_a_signal_ends_the_server_and_what_has_arrived_is_kept(
     start, begun, clients, while_it, number, code
 ):
     site = begun(clients)
-    script = holding(site, "todoServer", STANDIN, f"standin.predict = {STANDS_STILL}")
+    script = holding(site, "todoServer", f"standin.predict = {STANDS_STILL}")
     server, address = start_server(start, site, script=script)
     call = deliver(address, site)
     server.wait_for(while_it)
@@ -88,7 +87,7 @@ def test_a_server_that_cannot_close_its_round_tells_all_who_wait_and_keeps_its_s
     start, begun, clients, flags, code, status_code, words
 ):
     site = begun(clients)
-    script = holding(site, "todoServer", STANDIN, FULL_DISK)
+    script = holding(site, "todoServer", FULL_DISK)
     server, address = start_server(start, site, *flags.split(), script=script)
     found, sentence = refusal(deliver(address, site))
     assert found == status_code and words in sentence
@@ -132,14 +131,14 @@ def test_a_server_whose_run_is_over_gives_the_result_and_ends_with_the_last_word
 
 @pytest.mark.parametrize(
     ("number", "code", "where"),
-    [(signal.SIGINT, 130, "training now"), (signal.SIGTERM, 143, "waiting for the server at")],
+    [(signal.SIGINT, 130, "here"), (signal.SIGTERM, 143, "waiting for the server at")],
 )
 def test_a_signal_ends_the_client_with_its_files_whole(start, begun, number, code, where):
     site = begun()
     address = "localhost:1"  # where nobody listens
-    if where == "training now":
+    if where == "here":
         _, address = start_server(start, site)
-    script = client_script(site, training_s=1000)
+    script = holding(site, "todoClient", f"standin.train = {STANDS_STILL}")
     client = start(script, "--name", "client001", "--server", address, cwd=site)
     client.wait_for(where)
     client.signal(number)

@@ -19,7 +19,6 @@ from conftest import ROOT, copy_of, free_port, holding
 CLIENTS = ["client001", "client002", "client003"]
 SERVER = "10.77.0.1"
 ENDS_S = 400
-WITHOUT_TENSORFLOW = 'import standin; sys.modules["model"] = standin'
 SLOW_UPLOADS = """
 from federation import weights
 weights.BLOB_BYTES = 1000
@@ -83,10 +82,10 @@ def test_three_hospitals_one_of_which_loses_its_line(spaces, start, begun):
         python = ["ip", "netns", "exec", spaces[name], sys.executable]
         return start(script, *words, "--tls-ca", certs / "ca.pem", *pair, cwd=site, python=python)
 
-    server = holding(site, "todoServer", WITHOUT_TENSORFLOW)
+    server = holding(site, "todoServer")
     server = run("server", server, "--listen", "0.0.0.0:50051")
     server.wait_for("listening on")
-    script = holding(site, "todoClient", WITHOUT_TENSORFLOW, SLOW_UPLOADS)
+    script = holding(site, "todoClient", SLOW_UPLOADS)
     words = ["--server", f"{SERVER}:50051", "--val-index", "index/val_set.pkl"]
     clients = {name: run(name, script, "--name", name, *words) for name in CLIENTS}
     line = f"-n {spaces['client002']}"

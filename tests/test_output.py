@@ -16,7 +16,6 @@ from conftest import (
     ROOT,
     free_port,
     holding,
-    server_script,
     start_server,
     until,
 )
@@ -70,7 +69,6 @@ def test_scripts_whose_lines_nobody_reads_go_on_and_end(running, begun, full_pip
 
 
 STEPS = """
-import standin
 trains = standin.train
 def train(*arguments, progress, **options):
     for step in range(1, 21):
@@ -79,7 +77,6 @@ def train(*arguments, progress, **options):
         time.sleep(0.02)
     return trains(*arguments, **options)
 standin.train = train
-sys.modules["model"] = standin
 """
 XOFF = b"\x13"  # Ctrl-S
 
@@ -88,7 +85,7 @@ XOFF = b"\x13"  # Ctrl-S
 def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start, running, then):
     """A terminal that goes away or stands still holds no client; Ctrl-C gives the cursor back."""
     site = begun(clients=["client001"], rounds=1)
-    server, address = start_server(start, site, script=server_script(site))
+    server, address = start_server(start, site, script=holding(site, "todoServer"))
     terminal, own_end = pty.openpty()
     command = [holding(site, "todoClient", STEPS), "--name", "client001", "--server", address]
     client = running(

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, server_script, start_server, until
+from conftest import ROOT, holding, start_server, until
 from serving import Peer, connection
 
 import status as script
@@ -80,7 +80,7 @@ def test_it_shows_the_clients_the_phases_and_the_scores_of_the_rounds(make_run, 
 def test_it_is_kept_up_to_date_and_says_that_the_server_was_stopped(start, begun, capsys):
     site = begun()
     path = site / "server" / "status.json"
-    server, address = start_server(start, site, script=server_script(site))
+    server, address = start_server(start, site, script=holding(site, "todoServer"))
     until(path.exists, "the status is there")
     list(Peer(connection(address), "client001").fetch())
     until(lambda: "working, fetched" in shown(path, capsys)[1], "the fetch is in the file")
