@@ -589,7 +589,7 @@ class Training:
         for images in (self.batches.images, self.held_out_images):
             if isinstance(images, data.Features) and images.array is None:
                 with progress_of(self.site, task, "loading") as show:
-                    model.on_features(self.network, images, show)
+                    model.on_features(self.network, images, show)  # which keeps them in `images`
 
     def scores(self, task, what, card=None):
         """What the network scores on the held-out images; {} where there are none.

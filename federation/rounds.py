@@ -241,7 +241,8 @@ class Rounds:
             self._merge_and_commit()
         if self.state.evaluated < self.state.round - 1:
             self._evaluate()
-        # The crash may have come between the last state and these two.
+        # The first is there from the start on; the second comes after the state, so it may lack a
+        # round.
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, self.state.history)
         self._publish_scores()
 

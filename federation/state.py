@@ -77,7 +77,8 @@ class RunState:
     weights: str = "none"  # where the first weights came from: none (random), imagenet or a file
     freeze_base: bool = False  # whether clients are to train only the layers after the base
 
-    # What the rounds are scored on: SHA-256 of val_set.pkl, and which kind of pictures it names.
+    # What the rounds are scored on: SHA-256 of val_set.pkl, and the kind of its pictures, as
+    # prepared.json names it.
     # Another one at a restart is refused: the rows of one history must be of the same patients.
     validation_sha256: str = ""
     preprocessing: str = ""

@@ -1,4 +1,4 @@
-"""TLS and addresses: the flags and the credentials of both scripts, and plaintext only at home.
+"""TLS and addresses: the flags and the credentials of both scripts; plaintext stays on one machine.
 
 What can never work is told at start, by `check_arguments`; why a connection fails, by `explain`.
 """
