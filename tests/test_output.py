@@ -119,57 +119,48 @@ def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start, running, the
 
 # --- the log by itself ---------------------------------------------------------------------------
 
-SAY_MANY = f"""
+
+def test_the_queue_keeps_the_newest_lines_and_counts_the_others(full_pipe, monkeypatch):
+    reader, writer = full_pipe
+    monkeypatch.setattr(log.Queued, "outputs", [])
+    queued = log.Queued(writer)
+    queued.write("line 0\n")
+    until(queued.texts.empty, "the thread has it, and waits for a reader")
+    more = 500
+    lines = [f"line {number}" for number in range(1, log.MAX_TEXTS + more + 1)]
+    for line in lines:
+        queued.write(line + "\n")
+    assert os.read(reader, 1 << 20) == 4096 * b"x"  # what the pipe was filled with
+    said = b""
+    while f"{lines[-1]}\n".encode() not in said:
+        said += os.read(reader, 1 << 16)
+    first, left_out, *others = said.decode().splitlines()
+    assert (first, others) == ("line 0", lines[more:])
+    assert left_out.startswith(f"... {more} lines are left out")
+
+
+SAYS_MANY = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from common.script import end_script, start_script
 from common import log
 start_script(never_waits=True)
 file = open(os.devnull)
-for number in range(int(sys.argv[1])):
+for number in range(5000):
     log.say("test", f"line {{number}}")
-os.write(2, f"all said, {{file.fileno()}}\\n".encode())
-sys.stdin.readline()
-end_script(7)
+end_script(file.fileno())
 """
 
 
-def say_many(count, **streams):
-    """A process that has said so many lines, and ends once it is sent a line."""
-    command = [sys.executable, "-c", SAY_MANY, str(count)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **streams
-    )
-    assert process.stderr.readline() == "all said, 3\n"
-    return process
-
-
-def test_the_queue_keeps_the_newest_lines_and_counts_the_others(full_pipe):
-    more = 500
-    process = say_many(log.MAX_TEXTS + more, stdout=full_pipe[1])
-    assert os.read(full_pipe[0], 1 << 20) == 4096 * b"x"  # what the pipe was filled with
-    said = b""
-    while f"line {log.MAX_TEXTS + more - 1}\n".encode() not in said:
-        said += os.read(full_pipe[0], 1 << 16)
-    process.communicate("\n")
-    first, left_out, *others = said.decode().splitlines()
-    assert first.endswith("test: line 0")  # which the thread was writing all the time
-    assert int(re.search(r"\d+", left_out)[0]) == more - 1
-    numbers = [int(line.rpartition(" ")[2]) for line in others]
-    assert numbers == list(range(more, log.MAX_TEXTS + more))
-
-
-def test_lines_that_are_read_late_are_all_there():
-    process = say_many(5000, stdout=subprocess.PIPE)
-    out, _ = process.communicate("\n")
-    assert (process.returncode, len(out.splitlines())) == (7, 5000)
+def test_all_lines_are_written_before_the_end():
+    ended = subprocess.run([sys.executable, "-c", SAYS_MANY], stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout.count(b"\n")) == (3, 5000)
 
 
 def test_a_closed_output_is_no_other_file():
-    """The next file that is opened would get that number, and the lines."""
-    process = say_many(1, preexec_fn=lambda: os.close(1))
-    process.communicate("\n")
-    assert process.returncode == 7
+    """The next file that is opened would get its number, and the lines."""
+    ended = subprocess.run([sys.executable, "-c", SAYS_MANY], preexec_fn=lambda: os.close(1))
+    assert ended.returncode == 3
 
 
 def test_a_file_name_that_is_no_text_is_said(tmp_path, start):
