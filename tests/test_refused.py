@@ -5,6 +5,8 @@ The client's own main() in this process, without TensorFlow.
 
 import json
 import re
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,7 +139,10 @@ def test_the_time_to_give_up_begins_anew_after_a_call_that_was_served(
     now, calls, said = [0.0], [0, 0, call_s], []
 
     def wait(s):
-        now[0] += s
+        if threading.current_thread() is threading.main_thread():
+            now[0] += s
+        else:  # a reporter of an earlier test's client
+            time.sleep(s)
 
     def attempt(stub, site):
         wait(calls.pop(0) if calls else 0)
