@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,10 +46,40 @@ def test_the_readme_names_every_file():
     """Every entry of the root explains itself by its line in the README."""
     readme = (ROOT / "README.md").read_text()
     listed = run("git", "ls-files").stdout.splitlines()
+    assert {"LICENSE", "requirements.txt"} <= set(listed)
     names = {name.partition("/")[0] + "/" for name in listed if "/" in name}
-    names |= {name for name in listed if re.fullmatch(r"\w+\.(py|sh|md)", name)}
+    names |= {name for name in listed if re.fullmatch(r"\w+\.(py|sh|md|txt)|LICENSE", name)}
     names = [name for name in names if not name.startswith((".", "client00", "README"))]
     assert len(names) > 20 and [name for name in names if name not in readme] == []
+
+
+def test_every_package_that_is_imported_stands_in_requirements():
+    """Or comes with one that does; pandas is installed by who imports an index of the thesis."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("[cfpr]*[ng]/*.py")]
+    lines = "\n".join(path.read_text() for path in files)
+    imported = set(re.findall(r"^ *(?:import|from) (\w+)", lines, re.M)) - sys.stdlib_module_names
+    imported -= {name for path in files for name in (path.stem, path.parent.name)}
+    imported -= {"generated", "keras", "h5py", "absl", "markupsafe", "pandas"}
+    wanted = {{"grpc": "grpcio", "PIL": "pillow"}.get(name, name) for name in imported}
+    assert wanted <= set(re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.M))
+
+
+def test_test_sh_takes_pytests_words_and_slow(tmp_path):
+    shutil.copy(ROOT / "test.sh", tmp_path)
+    (tmp_path / "setup.sh").write_text("python=echo")
+    for words, given in [
+        ([], "-m pytest --numprocesses 3 --dist loadfile"),
+        (["--slow"], "-m pytest --slow --numprocesses 3 --dist loadfile"),
+        (["tests/test_rounds.py", "-k", "a b"], "-m pytest tests/test_rounds.py -k a b"),
+    ]:
+        assert run("bash", "test.sh", *words, cwd=tmp_path).stdout == f"{given}\n"
+
+
+def test_slow_is_the_tests_marked_slow_and_no_others():
+    files = ["tests/test_files.py", "tests/test_setup.py"]  # none is slow, all are
+    for flags, chosen in ([], "4 deselected / 3 selected"), (["--slow"], "3 deselected / 4 sel"):
+        shown = run(sys.executable, "-m", "pytest", "--collect-only", *files, *flags)
+        assert chosen in shown.stdout, shown.stdout
 
 
 @pytest.mark.parametrize(
