@@ -4,7 +4,6 @@ A served run within this process; what an attack costs others is test_attacks.py
 """
 
 import contextlib
-import itertools
 import math
 import re
 import threading
@@ -19,7 +18,7 @@ from serving import Served, refusal, serve
 
 from common import files
 from federation import service
-from generated import todo_pb2
+from generated import todo_pb2, todo_pb2_grpc
 
 CANCELLED, INVALID = "CANCELLED", "INVALID_ARGUMENT"
 
@@ -53,18 +52,23 @@ def said_anew(served, monkeypatch):
 
 @pytest.fixture
 def silent(served):
-    """silent(method, client or None) -> a call that is opened and sends no message."""
+    """silent(method, client or None) -> a call that is opened and sends no message.
+
+    fetched  whether its connection has fetched the weights before
+    """
     over, channels = threading.Event(), []
 
     def nothing():
         over.wait(60)
         yield from ()
 
-    def open_call(method, client):
+    def open_call(method, client, fetched=False):
         metadata = [("fedml-client", client)] if client else None
         # each on its own connection, which takes few calls at a time
         options = [("grpc.use_local_subchannel_pool", 1)]
         channels.append(grpc.insecure_channel(served.address, options))
+        if fetched:
+            list(todo_pb2_grpc.FedMLStub(channels[-1]).getWeight(todo_pb2.void(), timeout=60))
         # as a stream, whatever the stub says: a stub cannot be silent where one message is due
         opened = channels[-1].stream_stream(f"/todoPackage.FedML/{method}")
         return opened(nothing(), metadata=metadata, timeout=60)
@@ -75,18 +79,15 @@ def silent(served):
         channel.close()
 
 
-def has_ended(call):
-    """Whether a streamed answer has ended, after reading what is there."""
-    with contextlib.suppress(grpc.RpcError):
-        for _ in call:
-            pass
-    return call.done()
-
-
 # --- what does not move --------------------------------------------------------------------------
 
 
-def test_an_upload_that_stands_still_is_ended_leaves_nothing_and_stops_no_one_else(served, good):
+@pytest.mark.parametrize(("time", "value"), [("stall_s", 1), ("ends_at", 0)])
+def test_an_upload_that_takes_too_long_is_ended_leaves_nothing_and_stops_no_one_else(
+    served, good, monkeypatch, time, value
+):
+    """It stands still, or its time is over in all."""
+    said_anew(served, monkeypatch)
     first, go_on = served.counted(good[0], "client001"), threading.Event()
 
     def half():
@@ -99,7 +100,7 @@ def test_an_upload_that_stands_still_is_ended_leaves_nothing_and_stops_no_one_el
     until(lambda: list(served.folder.rglob("*.tmp*")), "half is there")
     (transfer,) = served.service.transfers
     assert transfer.stall_s == 30
-    transfer.stall_s = 1
+    setattr(transfer, time, value)
     assert refusal(call)[0] == CANCELLED
     until(lambda: served.said("client002: its upload stands still"), "it is said")
     until(lambda: not list(served.folder.rglob("*.tmp*")), "nothing is left of it")
@@ -126,12 +127,25 @@ def test_a_client_that_goes_away_after_a_complete_upload_counts(served, good):
     finish(served, served.send(good[1], "client002"))
 
 
-@pytest.mark.parametrize(("method", "client"), [("sendWeight", None), ("tell", "client001")])
-def test_who_says_nothing_is_ended_after_a_second(served, silent, method, client):
-    """An enrolled client's upload may wait for its first message as long as for any other."""
+@pytest.mark.parametrize(
+    ("method", "client", "fetched", "stall_s"),
+    [
+        ("tell", "client001", False, 1),
+        ("sendWeight", None, False, 1),
+        ("sendWeight", None, True, 30),  # a peer of 2020, as its connection tells
+        ("sendWeight", "client001", False, 30),
+    ],
+)
+def test_how_long_a_first_message_may_be_in_coming(
+    served, silent, monkeypatch, method, client, fetched, stall_s
+):
     assert service.FIRST_MESSAGE_S == 1
-    call = silent(method, client)
-    until(lambda: has_ended(call) and not served.service.transfers, "nothing is held")
+    monkeypatch.setattr(service, "FIRST_MESSAGE_S", 20)  # it is looked at before it is ended
+    call = silent(method, client, fetched)
+    (transfer,) = until(lambda: served.service.transfers.copy(), "it waits")
+    assert transfer.stall_s == (20 if stall_s == 1 else stall_s)
+    call.cancel()
+    until(lambda: not served.service.transfers, "nothing is held")
 
 
 def test_one_call_of_a_kind_a_client_and_few_of_peers_without_a_name(served, silent, monkeypatch):
@@ -179,10 +193,9 @@ def test_a_download_may_stand_still_for_30_s_and_one_without_a_name_has_a_total_
 def test_messages_are_counted_and_those_without_content_are_no_progress(served):
     moved = []
     transfer = SimpleNamespace(note_progress=lambda: moved.append(1))
-    empty = itertools.repeat(todo_pb2.modelWeight(clientname="client001"))
+    empty = [todo_pb2.modelWeight(clientname="client001")] * 200
     with pytest.raises(ValueError, match="in more than 10. messages"):
-        for _ in served.service.limited(empty, transfer):
-            pass
+        list(served.service.limited(empty, transfer))
     assert not moved
     list(served.service.limited([todo_pb2.modelWeight(blob=b"x")], transfer))
     assert moved and transfer.stall_s == math.inf  # complete: what follows is ours to do
@@ -192,7 +205,9 @@ def test_calls_that_never_send_their_request_hold_no_thread(served, silent):
     """getWeight, on the wire a stream of one request: more of them than there are threads."""
     calls = [silent("getWeight", "client001") for _ in range(2 * served.service.num_threads)]
     assert served.tell("client001").run == "run0"
-    until(lambda: all(map(has_ended, calls)), "each is answered, or ended by a newer one")
+    for call in calls:  # answered, or ended by a newer one
+        with contextlib.suppress(grpc.RpcError):
+            list(call)
     assert any(call.code() == grpc.StatusCode.OK for call in calls)
 
 
