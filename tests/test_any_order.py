@@ -331,9 +331,10 @@ class AnyOrder(RuleBasedStateMachine):
         until(
             lambda: where() == expected,
             lambda: f"it is at {where()}, not at {expected}: {run.said}, {run.coordinator.error}",
+            20,
         )
         if oracle.waits:
-            until(lambda: run.rounds.opened_at == self.now, "the round is open")
+            until(lambda: run.rounds.opened_at == self.now, "the round is open", 20)
         self.check_calls()
         if not oracle.frozen:
             assert same_bits(read_weights(run.weights), oracle.weights)

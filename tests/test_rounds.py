@@ -17,7 +17,7 @@ from serving import Peer, connection, refusal, serve
 
 from common import files
 from federation import rounds, status
-from federation.rounds import Refused
+from federation.rounds import Refused, Upload
 from federation.state import RunState
 
 A, B, C = "client001", "client002", "client003"
@@ -124,6 +124,22 @@ def test_an_upload_that_could_not_be_stored_counts_as_what_its_file_is(
     run.restart()
     run.deliver(B, 2).result()
     assert run.holds((A, 5, 1) if counts == "old" else (A, 50, 9), (B, 1, 2))
+
+
+def test_a_converted_upload_is_known_by_what_was_sent_and_found_by_what_lies_there(make_run):
+    run = make_run(clients=[A, B])
+
+    def send():
+        path = write_weights(files.temporary(run.rounds.upload_path(A)), 1)
+        upload = Upload(A, 1, "run0", 1, "of what was sent", path, files.sha256_of(path))
+        return Call(run.rounds.deliver, upload, lambda: True)
+
+    send()
+    until(lambda: A in run.rounds.uploads, "it is counted")
+    run.restart()
+    run.deliver(B, 2).result()
+    assert run.holds((A, 1, 1), (B, 1, 2))
+    send().result()
 
 
 # --- while a round is waited for, and closed -----------------------------------------------------
