@@ -122,7 +122,7 @@ def test_the_verdict_is_at_the_threshold_of_the_card_or_of_a_flag(score):
     _, scores, said = score("synthetic", *paths, warning="it finds nobody", threshold=None)
     assert said.err.count("must not be used: it finds nobody") == 1
     assert len(scores) == 20 and "referable" not in said.out
-    middle = float(np.median([float(value) for value in scores.values()])) + 0.0005
+    middle = sorted(map(float, scores.values()))[9] + 0.0005  # as it is printed, it is rounded
     expected = {
         path: "referable DR" if float(value) > middle else "no referable DR"
         for path, value in scores.items()
