@@ -21,6 +21,7 @@ from conftest import (
 from serving import Peer, connection, serve
 
 from federation.state import RunState
+from generated import todo_pb2
 
 
 class Proxy:
@@ -149,21 +150,28 @@ def test_a_long_round_through_a_proxy_that_drops_idle_connections(behind_a_proxy
     assert "went away" not in server.output
 
 
-def test_calls_that_wait_leave_threads_for_downloads_and_for_the_last_upload(make_run):
-    """All but one client wait, deliver once more and tell: the last one still gets its turn."""
+def test_calls_that_wait_leave_threads_for_a_download_and_for_the_last_upload(make_run):
+    """All clients but one wait, and half of another upload of each: that one gets its turn."""
     names = [f"client{number:03}" for number in range(1, 9)]
-    run = make_run(clients=names, rounds=1)
+    run, over = make_run(clients=names, rounds=1), threading.Event()
     server, address = serve(run.rounds)
     path = write_weights(run.folder / "upload.h5", 1)
     *others, last = [Peer(connection(address), name) for name in names]
-    for _ in range(2):
-        before = set(run.rounds.waiting.values())
-        calls = [peer.send(path) for peer in others]
-        until(lambda: len(set(run.rounds.waiting.values()) - before) == 7, "they wait")  # noqa: B023
+    calls = [peer.send(path) for peer in others]
+    until(lambda: len(run.rounds.waiting) == 7, "they wait")
+
+    def half(peer):
+        yield todo_pb2.modelWeight(blob=b"half", clientname=peer.name, clientsize=3)
+        over.wait(60)
+
+    halves = [peer.stub.sendWeight.future(half(peer), metadata=peer.is_me) for peer in others]
+    until(lambda: len([*run.folder.rglob(".*.tmp*")]) == 7, "half of each is there")
     assert [peer.tell("waiting").round for peer in (*others, last)] == [1] * 8
     assert list(last.fetch())
     assert last.send(path).result().value == 1
     assert [call.result().value for call in calls] == [1] * 7
+    assert not any(call.done() for call in halves)
+    over.set()
     server.stop(0).wait()
 
 
