@@ -289,7 +289,7 @@ def _names(group, attribute):
 def _member(group, path):
     """What lies at `path` below `group`, by hard links only: no other file is ever opened."""
     for name in path.split("/"):
-        if not isinstance(group, h5py.Group) or name in ("", ".", "..") or name not in group:
+        if not isinstance(group, h5py.Group) or name not in group:
             raise ValueError(f"{path[:80]!r} is named but not in the file")
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise ValueError(f"{path[:80]!r} is a link: expected the weights themselves")
@@ -301,9 +301,8 @@ def _tensor_of(layer, weight, dataset):
     where = f"layer {layer[:80]!r} ({weight[:80]!r})"
     if dataset.dtype != np.dtype("<f4"):
         raise ValueError(f"{where} has dtype {dataset.dtype}, expected float32")
-    plain = dataset.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
     begin = dataset.id.get_offset()
-    if dataset.shape is None or not plain or dataset.external or begin is None:
+    if begin is None:  # HDF5 has an offset for nothing but what lies there in one piece
         raise ValueError(
             f"{where} is stored chunked, compressed, virtual, outside the file or not at all: "
             "expected plain storage, as Keras writes"

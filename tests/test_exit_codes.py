@@ -193,7 +193,7 @@ def test_a_deaf_server_is_given_up_by_who_fetches(client_main, two, deaf):
     Path("client001").mkdir()  # a client that was started again, and knows the run
     files.save_state(Path("client001/state.json"), {**todoClient.NEW_STATE, "run": "run0"})
     with deaf:
-        code, said = client_main("--server", two[1], "--give-up-after", "1")
+        code, said = Call(client_main, "--server", two[1], "--give-up-after", "1").result()
     assert code == 4 and "it answered nothing for 2 s" in said
 
 
