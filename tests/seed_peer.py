@@ -49,7 +49,8 @@ class SeedServer(todo_pb2_grpc.FedMLServicer):
 
     uploads   [(name on the wire, bytes, size)] of those that were merged
     messages  the size of each message of every upload
-    answers   to the first uploads; then 1, which means that it was merged
+    answers   to the first uploads: 1 means that it was merged, None that the server goes away;
+              then 1
     """
 
     def __init__(self, content, answers=()):
@@ -64,6 +65,8 @@ class SeedServer(todo_pb2_grpc.FedMLServicer):
         pieces = list(request_iterator)
         self.messages += [piece.ByteSize() for piece in pieces]
         value = self.answers.pop(0) if self.answers else 1
+        if value is None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
         if value == 1:
             text = "".join(piece.model for piece in pieces)
             self.content = base64.b64decode(text, validate=True)

@@ -67,7 +67,6 @@ def with_virtual_dataset(file):
 FILES = {  # row: (change of a good file, keyword of the sentence)
     "another shape": (replaced(data=np.zeros((3, 1), "f4")), r"'healthy'.*\(3, 1\), expected"),
     "a huge shape": (replaced(shape=(1 << 40, 1), dtype="f4"), "not at all"),
-    "chunks": (replaced(data=np.zeros((2, 1), "f4"), chunks=(1, 1)), "chunked"),
     "a virtual dataset": (with_virtual_dataset, "virtual"),
     "external storage": (
         replaced(shape=(2, 1), dtype="f4", external=[("/etc/passwd", 0, 8)]),

@@ -75,4 +75,6 @@ def test_our_client_takes_part_with_an_old_server(client_main, tmp_path, monkeyp
     for rounds in (2, 3):
         assert client_main("--server", address, "--rounds", str(rounds))[0] == 0
         assert len(old.uploads) == rounds
+    old.answers = [None]  # it may go on behind its last round: it is waited for
+    assert client_main("--server", address, "--rounds", "4")[0] == 4
     server.stop(0)
