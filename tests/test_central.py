@@ -5,6 +5,7 @@ import json
 import shutil
 
 import h5py
+import numpy as np
 import pytest
 from conftest import read_weights, same_bits
 
@@ -115,6 +116,25 @@ def test_a_server_keeps_what_a_frozen_base_makes_of_its_images(here, monkeypatch
     val = evaluator.validation
     answers = model.predict(evaluator.network, data.load_images(val, 16))
     assert measured[0] == pytest.approx(metrics.scores(answers, data.healthy(val)), abs=1e-6)
+
+
+def test_the_best_round_is_the_one_that_those_who_choose_find_best(here, monkeypatch):
+    """Of those who are scored it would be another."""
+    (here / "server").mkdir()
+    arguments = todoServer.parse(["--image-size", "16"])
+    evaluator = todoServer.Evaluator(arguments)
+    state = todoServer.begin(arguments, evaluator)
+    evaluator.open(state)
+    val = evaluator.validation
+    right = data.healthy(val)
+    choosing = metrics.choosing_half([each["label"] for each in val], data.patients(val))
+    for number, is_right in enumerate((~choosing, choosing, ~choosing), start=1):
+        answers = np.where(is_right, right, 1 - right)
+        monkeypatch.setattr(model, "predict", lambda *_, answers=answers: answers)
+        row = {"round": number, "clients": 3, "num_examples": 30, **evaluator.evaluate()}
+        best, _ = evaluator.publish_result(state, row)
+        state = state.changed(best=best)
+    assert state.best["round"] == cards.read("server/best_weight.h5")["round"] == 2
 
 
 def test_a_merged_model_that_answers_nan_is_no_model(here, monkeypatch, capsys):
