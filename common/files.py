@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import log
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit of this process
 
 
