@@ -14,7 +14,6 @@ from common.files import temporary
 from common.log import plain
 from federation.state import HISTORY_COLUMNS
 
-STATUS_VERSION = 3
 SHORTEST_PAUSE_S = 2  # between two writings of the file
 LONGEST_PAUSE_S = 10  # it is written again after so long, also where nothing has changed
 LATE_S = 30  # a file that is older is a copy, or its server is gone
@@ -137,7 +136,6 @@ def status_of(rounds):
             for name, row in rounds.client_table.rows.items()
         ]
         return {
-            "version": STATUS_VERSION,
             "run": state.run,
             "arch": state.arch,
             "round": min(state.round, state.rounds),
@@ -184,18 +182,15 @@ def write(folder, status):
 
 
 def read(path):
-    """(status, when it was written). Raises ValueError where it is none, OSError."""
+    """(what a status.json says, when it was written). Raises ValueError or OSError."""
     try:
         with open(path, encoding="utf-8") as file:
             status = json.load(file)
             written = os.fstat(file.fileno()).st_mtime
-        version = status["version"]
     except FileNotFoundError:
         raise ValueError(f"there is no {path}: a server writes it when it runs") from None
-    except (ValueError, KeyError, TypeError, IsADirectoryError):
+    except (ValueError, IsADirectoryError):
         raise ValueError(f"{path} is not a server's status.json") from None
-    if version != STATUS_VERSION:
-        raise ValueError(f"{path} has version {version}, this program reads {STATUS_VERSION}")
     return status, written
 
 

@@ -63,8 +63,7 @@ WAITING_SERVER = """
     from federation import status
     client = {"name": "client002", "last_seen": None, "num_examples": None, "is_done": False}
     said = {"run": "r", "arch": "drcnn", "round": 1, "rounds": 2, "phase": "open", "history": []}
-    version = {"version": status.STATUS_VERSION}
-    status.write(Path("server"), {**version, **said, "clients": [client]})
+    status.write(Path("server"), {**said, "clients": [client]})
     print("2026-01-01 00:00:00 server: listening on localhost:1", flush=True)
     signal.pause()
 """
@@ -204,7 +203,7 @@ def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
 
     Of an earlier run, or another commit, nothing is drawn.
     """
-    (waiting / "server" / "status.json").write_text('{"version": 1}')
+    (waiting / "server" / "status.json").write_text("{}")
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(waiting)
