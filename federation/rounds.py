@@ -435,7 +435,6 @@ class Rounds:
                 # it scores these, and its training begins with them.
                 {**upload, **upload.get("scores", {}), "client": name, "round": upload["round"] - 1}
                 for name, upload in sorted(self.state.counted.items())
-                if upload["round"] <= self.state.evaluated
             )
 
     def _add_scores(self, rows):
