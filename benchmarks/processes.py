@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STANDIN = ROOT / "tests" / "standin.py"  # the real scripts without TensorFlow
+STANDIN = ROOT / "benchmarks" / "without_network.py"  # the real scripts without TensorFlow
 LOOK_EVERY_S = 0.005
 
 

@@ -1,30 +1,19 @@
 """Weight files without Keras, and a stand-in for `model`: the real scripts run without TensorFlow.
 
-    python3 tests/standin.py todoServer --listen localhost:0 --image-size 16 ...
-    python3 tests/standin.py todoClient --name client001 ...
-
-Tests and benchmarks share it. Settings come from the environment, as both start processes:
-
-STANDIN_WEIGHTS      the weight file that a run begins with, and whose shapes the network has
-STANDIN_GATE         1: "training" waits for a line on stdin
-STANDIN_BASE64       1: a client speaks the thesis demo's base64 form, to this project's server
+Tests and benchmarks share it. STANDIN_WEIGHTS in the environment is the weight file that a run
+begins with, and whose shapes the network has.
 """
 
-import importlib
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import h5py
 import numpy as np
 
 from common.files import replacing
 from common.log import say
-from common.script import end_script, start_script
 from federation import weights
 
 # --- weight files -------------------------------------------------------------------------------
@@ -134,8 +123,6 @@ def default_epochs(network):
 
 def train(network, batches, round_number, epochs, report, progress=None, first_rate=None):
     say("standin", "training now")
-    if os.environ.get("STANDIN_GATE") == "1":
-        sys.stdin.readline()
     measured = {"loss": 0.0, "accuracy": 0.0, "num_examples": 1, "seconds": 0.0}
     return [{"round": round_number, "epoch": 1, **measured}]
 
@@ -148,24 +135,7 @@ def save(network, path):
 
 def tensors(network):
     """Training adds a constant to every number."""
-    return [Moved(network.path, tensor) for tensor in weights.Layout(network.path).tensors]
-
-
-class Moved:
-    """A tensor of a file with a constant added, which NumPy reads when it is needed.
-
-    A list of arrays would be a second copy of the model, beside the one that a network is.
-    """
-
-    def __init__(self, path, tensor):
-        self.path = path
-        self.begin = tensor.begin
-        self.shape = tensor.shape
-
-    def __array__(self, dtype=None, copy=None):
-        numbers = np.fromfile(self.path, "<f4", int(np.prod(self.shape)), offset=self.begin)
-        numbers += np.float32(0.001)
-        return numbers.reshape(self.shape)
+    return [tensor + np.float32(0.001) for tensor in read_weights(network.path)]
 
 
 def metrics():
@@ -176,17 +146,3 @@ def metrics():
 def predict(network, images):
     """P(healthy) of each image: as many numbers, which say nothing."""
     return np.linspace(0.25, 0.75, len(images), dtype=np.float32)
-
-
-def main():
-    start_script(never_waits=True)
-    name = sys.argv[1]
-    sys.modules["model"] = sys.modules[__name__]
-    script = importlib.import_module(name)
-    if os.environ.get("STANDIN_BASE64") == "1":
-        weights.blob_messages = weights.base64_messages
-    end_script(script.main(sys.argv[2:]))
-
-
-if __name__ == "__main__":
-    main()
