@@ -53,6 +53,7 @@ def columns(**changes):
     (pickle.dumps([1, 2]), "holds a list, expected a dict"),
     (b"\x80\x04junk", "not a readable pickle"),
     (b"Pelsewhere\n.", "not a readable pickle"),  # of an object outside of it
+    (b"\x80\x04K\x01r\x40\x42\x0f\x00.", "made to cost memory .*LONG_BINPUT"),  # place 1,000,000
     (pickle.dumps({"dir": ["a"]}), "has no column 'picture'"),
     (columns(dir=[]), "different lengths"),
     (pickle.dumps({name: [] for name in RECORD}), "is empty"),
