@@ -17,7 +17,7 @@ from serving import Peer, connection, refusal, serve
 
 from common import files
 from federation import rounds, status
-from federation.rounds import Refused, Upload
+from federation.rounds import REPEAT, Refused, Upload
 from federation.state import RunState
 
 A, B, C = "client001", "client002", "client003"
@@ -179,9 +179,13 @@ def test_the_log_says_for_whom_it_waits(make_run, clock):
 def test_a_merge_that_fails_ends_everyones_wait_and_a_start_merges_the_same_uploads(make_run):
     run = make_run(clients=[A, B])
     run.merge = fail_with(DISK_IS_FULL)
-    for call in [run.deliver(A, 1), run.deliver(B, 2)]:
+    run.delivered(A, 8)
+    for call in [run.delivered(A, 1), run.deliver(B, 2)]:
         refused(call, "INTERNAL", "round 1 could not be closed", "No space left")
     refused(Call(run.rounds.fetch, A), "INTERNAL")
+    frozen = RunState.load(run.folder / "state.json")
+    newest = files.sha256_of(run.rounds.upload_path(A))
+    assert rounds.verdict(frozen, True, A, "run0", 1, newest) == (REPEAT, 1)
     with pytest.raises(OSError, match="No space"):
         run.coordinator.result()
     run.merge = run.average
