@@ -1,7 +1,8 @@
 """todoServer under Flower: the same first weights and evaluation; Flower averages and talks.
 
 README.md has the commands. It needs this project's folder as its working directory and in
-PYTHONPATH. Writes into flower/ what todoServer writes into server/; a run is not resumed.
+PYTHONPATH. Writes into flower/ the model, its card, the best round and history.csv, as todoServer
+does into server/; a run is not resumed.
 """
 
 import time
