@@ -139,6 +139,7 @@ def test_a_run_is_gone_on_with_and_a_new_one_begins_after_its_page(
     card = {"round": 2, "rounds": 2, "num_nan": 1, "warning": "it answers NaN"}
     card["by_round"] = [{"round": number, TASK: scores} for number in (1, 2)]
     (waiting / "server" / "server_weight.json").write_text(json.dumps(card))
+    (waiting / "server" / "status.json").write_text('{"version": 1}')  # of another commit
     if has_page:
         (waiting / "server" / "report.html").touch()
     shown = run(waiting, "--no-alone")
