@@ -165,6 +165,7 @@ SPOILT = {
     "another shape": other(features=np.ones((8, 3), np.float32)),
     "other numbers": other(features=np.ones((8, 2))),
     "nan": other(features=np.full((8, 2), np.nan, np.float32)),
+    "a long name": other(made_from=np.array("x" * 5000)),
     "zeros without end": zip_bomb,
 }
 

@@ -1,5 +1,6 @@
 """photos: reading what cameras and archives write, and the picture that comes of it."""
 
+import struct
 import warnings
 from io import BytesIO
 
@@ -66,10 +67,14 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_photograph_is_turned_as_its_exif_says_or_left_where_that_cannot_be_read(tmp_path):
-    eye().transpose(TURNED).save(tmp_path / "turned.png", exif=EXIF)
-    eye().save(tmp_path / "broken.png", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    odd = struct.pack("<2sHIH", b"II", 42, 8, 2)  # two tags: orientation 6, a resolution of -1/0
+    odd += struct.pack("<HHII", 0x0112, 3, 1, 6)
+    odd += struct.pack("<HHII", 0x011A, 10, 1, 38) + struct.pack("<Iii", 0, -1, 0)
+    eye().transpose(TURNED).save(tmp_path / "turned.png", exif=b"Exif\0\0" + odd)
+    eye().save(tmp_path / "cut.png", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    eye().save(tmp_path / "broken.png", exif=b"Exif\0\0of no kind")
     with warnings.catch_warnings(action="error"):
-        for name in ("turned.png", "broken.png"):
+        for name in ("turned.png", "cut.png", "broken.png"):
             assert (pixels(tmp_path / name) == np.asarray(eye())).all()
 
 
