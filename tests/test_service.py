@@ -82,9 +82,9 @@ def silent(served):
 # --- what does not move --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("time", "value"), [("stall_s", 1), ("ends_at", 0)])
+@pytest.mark.parametrize(("stall_s", "ends_at"), [(1, math.inf), (math.inf, 0)])
 def test_an_upload_that_takes_too_long_is_ended_leaves_nothing_and_stops_no_one_else(
-    served, good, monkeypatch, time, value
+    served, good, monkeypatch, stall_s, ends_at
 ):
     """It stands still, or its time is over in all."""
     said_anew(served, monkeypatch)
@@ -100,7 +100,7 @@ def test_an_upload_that_takes_too_long_is_ended_leaves_nothing_and_stops_no_one_
     until(lambda: list(served.folder.rglob("*.tmp*")), "half is there")
     (transfer,) = served.service.transfers
     assert transfer.stall_s == 30
-    setattr(transfer, time, value)
+    transfer.stall_s, transfer.ends_at = stall_s, ends_at
     assert refusal(call)[0] == CANCELLED
     until(lambda: served.said("client002: its upload stands still"), "it is said")
     until(lambda: not list(served.folder.rglob("*.tmp*")), "nothing is left of it")
