@@ -47,20 +47,21 @@ def running():
 @pytest.fixture
 def full_pipe():
     """(read end, write end) of a pipe into which not one byte more goes."""
-    reader, writer = os.pipe()
+    ends = os.pipe()
+    reader, writer = open(ends[0], "rb", 0), open(ends[1], "wb", 0)
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-    os.write(writer, 4096 * b"x")
+    writer.write(4096 * b"x")
     yield reader, writer
-    os.close(writer)
-    os.close(reader)
+    writer.close()
+    reader.close()
 
 
 def test_scripts_whose_lines_nobody_reads_go_on_and_end(running, begun, full_pipe):
     site = begun()
-    port = free_port()
+    address = f"localhost:{free_port()}"
     streams = {"stdout": full_pipe[1], "stderr": full_pipe[1], "cwd": site}
-    server = running([ROOT / "todoServer.py", "--listen", f"localhost:{port}"], **streams)
-    arguments = ["--name", "client001", "--server", f"localhost:{port}"]
+    server = running([ROOT / "todoServer.py", "--listen", address], **streams)
+    arguments = ["--name", "client001", "--server", address]
     client = running([ROOT / "todoClient.py", *arguments], **streams)
     until((site / "client001" / "client_weights.h5").exists, "the client has fetched")
     for each, number, code in ((client, signal.SIGINT, 130), (server, signal.SIGTERM, 143)):
@@ -123,20 +124,23 @@ def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start, running, the
 def test_the_queue_keeps_the_newest_lines_and_counts_the_others(full_pipe, monkeypatch):
     reader, writer = full_pipe
     monkeypatch.setattr(log.Queued, "outputs", [])
-    queued = log.Queued(writer)
+    queued = log.Queued(writer.fileno())
     queued.write("line 0\n")
     until(queued.texts.empty, "the thread has it, and waits for a reader")
     more = 500
     lines = [f"line {number}" for number in range(1, log.MAX_TEXTS + more + 1)]
     for line in lines:
         queued.write(line + "\n")
-    assert os.read(reader, 1 << 20) == 4096 * b"x"  # what the pipe was filled with
+    assert reader.read(1 << 20) == 4096 * b"x"  # what the pipe was filled with
     said = b""
     while f"{lines[-1]}\n".encode() not in said:
-        said += os.read(reader, 1 << 16)
+        said += reader.read(1 << 16)
     first, left_out, *others = said.decode().splitlines()
     assert (first, others) == ("line 0", lines[more:])
     assert left_out.startswith(f"... {more} lines are left out")
+    reader.close()  # as of `todoServer.py | head`
+    queued.write("for nobody\n")
+    until(lambda: not queued.texts.unfinished_tasks, "it is dropped")
 
 
 SAYS_MANY = f"""
@@ -199,12 +203,18 @@ def test_lines_that_one_peer_can_cause_are_said_once_a_minute_with_a_count(monke
     assert len(say.said) <= log.MAX_KEYS
 
 
-def test_who_speaks_no_grpc_is_no_line_in_the_log(start, begun):
-    server, address = start_server(start, begun())
+def test_a_handshake_that_fails_is_no_line_in_the_log(start, begun):
+    """gRPC says one for each, and anyone who reaches the port can cause them."""
+    site = begun()
+    new_certificate = "openssl req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -days 9"
+    names = "-subj /CN=localhost -keyout key.pem -out cert.pem"
+    subprocess.run(f"{new_certificate} {names}".split(), cwd=site, check=True, capture_output=True)
+    flags = ["--tls-cert", "cert.pem", "--tls-key", "key.pem"]
+    server, address = start_server(start, site, *flags)
     for _ in range(20):
         with socket.create_connection(("localhost", int(address.rpartition(":")[2]))) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
             stranger.recv(100)
     server.signal(signal.SIGTERM)
     assert server.wait() == 143
-    assert all(" server: " in line for line in server.lines)
+    assert all(" server: " in line for line in server.lines), server.output
