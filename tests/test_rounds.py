@@ -9,6 +9,7 @@ import contextlib
 import csv
 import itertools
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,13 +90,13 @@ def test_the_order_of_arrival_gives_the_same_bits(make_run):
         assert not any(tensor.any() for tensor in read_weights(run.weights))
 
 
-def test_a_late_delivery_whose_caller_has_gone_changes_nothing(make_run):
+def test_a_delivery_whose_caller_has_gone_replaces_none_and_counts_where_none_is(make_run):
     run = make_run(clients=[A, B])
     replaced = run.delivered(A, 8)
     waiting = run.delivered(A, 1, num_examples=5)
     refused(replaced, "ABORTED")
     refused(run.deliver(A, 9, alive=lambda: False), "CANCELLED", "its earlier upload stays")
-    run.deliver(B, 2).result()
+    refused(run.deliver(B, 2, alive=lambda: False), "CANCELLED", "what it delivered counts")
     waiting.result()
     assert run.holds((A, 5, 1), (B, 1, 2))
 
@@ -334,15 +335,15 @@ def test_an_old_peer_has_all_that_it_can_use_with_its_last_answer(make_run):
 # --- other --clients at a restart ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [(), (Path, "rename"), (RunState, "save")])
 def test_who_leaves_is_not_counted_and_its_upload_is_moved_aside(make_run, monkeypatch, killed):
     run = make_run(clients=[A, B], rounds=1)
     run.delivered(B, 6)
     run.stop()
-    if killed:  # between the move and the state
-        with publish_fails(monkeypatch, DISK_IS_FULL, lambda path: path.name == "state.json"):
-            with pytest.raises(OSError, match="No space"):
-                run.start(clients=[A])
+    if killed:
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(*killed, fail_with(DISK_IS_FULL))
+            run.start(clients=[A])
     run.start(clients=[A])
     [aside] = (run.folder / B).iterdir()
     assert aside.name == "client_weights-not-counted-1.h5"
