@@ -185,7 +185,7 @@ def test_one_that_fails_ends_all_and_its_last_words_are_shown(waiting, script, b
     replace_main(waiting, script, body)
     shown = run(waiting)
     assert shown.returncode == code
-    assert shown.stdout.endswith(f"{words}\n") and "client001: my" not in shown.stdout
+    assert shown.stdout.endswith(f"{words}\n") and "listening" not in shown.stdout
     assert f"ended with {code}" in shown.stderr
     until_gone(waiting)
 
