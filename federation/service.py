@@ -539,9 +539,7 @@ class Service:
         if report.phase not in status.PHASES:
             where["phase"] = "working"
             problems.append(f"phase is {report.phase[:30]!r}, expected {', '.join(status.PHASES)}")
-        scores, more_problems = status.within(
-            dict(itertools.islice(report.scores.items(), len(status.SCORES))), status.SCORES
-        )
+        scores, more_problems = status.within(report.scores, status.SCORES)
         problems += more_problems
         if problems:
             self.rounds.say_of(

@@ -71,15 +71,20 @@ def test_what_is_wrong_with_the_file_is_a_refusal_and_the_file_stays(layout, tmp
 # --- whose fault it is ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", [many_names, one_text_many_times])
+@pytest.mark.parametrize(
+    ("write", "sentence"),
+    [
+        (many_names, "more than 10,000 tensors"),  # or the answer, too, would cost much here
+        (one_text_many_times, "memory"),
+    ],
+)
 def test_a_small_file_that_costs_much_is_refused_at_a_bounded_price(
-    layout, tmp_path, monkeypatch, write
+    layout, tmp_path, monkeypatch, write, sentence
 ):
     """The bound on memory is one that such a file would go far beyond."""
     monkeypatch.setattr(convert, "MEMORY_BYTES", 64 << 20)
-    monkeypatch.setattr(convert, "CPU_S", 2)
     write(tmp_path / "hostile.h5")
-    with pytest.raises(ValueError, match="more than 10,000 tensors|memory"):
+    with pytest.raises(ValueError, match=sentence):
         convert.convert(tmp_path / "hostile.h5", layout)
 
 
