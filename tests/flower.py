@@ -55,7 +55,7 @@ class Flower:
         self.processes.append(Started(shlex.split(command), self.folder, self.environment))
         return self.processes[-1]
 
-    def run(self, timeout_s=600, **settings):
+    def run(self, timeout_s=1800, **settings):
         """One `flwr run` until its end; settings as in pyproject.toml, '_' for '-'."""
         words = []
         for name, value in settings.items():

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -52,10 +53,16 @@ def history(folder):
         return list(csv.DictReader(file))
 
 
+def server_begins(*flags):
+    """(its flags, its Evaluator, its state) of a server that begins a run in this folder."""
+    Path("server").mkdir(exist_ok=True)
+    arguments = todoServer.parse(["--image-size", "16", *flags])
+    evaluator = todoServer.Evaluator(arguments)
+    return arguments, evaluator, todoServer.begin(arguments, evaluator)
+
+
 def test_it_starts_from_the_servers_weights(here, trained):
-    (here / "server").mkdir()
-    arguments = todoServer.parse(["--image-size", "16", "--seed", "7"])
-    todoServer.begin(arguments, todoServer.Evaluator(arguments))
+    server_begins("--seed", "7")
     of_server = files.sha256_of("server/server_weight.h5")
     assert run("--seed", "7") == 0
     assert files.sha256_of("central/central_weight.h5") == of_server
@@ -102,12 +109,10 @@ def test_history_and_card_say_what_the_weights_do(here):
 
 def test_a_server_keeps_what_a_frozen_base_makes_of_its_images(here, monkeypatch):
     """Also for its next run: --fresh leaves the file, which is as good for that."""
-    (here / "server").mkdir()
-    arguments = todoServer.parse("--arch lite0 --weights none --image-size 16".split())
     measured = []
     for _ in range(2):
-        evaluator = todoServer.Evaluator(arguments)
-        state = todoServer.begin(arguments, evaluator)  # moves what lies there aside
+        # the second moves what lies there aside
+        _, evaluator, state = server_begins("--arch", "lite0", "--weights", "none")
         evaluator.open(state.changed(freeze_base=True))
         measured.append(evaluator.evaluate())
         monkeypatch.setattr(model, "features", None)  # from here on none are computed
@@ -120,10 +125,7 @@ def test_a_server_keeps_what_a_frozen_base_makes_of_its_images(here, monkeypatch
 
 def test_the_best_round_is_the_one_that_those_who_choose_find_best(here, monkeypatch):
     """Of those who are scored it would be another."""
-    (here / "server").mkdir()
-    arguments = todoServer.parse(["--image-size", "16"])
-    evaluator = todoServer.Evaluator(arguments)
-    state = todoServer.begin(arguments, evaluator)
+    _, evaluator, state = server_begins()
     evaluator.open(state)
     val = evaluator.validation
     right = data.healthy(val)
@@ -141,10 +143,7 @@ def test_a_merged_model_that_answers_nan_is_no_model(here, monkeypatch, capsys):
     """Said with whose update is why; never the best, never a verdict, and nan is in no file."""
     said = []
     monkeypatch.setattr(todoServer, "say", said.append)
-    (here / "server").mkdir()
-    arguments = todoServer.parse(["--image-size", "16", "--rounds", "1"])
-    evaluator = todoServer.Evaluator(arguments)
-    state = todoServer.begin(arguments, evaluator)
+    arguments, evaluator, state = server_begins("--rounds", "1")
     uploads = {}
     for client in state.clients:
         path = here / "server" / client / "client_weights.h5"
@@ -180,13 +179,16 @@ def test_a_hospital_alone_is_scored_now_and_then(here, trained):
 
 
 @pytest.mark.parametrize(
-    "flag, calls",
-    [("--like", [(30, 1, 1), (30, 2, 1)]), ("--fine-tune", [(30, 3, 2)])],
+    "flags, calls",
+    [
+        (["--like"], [(30, 1, 1), (30, 2, 1)]),
+        (["--seed", "6", "--fine-tune"], [(30, 3, 2)]),  # whatever the seed is
+    ],
 )
-def test_settings_come_from_a_card(here, trained, flag, calls):
+def test_settings_come_from_a_card(here, trained, flags, calls):
     """As in that run; or on from its weights, and at the learning rate of its next round."""
     assert run("--seed", "5") == 0
-    assert central.main([flag, "central/central_weight.h5", "--out", "other"]) == 0
+    assert central.main([*flags, "central/central_weight.h5", "--out", "other"]) == 0
     made = [files.sha256_of(f"{name}/central_weight.h5") for name in ("central", "other")]
     assert made[0] == made[1]
     assert trained[2:] == calls
