@@ -289,6 +289,7 @@ def test_whose_update_pulls_where_is_kept_and_what_stands_out_is_said(make_run):
         return run.average(paths, num_examples)[0], updates
 
     run.merge = merge
+    run.rounds.hear(A, "run0", 1, TRAINING, {"auc": 0.5})
     for seed in range(4):
         all_deliver(run, client001=seed, client002=seed, client003=seed)
     run.coordinator.result()
@@ -296,8 +297,10 @@ def test_whose_update_pulls_where_is_kept_and_what_stands_out_is_said(make_run):
     expected = [(1, C, "5.5 times"), (3, B, "trains nothing"), (4, C, "pulls against")]
     for line, (number, client, words) in zip(warnings, expected, strict=True):
         assert f"round {number}: warning: {client}" in line and words in line
-    found = [row for row in rows_of(run.folder / "clients.csv") if row["client"] == B]
-    assert [(row["update_length"], row["update_cosine"]) for row in found] == [
+    rows = rows_of(run.folder / "clients.csv")
+    assert [row["auc"] for row in rows if row["client"] == A] == ["0.5", "", "", ""]
+    found = [(row["update_length"], row["update_cosine"]) for row in rows if row["client"] == B]
+    assert found == [
         (str(length), "" if cosine is None else str(cosine)) for length, cosine in of_b
     ]
     [*_, last] = status.status_of(run.rounds)["clients"]
