@@ -78,6 +78,13 @@ def test_a_photograph_is_turned_as_its_exif_says_or_left_where_that_cannot_be_re
             assert (pixels(tmp_path / name) == np.asarray(eye())).all()
 
 
+def test_what_is_transparent_is_black(tmp_path):
+    image = Image.new("RGBA", (20, 10), "white")
+    image.paste((255, 255, 255, 0), (0, 0, 10, 10))
+    image.save(tmp_path / "eye.png")
+    assert pixels(tmp_path / "eye.png")[0, :, 0].tolist() == [0] * 10 + [255] * 10
+
+
 def test_sixteen_bits_that_are_used_are_scaled(tmp_path):
     """In colour: bits12 of test_cases.py."""
     eight = np.asarray(eye())[..., 0]
