@@ -148,14 +148,17 @@ def test_two_run_at_once_and_a_conversion_that_nobody_waits_for_ends(
     monkeypatch.setattr(
         convert.PLACES, "acquire", lambda timeout: acquire(timeout=0.1) or refused.append(1)
     )
-    awaited = [True]
-    calls = [Call(convert.convert, upload, layout, lambda: bool(awaited)) for _ in range(3)]
+    awaited, calls = [True, True, True], []
+    for k in range(3):
+        calls.append(Call(convert.convert, upload, layout, lambda k=k: awaited[k]))
+        if k < 2:
+            until(lambda k=k: len(processes_in(tmp_path)) == k + 1, "it has begun")
     until(lambda: refused, "the third waits")
-    until(lambda: len(processes_in(tmp_path)) == 2, "two have begun")
-    awaited.clear()
-    for call in calls:
+    for k in (2, 1, 0):
+        awaited[k] = False
         with pytest.raises(ChildProcessError, match="nobody waits"):
-            call.result()
+            calls[k].result()
+        assert len(processes_in(tmp_path)) == k
     assert not processes_in(tmp_path)
 
 
