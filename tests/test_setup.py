@@ -56,8 +56,10 @@ def test_it_installs_once_and_again_after_a_move_or_without_its_python(project):
 
 def test_another_python_or_another_requirement_installs_once_more(project):
     said(project)
-    for name, text in ((".venv/.installed-*", "Python 2.7"), ("requirements.txt", "# nothing")):
-        next(project.glob(name)).write_text(text)
+    [stamp] = project.glob(".venv/.installed-*")
+    other_python = stamp.read_text().replace("Python 3", "Python 2")
+    for path, text in ((stamp, other_python), (project / "requirements.txt", "# nothing")):
+        path.write_text(text)
         assert said(project) == [INSTALLING] and said(project) == []
 
 
