@@ -45,15 +45,18 @@ AROUND = {  # beside `surrounds` in test_cases.py; with where the plain picture 
 @pytest.mark.parametrize("name", AROUND)
 def test_the_eye_is_found_whatever_is_around_it(name):
     make, (left, top) = AROUND[name]
-    plain, field = find_field(eye()), find_field(make())
+    image = make()
+    plain, field = find_field(eye()), find_field(image)
     assert abs(field.radius - plain.radius) < 2
     assert abs(field.x + left - plain.x) < 2 and abs(field.y + top - plain.y) < 2
+    assert min(field.box) >= 0 and field.box[2] <= image.width and field.box[3] <= image.height
 
 
 @pytest.mark.parametrize("name", NO_FUNDUS)
 def test_what_is_no_fundus_is_told(name):
     image = NO_FUNDUS[name]()
-    assert why_no_fundus(image, find_field(image), image.width)
+    why = why_no_fundus(image, find_field(image), image.width)
+    assert why and {"overexposed": "white", "underexposed": "black"}.get(name, "") in why
 
 
 def test_an_eye_is_a_fundus_and_its_photograph_s_own_size_counts():
