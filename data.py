@@ -204,6 +204,11 @@ def check_record(path, record):
             f"{path}: new_label {record['new_label'][:20]!r} of {record['dir']!r} contradicts its "
             f"grade {record['label']}: 'True' is healthy (grade 0), 'False' is DR"
         )
+    if record.get("patient") == "":  # all whom nobody knows would count as one
+        raise ValueError(
+            f"{path}: {record['dir']!r} has an empty patient: expected a name, and "
+            "one of its own where nobody knows"
+        )
 
 
 def healthy(records):

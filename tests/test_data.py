@@ -60,6 +60,8 @@ def columns(**changes):
     (columns(label=["2"]), "'label' must be a list of int"),
     (columns(label=[7]), "label 7 .* is no grade"),
     (columns(new_label=["True"]), "contradicts"),
+    (pickle.dumps({**{name: [value] for name, value in RECORD.items()}, "patient": [""]}),
+     "an empty patient"),
     (columns(dir=["../secret.png"]), "leaves the project folder"),
     (columns(dir=["/etc/passwd"]), "leaves the project folder"),
 ])  # fmt: skip
