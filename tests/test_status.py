@@ -36,6 +36,13 @@ def test_where_a_client_is(row, words):
     assert status.in_words(row, NOW) == words
 
 
+def test_of_names_that_nobody_knows_one_is_told():
+    """A report has room for 130,000."""
+    unknown = {f"score{number}": 0.5 for number in range(9)}
+    within = status.within({**unknown, "auc": 0.9}, status.SCORES)
+    assert within == ({"auc": 0.9}, ["'score0' is not known"])
+
+
 def shown(path, capsys):
     """What status.py says of this file, and with which code it ends."""
     code = script.main([str(path), "--once"])
