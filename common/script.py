@@ -106,9 +106,9 @@ def initial_weights(text):
 
 
 def new_file(text):
-    """An argparse type: the path of a file to write, told now if it cannot be, not after the work.
+    """An argparse type: the pathlib.Path of a file to write.
 
-    pathlib.Path.
+    One that cannot be written is told now, and not after the work.
     """
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():

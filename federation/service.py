@@ -22,7 +22,7 @@ from federation.rounds import Refused, Upload
 from generated import todo_pb2
 
 STALL_S = 30  # a call that moves no bytes for so long is ended
-# It is ended after this where its first message is due, and it is a `tell`, or nobody knows whose.
+# A `tell`, or a call of which nobody knows whose it is, has so long until its first message:
 FIRST_MESSAGE_S = 1
 # A call of a peer without a name may take as long as the model takes on a line of 10 kB/s, and a
 # minute.
