@@ -4,6 +4,7 @@ Exit codes: 0 the run is over, 1 refused or an error, 2 usage, 3 too few clients
 5 never answered, 130 Ctrl-C, 143 SIGTERM. What a start refuses stands in test_starts.py.
 """
 
+import contextlib
 import signal
 from pathlib import Path
 
@@ -166,17 +167,24 @@ def waits(client_main, two, *flags):
 
 @pytest.fixture
 def deaf(two, monkeypatch):
-    """A context in which the server answers pings, and no call: each waits for this lock."""
-    for name, seconds in {"UNANSWERED_S": 2, "TELL_EVERY_S": 0.2, "TELL_TIMEOUT_S": 1}.items():
-        monkeypatch.setattr(todoClient, name, seconds)
-    return two[0].rounds.changed
+    """deaf(): in it the server answers pings, and no call: each waits for a lock."""
+    monkeypatch.setattr(todoClient, "TELL_EVERY_S", 0.2)
+    monkeypatch.setattr(todoClient, "TELL_TIMEOUT_S", 1)
+
+    @contextlib.contextmanager
+    def is_deaf():
+        with two[0].rounds.changed, monkeypatch.context() as patch:
+            patch.setattr(todoClient, "UNANSWERED_S", 2)  # only here: a busy one may take longer
+            yield
+
+    return is_deaf
 
 
 def test_a_last_upload_that_was_never_answered_is_exit_5_and_the_next_start_delivers_it(
     client_main, two, deaf
 ):
     call = waits(client_main, two, "--give-up-after", "1")
-    with deaf:
+    with deaf():
         code, said = call.result()
     assert code == 5 and "delivered and never answered" in said
     two[0].stop()  # both are started again
@@ -192,7 +200,7 @@ def test_a_last_upload_that_was_never_answered_is_exit_5_and_the_next_start_deli
 def test_a_deaf_server_is_given_up_by_who_fetches(client_main, two, deaf):
     Path("client001").mkdir()  # a client that was started again, and knows the run
     files.save_state(Path("client001/state.json"), {**todoClient.NEW_STATE, "run": "run0"})
-    with deaf:
+    with deaf():
         code, said = Call(client_main, "--server", two[1], "--give-up-after", "1").result()
     assert code == 4 and "it answered nothing for 2 s" in said
 

@@ -14,6 +14,7 @@ import pytest
 from conftest import (
     DEADLINE_S,
     ROOT,
+    STARTS_S,
     free_port,
     holding,
     start_server,
@@ -63,19 +64,22 @@ def test_scripts_whose_lines_nobody_reads_go_on_and_end(running, begun, full_pip
     server = running([ROOT / "todoServer.py", "--listen", address], **streams)
     arguments = ["--name", "client001", "--server", address]
     client = running([ROOT / "todoClient.py", *arguments], **streams)
-    until((site / "client001" / "client_weights.h5").exists, "the client has fetched")
+    fetched = site / "client001" / "client_weights.h5"
+    until(fetched.exists, "the client has fetched", 2 * STARTS_S)
     for each, number, code in ((client, signal.SIGINT, 130), (server, signal.SIGTERM, 143)):
         each.send_signal(number)
         assert each.wait(DEADLINE_S) == code
 
 
 STEPS = """
+import os
 trains = standin.train
 def train(*arguments, progress, **options):
     for step in range(1, 21):
         progress(3, step, 20, 0.5)
         if step % 5 == 0: standin.say("standin", "a line in between")
         time.sleep(0.02)
+    while not os.path.exists("go"): time.sleep(0.02)
     return trains(*arguments, **options)
 standin.train = train
 """
@@ -102,13 +106,16 @@ def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start, running, the
         said += os.read(terminal, 1 << 12)
     if then == "stands still":
         os.write(terminal, XOFF)
+    if then == "goes away":
+        os.close(terminal)
     if then == "Ctrl-C":
         client.send_signal(signal.SIGINT)
+    else:
+        (site / "go").touch()
     if then in ("is read", "Ctrl-C"):
         with contextlib.suppress(OSError):  # EIO: the client has ended
             while True:
                 said += os.read(terminal, 1 << 12)
-    if then != "stands still":
         os.close(terminal)
     assert client.wait(DEADLINE_S) == (130 if then == "Ctrl-C" else 0)
     if then == "Ctrl-C":

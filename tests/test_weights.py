@@ -20,9 +20,6 @@ from common.files import sha256_of
 from federation import weights
 from generated import todo_pb2
 
-NORM1 = "norm1/norm1/weight0"  # a tensor in the middle of a file of SHAPES
-
-
 # --- the two forms on the wire -------------------------------------------------------------------
 
 
