@@ -85,7 +85,7 @@ def read_pth(path):
     """
     with open(path, "rb") as file:
         _, _, _, state, keys = [TensorUnpickler(file).load() for _ in range(5)]
-        dtypes = dict(reversed(tensor.storage) for tensor in state.values())
+        dtypes = {key: dtype for dtype, key in (tensor.storage for tensor in state.values())}
         storages = {}
         for key in keys:
             num_elements = int(np.fromfile(file, "<i8", 1)[0])

@@ -162,6 +162,12 @@ def test_a_hospital_gets_the_answer_at_home(here):
     assert "this hospital alone" in (here / "client001" / "report.html").read_text()
 
 
+def test_the_table_of_a_client_of_2020_does_not_hold_up_the_page(tmp_path):
+    (tmp_path / "history.csv").write_text(",loss,acc\n0,0.5,0.9\n")
+    words = report.alone_command(tmp_path / "w.h5", tmp_path / "w.pkl", tmp_path, tmp_path)
+    assert words.endswith(" --epochs 1")
+
+
 def test_weights_card_and_validation_set_belong_together(here, capsys):
     def refused(*flags):
         """The one sentence with which report.py ends."""
