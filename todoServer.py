@@ -177,7 +177,6 @@ def parser():
     add("--seed", type=at_least(0), help="of the initial weights (default: 0)")
     add(
         "--weights",
-        type=initial_weights,
         metavar="none|imagenet|FILE",
         help="to start from (default: each network's own, "
         f"{', '.join(f'{name} {arch.weights}' for name, arch in model.ARCHS.items())})",
@@ -240,6 +239,13 @@ def parse(argv):
         flags.error(
             "--min-clients needs --round-timeout: without a limit the server waits for all clients"
         )
+    # A run that goes on does not need the file, which --fresh may have moved aside.
+    begins = arguments.fresh or not (arguments.server_dir / "state.json").exists()
+    if begins and arguments.weights:
+        try:
+            initial_weights(arguments.weights)
+        except argparse.ArgumentTypeError as error:
+            flags.error(f"argument --weights: {error}")
     if arguments.tensorboard and importlib.util.find_spec("tensorboard") is None:
         flags.error("--tensorboard needs its package: pip install tensorboard")
     return arguments

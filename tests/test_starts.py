@@ -121,6 +121,14 @@ def test_a_folder_in_which_another_works_is_left_alone(request, script, taken, f
         assert files_in(Path(taken)) == before
 
 
+def test_a_run_goes_on_without_the_file_that_it_began_with(server_main):
+    """`--fresh --weights server/best_weight.h5` moves it aside."""
+    path = Path("server/state.json")
+    RunState.load(path).changed(weights="gone.h5").save(path)
+    code, said = server_main("--weights", "gone.h5")
+    assert code == 0 and "resuming run" in said
+
+
 def test_fresh_moves_the_old_run_aside_and_nothing_else(server_main):
     """To a new folder each time, which is said; also what a --fresh left that was killed."""
     server = Path("server")
