@@ -206,21 +206,23 @@ def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
     """
     (waiting / "server" / "status.json").write_text("{}")
     pid, terminal = pty.fork()
-    if pid == 0:
+    if pid == 0:  # the session's leader: with its end the terminal loses what is not read yet
         os.chdir(waiting)
         os.environ.update(WITH_PACKAGES, TERM="xterm", COLUMNS="100")
-        os.execvp(COMMAND[0], COMMAND)
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+        code = os.spawnvp(os.P_WAIT, COMMAND[0], COMMAND)
+        os.write(1, b"all is read")
+        os.read(0, 1)
+        os._exit(code)
     shown, pressed = b"", False
-    while True:
-        try:
-            shown += os.read(terminal, 4096)
-        except OSError:  # so a terminal says that nobody holds its other end
-            break
+    while b"all is read" not in shown:
+        shown += os.read(terminal, 4096)
         if b"not seen yet" in shown and all_started(waiting) and not pressed:
             pressed = True
             os.write(terminal, b"\x03\x03")
-    os.close(terminal)
+    os.write(terminal, b"\n")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    os.close(terminal)
     assert b"client002 (macula clinic)  not seen yet" in shown and b"Traceback" not in shown
     assert b"stopped; the same command goes on" in shown
     assert b"\x1b[?25h" in shown  # the cursor is there again
