@@ -50,7 +50,8 @@ def test_paths_are_relative_to_where_the_user_is(tmp_path, monkeypatch):
         (["--weights", "/nowhere.h5"], "'/nowhere.h5' is neither none nor imagenet, and no file"),
     ],
 )
-def test_wrong_usage(given, sentence, capsys):
+def test_wrong_usage(given, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a run in this project would go on without a look at --weights
     with pytest.raises(SystemExit, match="2"):
         launch.parse(given)
     assert sentence in capsys.readouterr().err
