@@ -27,9 +27,9 @@ from common.log import fail, plain, say, warn
 from common.script import (
     end_script,
     exit_on_signals,
+    fraction,
     new_file,
     new_parser,
-    number,
     start_script,
 )
 
@@ -117,10 +117,10 @@ def parser():
     )
     add("--csv", type=new_file, metavar="FILE", help=f"write a table of {', '.join(CSV_COLUMNS)}")
     add = made.add_mutually_exclusive_group().add_argument
-    add("--threshold", type=part, help="the score above which it is referable (the model's)")
+    add("--threshold", type=fraction, help="the score above which it is referable (the model's)")
     add(
         "--sensitivity",
-        type=part,
+        type=fraction,
         help="choose the best threshold that finds at least this part of those with referable DR "
         "in half of the patients of --labels; what is measured is of the other half",
     )
@@ -145,9 +145,6 @@ def parse(argv):
     if args.sensitivity is not None and not args.labels:
         known.error("--sensitivity needs --labels: photographs that are graded already")
     return args
-
-
-part = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 # --- what there is --------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from common.script import (
     at_least,
     end_script,
     exit_on_signals,
+    fraction,
     new_parser,
     number,
     pixels,
@@ -180,7 +181,7 @@ def parser():
     add = made.add_argument_group("who gets which").add_argument
     add(
         "--val-part",
-        type=number("a part, 0 to 1", lambda value: 0 <= value <= 1),
+        type=fraction,
         metavar="PART",
         help="part of the photographs to validate on, 0 to 1 (as the data set says, or 0.2); "
         "0: a hospital trains on all it has, 1: all are for the server to score by",

@@ -149,6 +149,7 @@ def number(expected, is_right):
 pixels = at_least(16, 4096)  # a side of an image
 seconds = number("a number of seconds, 0 or more", lambda value: value >= 0)
 positive = number("a number above 0", lambda value: value > 0)
+fraction = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def exit_on_signals(who, last_words):

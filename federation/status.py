@@ -44,8 +44,9 @@ SCORES_COLUMNS = ["round", "client", "num_examples", *SCORES, *UPDATE]
 def within(values, limits):
     """(what is known and within its limits, texts of what is not)."""
     # Of the unknown one is enough: a report of 2 MB has room for 130,000.
-    unknown = next((name for name in values if name not in limits), None)
-    good, problems = {}, [] if unknown is None else [f"{unknown[:30]!r} is not known"]
+    unknown = [name for name in values if name not in limits][:1]
+    problems = [f"{name[:30]!r} is not known" for name in unknown]
+    good = {}
     for name, (least, most) in limits.items():
         if name not in values:
             continue
