@@ -750,7 +750,6 @@ def connect(site):
         # A server of ours allows pings while a client waits; the thesis demo's would hang up.
         options += [
             ("grpc.keepalive_time_ms", 8000),
-            ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.max_pings_without_data", 0),
         ]
     return tls.channel(site.arguments, options)
