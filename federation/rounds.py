@@ -282,9 +282,13 @@ class Rounds:
         """
         try:
             while not self.state.is_last_merged:
-                self._wait_for_clients()
-                steps = (self._freeze, self._merge_and_commit, self._evaluate, self._publish_scores)
-                for step in steps:
+                self.opened_at = time.monotonic()
+                for step in (
+                    self._wait_and_freeze,
+                    self._merge_and_commit,
+                    self._evaluate,
+                    self._publish_scores,
+                ):
                     self._retry_when_out_of_files(step)
         except TooFewClients as error:
             self.stop("UNAVAILABLE", str(error))
@@ -304,30 +308,35 @@ class Rounds:
                 self.stop_reason = Refused(code, sentence)
             self.changed.notify_all()
 
+    def _wait_and_freeze(self):
+        # One step, under one lock: a client that delivers again where no file can be opened may
+        # lose its upload until it sends it once more. The round then waits for it again.
+        with self.changed:
+            self._wait_for_clients()
+            self._freeze()
+
     def _wait_for_clients(self):
         """Wait for all clients, or for enough of them at the time limit."""
-        self.opened_at = time.monotonic()
         limit = self.opened_at + (self.round_timeout_s or float("inf"))
         next_report = self.opened_at + REPORT_EVERY_S
-        with self.changed:
-            while len(self.uploads) < len(self.state.clients):
-                self._check_running()
-                now = time.monotonic()
-                if now >= limit and len(self.uploads) < self.min_clients:
-                    raise TooFewClients(
-                        f"round {self.state.round}: {self.describe()}; {len(self.uploads)} of at "
-                        f"least {self.min_clients} clients after {self.round_timeout_s:g} s: the "
-                        "server stops, its state is kept"
-                    )
-                if now >= limit:
-                    break
-                if now >= next_report:
-                    self.say(
-                        f"round {self.state.round}: {self.describe()}; waiting for "
-                        f"{now - self.opened_at:.0f} s"
-                    )
-                    next_report = now + REPORT_EVERY_S
-                self.changed.wait(min(next_report, limit) - now)
+        while len(self.uploads) < len(self.state.clients):
+            self._check_running()
+            now = time.monotonic()
+            if now >= limit and len(self.uploads) < self.min_clients:
+                raise TooFewClients(
+                    f"round {self.state.round}: {self.describe()}; {len(self.uploads)} of at "
+                    f"least {self.min_clients} clients after {self.round_timeout_s:g} s: the "
+                    "server stops, its state is kept"
+                )
+            if now >= limit:
+                break
+            if now >= next_report:
+                self.say(
+                    f"round {self.state.round}: {self.describe()}; waiting for "
+                    f"{now - self.opened_at:.0f} s"
+                )
+                next_report = now + REPORT_EVERY_S
+            self.changed.wait(min(next_report, limit) - now)
 
     def _retry_when_out_of_files(self, step):
         """step(), and once more where this machine is out of open files, until they come back.
@@ -350,13 +359,12 @@ class Rounds:
 
     def _freeze(self):
         """From here on the set is fixed, and a crash cannot change it."""
-        with self.changed:
-            self.is_first_merge = True
-            self._save(
-                frozen=sorted(self.uploads),
-                # Of a replaced upload only the entry that holds is kept.
-                uploads={client: [upload] for client, upload in self.uploads.items()},
-            )
+        self.is_first_merge = True
+        self._save(
+            frozen=sorted(self.uploads),
+            # Of a replaced upload only the entry that holds is kept.
+            uploads={client: [upload] for client, upload in self.uploads.items()},
+        )
 
     def describe(self):
         """'have client001; waiting for client002 (working, fetched 14 s ago)', or 'have all'."""

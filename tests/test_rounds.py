@@ -222,6 +222,26 @@ def test_a_step_for_which_no_file_could_be_opened_is_done_again(
     assert bool(row["update_length"]) == (number not in (2, 3))
 
 
+def test_an_upload_that_is_lost_before_the_freeze_is_waited_for_again(make_run, monkeypatch):
+    run, lost = make_run(clients=[A, B], rounds=1), []
+    monkeypatch.setattr(rounds, "RETRY_S", 0.001)
+
+    def fails(path):
+        is_coordinator = threading.current_thread() is run.coordinator.thread
+        return is_coordinator or path.parent.name in lost
+
+    run.delivered(A, 1)
+    with publish_fails(monkeypatch, OUT_OF_FILES, fails) as patch:
+        run.delivered(B, 2)
+        until(lambda: "trying again" in str(run.said), "no file for the freeze")
+        patch.setattr(rounds, "sha256_of", fail_with(OUT_OF_FILES))
+        lost.append(A)
+        with pytest.raises(OSError, match="Too many"):
+            run.deliver(A, 1).result()
+    run.deliver(A, 1).result()
+    assert run.holds((A, 1, 1), (B, 1, 2))
+
+
 def test_a_signal_ends_a_server_that_is_out_of_open_files(make_run):
     run = make_run(clients=[A])
     run.merge = fail_with(OUT_OF_FILES)
