@@ -381,8 +381,9 @@ def ClientsendWeight(stub, site):
         with site.reporter.waiting(f"{title}: waiting for the server's answer", call):
             answer = call.result()
     except grpc.RpcError as error:
-        if (error.details() or "").startswith(tls.SAID_BY_A_PROXY):
-            site.sent = False  # a proxy has answered, and not the server
+        by_server = "fedml-round" in dict(error.trailing_metadata() or ())
+        if by_server or (error.details() or "").startswith(tls.SAID_BY_A_PROXY):
+            site.sent = False  # it was answered: the round is not over yet, or a proxy refused
         if error.code() in REJECTIONS:
             site.save(trained=None)
         if error.code() != grpc.StatusCode.FAILED_PRECONDITION:
@@ -453,7 +454,7 @@ class Site:
     result_path   of server_weight.h5: the merged model of the last round, once the run is over
     layout        of the weight files of this run, once one was fetched
     training      the Training of this run, once it was needed
-    sent          whether the open round's weights went out whole at least once
+    sent          whether the open round's weights went out whole, and nothing came back
 
     state["trained"] says for which settings client_weights.h5 was trained, and its SHA-256, as long
     as it is not delivered; None otherwise. A client that finds it when it starts delivers that file

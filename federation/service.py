@@ -260,6 +260,8 @@ class Service:
             name = dict(context.invocation_metadata()).get("fedml-client")
             known = name if name in self.rounds.client_table.rows else "unnamed"
             self.rounds.say_of((known, code), f"refused: {log.plain(sentence)} ({code})")
+        # By it a client tells these words from those of gRPC, which may hide an answer.
+        context.set_trailing_metadata([("fedml-round", str(self.rounds.state.round))])
         context.abort(grpc.StatusCode[code], sentence[:SENTENCE_CHARACTERS])
 
     # --- who calls -------------------------------------------------------------------------------
