@@ -18,11 +18,10 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
-from common.log import fail
+from common.log import fail, warn
 from common.script import (
     at_least,
     end_script,
@@ -86,7 +85,7 @@ def prepare(args):
     made_with = made_with_of(args)
     problems, doubts = pictures.make_pictures(usable, made_with)
     for sentence in problems.values():
-        print(f"unreadable: {sentence}", file=sys.stderr)
+        warn("prepare.py", f"unreadable: {sentence}")
     leave_out(args, len(usable), {"cannot be used": list(problems)})
     readable = [photo for photo in usable if photo.name not in problems]
     sets = choose_indexes(readable, found.indexes, args)

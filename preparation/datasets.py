@@ -40,11 +40,13 @@ COLUMN_NAMES = {
         "clinic", "clinicid", "institution",
     },
 }  # fmt: skip
-# What stands in a column of patients where the patient is not known.
+# What stands in a column of patients where the patient is not known, without NO_WORDS around it:
+# a spreadsheet writes "#N/A", DICOM "ANONYMOUS^".
 NOBODY = {
-    "", "-", "--", "?", "na", "n/a", "nan", "none", "null", "unk", "unknown", "anonymous",
-    "anonymized",
+    "", "?", "na", "n/a", "n.a", "nv", "n/d", "ref!", "value!", "nan", "none", "null", "unk",
+    "unknown", "missing", "anon", "anonymous", "anonymized", "anonymised",
 }  # fmt: skip
+NO_WORDS = "#^.-"
 # What a column or a folder may call a part.
 PARTS = {
     "train": "train", "training": "train",
@@ -59,7 +61,12 @@ RIGHT = {
         lambda cell: fold(cell) in PARTS,
         "train, val or test (or --part-column none where the column says something else)",
     ),
-    "hospital": (bool, "a name"),
+    "patient": (
+        # different patients would become one
+        lambda cell: not re.fullmatch(r"\d[.,]\d+E\+\d+", cell),
+        "all digits of the patient (a spreadsheet has rounded them)",
+    ),
+    "hospital": (lambda cell: bool(read_patient(cell)), "a name"),
 }
 # A file name may have 255 bytes on most file systems; a temporary one has some more than this.
 MOST_NAME_BYTES = 180
@@ -191,10 +198,6 @@ def load(dataset, source, flags):
             f"{source} has no graded image ({'; '.join(whys) or 'it names none'}): is it the "
             f"folder of the data set {dataset!r}, unpacked, and the column that of the images?"
         )
-    counts = Counter(photo.path for photo in found.photos)
-    repeated = [f"{path} twice" for path, count in counts.items() if count > 1]
-    if repeated:
-        raise ValueError(f"{source} lists {few(repeated)}: leave one of the two")
     if found.patients and len(found.photos) > 1 == len({photo.patient for photo in found.photos}):
         raise ValueError(
             f"{source}: all {len(found.photos)} images are of one patient by {found.patients}, "
@@ -336,8 +339,10 @@ def choose_column(table, role, given, check, used):
     """The number of the column for a role; None where there is none, and none is needed.
 
     given: what the flag says: a name, "none", or "" to look for one. It is the one with a known
-    name; where there are several, or none, the one whose cells are right. check: (words, part of
-    the cells that must be right, whether a cell is), or None for a role that is not needed.
+    name; where there are several, the one whose cells are right. An image's may have any name: its
+    cells name files. A label's may not: 0 to 2 may be the grades of another disease.
+    check: (words, part of the cells that must be right, whether a cell is), or None for a role that
+    is not needed.
     used: numbers of columns that have a role already.
     """
     if fold(given) == "none" and not check:
@@ -349,7 +354,8 @@ def choose_column(table, role, given, check, used):
         table.column(table.columns[number])  # raises where one is there twice
     if check and len(fitting) != 1:
         unused = [number for number in range(len(table.columns)) if number not in used]
-        fitting = [number for number in fitting or unused if holds(table, number, check)]
+        possible = fitting or (unused if role == "image" else [])
+        fitting = [number for number in possible if holds(table, number, check)]
         _, _, fits = check
         names = [table.columns[number] for number in fitting]
         if any(name and fits(name) for name in names):
@@ -376,7 +382,7 @@ def holds(table, number, check):
 def read_patient(cell):
     """The patient (or hospital) of a cell, the same however it is written; "" if it is nobody."""
     text = fold(unicodedata.normalize("NFC", cell))
-    if text in NOBODY:
+    if text.strip(NO_WORDS) in NOBODY:
         return ""
     return re.sub(r"^(\d+)\.0$", r"\1", text)  # a spreadsheet makes 17 to 17.0
 
@@ -463,9 +469,17 @@ def read_grades(found, where, rows, first=None, referable=False):
 
 
 def add_photos(found, rows, grades, files):
-    """Add a Photo for each row whose photograph is among the `files`; count the others."""
-    for row, grade in zip(rows, grades, strict=True):
-        fitting = files.find(row.image)
+    """Add a Photo for each row whose photograph is among the `files`; count the others.
+
+    Raises ValueError where two rows are of one photograph.
+    """
+    all_fitting = [files.find(row.image) for row in rows]
+    # also where one of the rows says that it is ungradable
+    counts = Counter(fitting[0] for fitting in all_fitting if len(fitting) == 1)
+    repeated = [f"{path} twice" for path, count in counts.items() if count > 1]
+    if repeated:
+        raise ValueError(f"{files.source} lists {few(repeated)}: leave one of the two")
+    for row, grade, fitting in zip(rows, grades, all_fitting, strict=True):
         image = repr(row.image)
         if len(fitting) == 1:
             found.read.add(fitting[0])

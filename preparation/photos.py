@@ -18,6 +18,7 @@ from preparation.field import DETAIL_PIXELS, find_field, whole_field, why_no_fun
 PREPROCESSINGS = ("graham", "colour")
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".dcm")
+REDUCED_TAG = 254  # of a page of a TIFF: 1 where it is another one's smaller copy
 # Sigma of the blur that makes the local average, as a part of the picture's width.
 GRAHAM_SIGMA = 10 / 224
 # A JPEG is decoded at a fraction of its size if its shorter side keeps this many times the
@@ -61,8 +62,8 @@ def open_image(path, shortest_side=None):
 
     shortest_side: pixels; a JPEG may come smaller, as long as its shorter side has so many. Its
     info["width"] is then still the width of the photograph itself.
-    Raises ValueError where the file is missing, truncated, too large, of no known format, or has
-    more than 8 bits a channel and does not use them.
+    Raises ValueError where the file is missing, truncated, too large, of no known format, has
+    several pages, or more than 8 bits a channel and does not use them.
     """
     # They warn of odd tags, which cost no photograph, and of a size that `decode` refuses.
     warnings.filterwarnings("ignore", module="PIL|pydicom")
@@ -83,6 +84,7 @@ def open_image(path, shortest_side=None):
 def decode(image, shortest_side=None):
     """An opened PIL image, read whole: RGB, upright. Raises Refused, or whatever Pillow raises."""
     refuse_too_large(image.width, image.height)
+    refuse_pages(image)
     width = image.width
     if shortest_side and image.format == "JPEG":
         image.draft(None, (shortest_side, shortest_side))
@@ -106,6 +108,17 @@ def decode(image, shortest_side=None):
 def refuse_too_large(width, height):
     if width * height > Image.MAX_IMAGE_PIXELS:
         raise Refused(f"is too large, expected at most {Image.MAX_IMAGE_PIXELS} pixels")
+
+
+def refuse_pages(image):
+    """Raise Refused for a TIFF with a second photograph: nobody knows which of them was graded."""
+    if image.format != "TIFF":
+        return
+    for page in range(1, image.n_frames):
+        image.seek(page)
+        if not image.tag_v2.get(REDUCED_TAG, 0) & 1:
+            raise Refused(f"has {image.n_frames} pages, expected one photograph")
+    image.seek(0)
 
 
 def upright(image):

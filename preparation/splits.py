@@ -5,6 +5,7 @@ one patient are alike, so that one to train on would tell the network about the 
 counts by the worst grade.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ BALANCED = (1 - 5060 / 6266,) + (1 - 4940 / 6256,) * 4
 # Its non-IID split deals these parts of them to workers 1, 2 and 3.
 THESIS_HEALTHY = np.array([3000, 1000, 1060]) / 5060
 THESIS_DISEASED = np.array([500, 300, 4140]) / 4940
+# The digests of files that are missing or empty: these are nobody's photographs.
+NOTHING = {"", hashlib.sha256().hexdigest()}
 # With a small alpha a Dirichlet draw can leave a client (nearly) nothing: then it is drawn again.
 DIRICHLET_ATTEMPTS = 1000
 
@@ -50,7 +53,7 @@ def join_identical(photos, digests):
     by_digest = {}
     for photo, digest in zip(photos, digests, strict=True):
         by_digest.setdefault(digest, []).append(photo)
-    copies = [same for same in by_digest.values() if len(same) > 1]
+    copies = [same for digest, same in by_digest.items() if len(same) > 1 and digest not in NOTHING]
     joined = {}  # patient -> the patient whose images they are, too
 
     def who(photo):

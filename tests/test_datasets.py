@@ -88,15 +88,16 @@ def test_a_published_set_is_read_as_it_is_unpacked(tmp_path, name):
 # --- a table of any name --------------------------------------------------------------------------
 
 
-def test_a_column_without_a_known_name_is_found_by_what_it_holds_and_that_is_said(tmp_path):
-    text = "what,who,how bad\na.jpg,x,0\nb.jpg,y,2\nc.jpg,z,4\n"
+def test_the_images_column_is_found_by_what_it_holds_and_all_columns_are_said(tmp_path):
+    text = "what,who,dr,level\na.jpg,x,0,low\nb.jpg,y,2,high\nc.jpg,z,4,high\n"
     found = load("folder", folder_of(tmp_path, text), flags())
     assert grades_of(found) == {"a.jpg": 0, "b.jpg": 2, "c.jpg": 4}
-    assert "labels.csv, label: column 'how bad', 3 of 3 cells are grades" in found.notes
+    assert "labels.csv, image: column 'what', 3 of 3 cells name a file" in found.notes
+    assert "labels.csv, label: column 'dr', 3 of 3 cells are grades" in found.notes
 
 
 @pytest.mark.parametrize("text, words", [
-    ("file,how bad,edema\na,0,1\nb,2,0\nc,3,2\n", "2 columns.*'how bad', 'edema'.*--label-column"),
+    ("file,edema\na,0\nb,2\nc,1\n", "no column that can be the label.*'edema'.*--label-column"),
     ("file,grade,level\na,0,1\nb,2,0\nc,3,2\n", "2 columns.*'grade', 'level'.*--label-column"),
     ("file,age\na,40\nb,50\nc,60\n", "no column that can be the label.*--label-column"),
     ("a.jpg,0\nb.jpg,2\nc.jpg,3\n", "the first line looks like a photograph's"),
@@ -107,6 +108,9 @@ def test_a_column_without_a_known_name_is_found_by_what_it_holds_and_that_is_sai
     ("image,label,part\na,0,train\nb,2,left\nc,3,val\n", "line 3: .*'left'.*--part-column"),
     ("image,label\na,0\nb,1\nc,1\n", "0 and 1 only.*--referable.*--grades-from 0"),
     ("image,label\na,0\na.jpg,2\n", "a.jpg twice"),
+    ("image,label\na,0\na.jpg,\nb,2\n", "a.jpg twice"),
+    ("image,label,Site\na,0,#N/A\nb,1,Lund\n", "line 2: 'Site' is '#N/A'"),
+    ("image,label,MRN\na,0,1.23457E+11\nb,1,2\n", "line 2: 'MRN' is .*rounded"),
 ])  # fmt: skip
 def test_what_cannot_be_told_is_asked(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
@@ -150,6 +154,13 @@ def test_a_patient_is_the_same_however_it_is_written(tmp_path):
     assert len({photo.patient for photo in found.photos}) == 2
     assert "1 images are of an unknown patient" in found.patients_sentence
     assert load("folder", tmp_path, flags(patient_column="none")).patients == ""
+
+
+@pytest.mark.parametrize("nobody", ["#N/A", "Anonymous^", "--", "."])
+def test_who_is_not_known_is_nobody_else(tmp_path, nobody):
+    folder_of(tmp_path, f"image,label,MRN\na,0,1\nb,2,{nobody}\nc,3,{nobody}\n")
+    found = load("folder", tmp_path, flags())
+    assert "2 images are of an unknown patient" in found.patients_sentence
 
 
 def test_names_are_found_where_only_one_file_fits(tmp_path):

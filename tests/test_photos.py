@@ -85,6 +85,16 @@ def test_what_is_transparent_is_black(tmp_path):
     assert pixels(tmp_path / "eye.png")[0, :, 0].tolist() == [0] * 10 + [255] * 10
 
 
+def test_a_tiff_of_two_photographs_is_refused_but_a_smaller_copy_is_passed_over(tmp_path):
+    small = eye().resize((20, 10))
+    for name, tags in (("two.tif", {}), ("thumbnail.tif", {photos.REDUCED_TAG: 1})):
+        small.encoderinfo = {"tiffinfo": tags}
+        eye().save(tmp_path / name, save_all=True, append_images=[small])
+    assert (pixels(tmp_path / "thumbnail.tif") == np.asarray(eye())).all()
+    with pytest.raises(ValueError, match="two.tif has 2 pages, expected one"):
+        photos.open_image(tmp_path / "two.tif")
+
+
 def test_sixteen_bits_that_are_used_are_scaled(tmp_path):
     """In colour: bits12 of test_cases.py."""
     eight = np.asarray(eye())[..., 0]

@@ -252,6 +252,18 @@ def test_copies_of_a_photograph_may_not_have_two_grades(photographs, capsys):
     assert len(indexes()["train_set"] + indexes()["val_set"]) == 18
 
 
+def test_what_is_unreadable_is_one_line_whatever_the_file_is_called(photographs, capsys):
+    choices = photographs()
+    for number in range(20):
+        folder = photographs.source / str(number % 5)
+        folder.mkdir(exist_ok=True)
+        (photographs.source / f"eye{number:02d}.png").rename(folder / f"{number}.png")
+    (folder / "a\nb.png").touch()
+    assert prepare.main([*choices, "--labels", "none"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and r"a\nb.png cannot be read" in lines[0]
+
+
 def test_a_hospital_trains_on_all_it_has_and_a_server_validates_on_all(photographs):
     choices = photographs()
     prepare.main([*choices, "--num-clients", "1", "--val-part", "0", "--patient-column", "none"])
