@@ -20,6 +20,7 @@ import ctypes
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,7 @@ PAGE = Path("server/report.html")
 STATUS = Path("server/status.json")
 ALONE = Path("alone")  # each client trained alone, for comparison
 LOG = Path("run_local.log")
+TRAINED_WITH = "a new run, trained with: "  # in the log, before its flags of training
 
 LOOK_EVERY_S = 0.3
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -245,16 +247,19 @@ def run(processes, given):
     if state and state.is_over and PAGE.exists():
         console.print("the run in server/ is over: a new one begins, its files are moved aside")
         state, given["fresh"] = None, True
+    if state:
+        check_training(given)
     console.print("2/4 images")
     if code := prepare_images(given, is_new=state is None):
         return code
     if state is None:
-        LOG.unlink(missing_ok=True)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        LOG.write_text(f"{now} {WHO}: {TRAINED_WITH}{training_words(given)}\n", encoding="utf-8")
     names = names_of_clients()
     done = len(state.history) if state else 0
     resumed = f", of which {done} rounds are done" if done else ""
     console.print(f"3/4 federation of {len(names)} hospitals{resumed} (log: {LOG})")
-    if state is None or not state.is_over:
+    if state is None or not state.is_over or given.get("rounds", 0) > state.rounds:
         federate(processes, console, given, names, done)
     alone = "each hospital alone, for comparison (--no-alone skips this)"
     console.print(f"4/4 {'the page' if 'no_alone' in given else alone}")
@@ -276,6 +281,27 @@ def prepare_images(given, is_new):
             "began with, or begin a new run with --fresh"
         )
     return 0
+
+
+def training_words(given):
+    """The flags by which the clients train, and each hospital alone: "--epochs 2"."""
+    training = {name: given[name] for name in todoClient.TRAINING_FLAGS if name in given}
+    return shlex.join(words_for("central.py", training))
+
+
+def check_training(given):
+    """Of a run that is resumed. Raises ValueError: it was begun with other flags of training.
+
+    The hospitals alone would be trained by others than the federation that they are compared with.
+    """
+    text = LOG.read_text(encoding="utf-8", errors="replace") if LOG.exists() else ""
+    before = re.search(f"{WHO}: {TRAINED_WITH}(.*)\n", text)
+    if before and before[1] != training_words(given):
+        raise ValueError(
+            f"server/ holds an unfinished run that trains with {before[1] or 'no flags'!r}, not "
+            f"with {training_words(given) or 'no flags'!r}: resume it with the flags that it began "
+            "with, or begin a new run with --fresh"
+        )
 
 
 def names_of_clients():
@@ -336,13 +362,15 @@ def train_beside(processes, console, given, names):
     if "central" in given:
         models["all images in one place"] = (Path("central"), "index/train_set.pkl")
     rounds = read_json(CARD)["rounds"]
+    # As many rounds as the run has by --like: what --rounds says now may be another number.
+    like_the_run = {name: value for name, value in given.items() if name != "rounds"}
     for folder, index in models.values():
         processes.start(
             str(folder),
             "central.py",
             *["--index", index, "--out", folder, "--like", CARD.with_suffix(".h5")],
             *["--score-every", -(-rounds // SCORED), "--threads", threads_each(len(models))],
-            *words_for("central.py", given),
+            *words_for("central.py", like_the_run),
         )
     cards_of = {name: folder / "central_weight.json" for name, (folder, _) in models.items()}
     with Live(console=console, auto_refresh=False, transient=True) as live:

@@ -146,7 +146,30 @@ def test_a_run_is_gone_on_with_and_a_new_one_begins_after_its_page(
     assert shown.returncode == 0 and shown.stdout.endswith("\nthe page\n"), shown.stderr
     assert re.findall("^round (.*?)(?:  .*)?$", shown.stdout, re.M) == rounds
     log = waiting / "run_local.log"
-    assert log.read_text().startswith(server) if server else not log.exists()
+    assert server in log.read_text() if server else not log.exists()
+
+
+def test_each_hospital_alone_is_trained_as_the_federation_was(waiting):
+    replace_main(waiting, "todoServer.py", ENDING_SERVER)
+    replace_main(waiting, "todoClient.py", "\n    raise SystemExit")
+    replace_main(waiting, "central.py", "\n    import sys; sys.exit(print('alone', *sys.argv))")
+    replace_main(waiting, "report.py", "\n    raise SystemExit")
+    begin(waiting, 2)
+    card = {"round": 2, "rounds": 2, "by_round": []}
+    (waiting / "server" / "server_weight.json").write_text(json.dumps(card))
+    page, log = waiting / "server" / "report.html", waiting / "run_local.log"
+    page.touch()
+    assert run(waiting, "--epochs", "3").returncode == 0  # a new one
+    page.unlink()  # as if it had been killed before its page
+    said = log.read_text()
+    other = run(waiting, "--epochs", "4")
+    assert other.returncode == 1 and log.read_text() == said
+    assert "'--epochs 3'" in other.stderr and "'--epochs 4'" in other.stderr
+    longer = run(waiting, "--epochs", "3", "--rounds", "5")
+    assert longer.returncode == 0 and "the run goes on\n" in log.read_text()
+    alone = re.findall("^alone .*", log.read_text(), re.M)
+    assert len(alone) == 4
+    assert all("--epochs 3" in words and "--rounds" not in words for words in alone)
 
 
 def test_an_unfinished_run_of_other_images_or_a_damaged_one_is_refused_in_a_sentence(waiting):
