@@ -300,7 +300,9 @@ def resume(arguments, evaluator):
                 "begin with --fresh"
             )
     if arguments.rounds:
-        state = state.changed(rounds=arguments.rounds)
+        # A run cannot end before what it has merged, or is about to.
+        merged = state.round if state.frozen else state.round - 1
+        state = state.changed(rounds=max(arguments.rounds, merged))
     if state.is_over:
         say(
             f"run {state.run} is over ({state.evaluated} rounds); --rounds N goes on, --fresh "

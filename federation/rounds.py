@@ -446,19 +446,24 @@ class Rounds:
             )
 
     def _add_scores(self, rows):
-        """Add these rows to clients.csv, but for those of a round and client that are there."""
+        """Add to clients.csv what is not there yet of these rows, by round and client.
+
+        Where a finished run was extended, the scores of its result are there, and what the client's
+        training in the next round adds to their row is not.
+        """
         path = self.folder / "clients.csv"
-        there = []
+        there = {}
         with contextlib.suppress(FileNotFoundError):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             if lines[:1] == [",".join(status.SCORES_COLUMNS)]:
-                there = list(csv.DictReader(lines))
+                there = {(row["round"], row["client"]): row for row in csv.DictReader(lines)}
             else:  # another program wrote it
                 path.rename(first_free(self.folder, "clients-not-read-{}.csv"))
-        known = {(row["round"], row["client"]) for row in there}
-        new = [row for row in rows if (str(row["round"]), row["client"]) not in known]
-        if new:
-            publish_rows(path, status.SCORES_COLUMNS, [*there, *new])
+        for row in rows:
+            key = (str(row["round"]), row["client"])
+            there[key] = row | {name: text for name, text in there.get(key, {}).items() if text}
+        if there:
+            publish_rows(path, status.SCORES_COLUMNS, there.values())
 
     # --- what the calls of clients use -----------------------------------------------------------
 

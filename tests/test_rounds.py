@@ -297,6 +297,22 @@ def test_a_clients_csv_that_lacks_a_round_is_made_up_for_once(make_run, spoiled)
     assert [each.read_text() for each in aside] == ([spoiled] if spoiled else [])
 
 
+def test_a_run_that_is_extended_adds_its_training_to_the_row_of_the_result(make_run):
+    run = make_run(clients=[A], rounds=1)
+    all_deliver(run, client001=1)
+    run.coordinator.result()
+    run.rounds.hear(A, "run0", 2, {"phase": "done"}, {"auc": 0.75, "threshold": 0.25})
+    run.restart(rounds=2)
+    run.rounds.hear(A, "run0", 2, TRAINING, {"auc": 0.75, "threshold": 0.5, "training_loss": 0.125})
+    run.deliver(A, 2, num_examples=3).result()
+    run.coordinator.result()
+    names = ("round", "auc", "threshold", "training_loss", "num_examples", "update_length")
+    assert [[row[name] for name in names] for row in rows_of(run.folder / "clients.csv")] == [
+        ["0", "", "", "", "1", "1.0"],
+        ["1", "0.75", "0.25", "0.125", "3", "1.0"],
+    ]
+
+
 def test_whose_update_pulls_where_is_kept_and_what_stands_out_is_said(make_run):
     run = make_run(clients=[A, B, C], rounds=4)
     of_b = [(1.5, -0.1), (1.5, -0.2), (0.0, None), (1.5, -0.2)]

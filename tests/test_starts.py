@@ -14,6 +14,7 @@ from conftest import write_weights
 
 import data
 import todoClient
+import todoServer
 from common import files
 from federation.state import RunState
 
@@ -127,6 +128,19 @@ def test_a_run_goes_on_without_the_file_that_it_began_with(server_main):
     RunState.load(path).changed(weights="gone.h5").save(path)
     code, said = server_main("--weights", "gone.h5")
     assert code == 0 and "resuming run" in said
+
+
+@pytest.mark.parametrize(("given", "rounds"), [("1", 2), ("2", 2), ("3", 3)])
+def test_a_run_has_no_fewer_rounds_than_are_merged(server_main, monkeypatch, given, rounds):
+    """Else its end, its clients and clients.csv would name the model of round 2 that of round 1."""
+    path, found = Path("server/state.json"), []
+    scores = dict.fromkeys(("loss", "accuracy", "auc", "sensitivity", "specificity"), 0.5)
+    row = {"clients": 1, "missing": "", "num_examples": 3, "seconds": 1.0, **scores}
+    history = [{"round": number, **row} for number in (1, 2)]
+    RunState.load(path).changed(rounds=4, round=3, history=history).save(path)
+    monkeypatch.setattr(todoServer, "serve", lambda _, opened, __: found.append(opened.state) or 0)
+    code, said = server_main("--rounds", given)
+    assert code == 0 and found[0].rounds == rounds and ("is over" in said) == (rounds == 2)
 
 
 def test_fresh_moves_the_old_run_aside_and_nothing_else(server_main):
