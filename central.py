@@ -147,9 +147,13 @@ def parser():
 def settings_of_run(args):
     """{flag: value} of the run that made the file of --like or --fine-tune, from its card.
 
-    Raises ValueError where that run began from a file, which the card can only name.
+    Raises ValueError where that run began from a file, which the card can only name, or where the
+    pictures here are of another kind than that run's.
     """
     card = cards.read(args.fine_tune or args.like)
+    val_path = args.index_dir / "val_set.pkl"
+    for index in (args.index or val_path, val_path):
+        cards.check_kind(index, card["preprocessing"], "those of that run")
     settings = {
         "run": card["run"],
         "arch": card["arch"],

@@ -160,6 +160,7 @@ def load_client(args):
     weights = args.client_dir / "server_weight.h5"
     card = cards.read(weights)
     answers = Answers(args.index_dir)
+    cards.check_kind(answers.val_path, card["preprocessing"], "those of the run")
     federated = answers.of("federated", "federated", weights, card)
     assessed = metrics.assess(federated.p_healthy, answers.val, card["tasks"])
     # Of a few patients at home nothing can be said against a model; the verdict says how few.
@@ -202,8 +203,8 @@ def central_command(source_flag, weights, index, folder):
 def add_model(run, models, answers, kind, name, path):
     """Adds the Model of a weight file to a list of the run's; False where there is none to add.
 
-    It has to be of this run, or trained like it or tuned from it by central.py. One that lies
-    there but does not fit is left out, and the page says so.
+    It has to be of this run, or trained like it or tuned from it by central.py, to the end. One
+    that lies there but does not fit is left out, and the page says so.
     """
     if not path.exists():
         return False
@@ -213,6 +214,13 @@ def add_model(run, models, answers, kind, name, path):
             raise ValueError(f"{path} is of another run")
         if card["validation_sha256"] != answers.val_sha256:
             raise ValueError(f"{path} was scored on other patients than those of this page")
+        # a tuned one goes on behind the run; the best round's model is of any of its rounds
+        last_round = run.federated.card["round"] + (kind == "fine-tuned")
+        if kind != "federated" and card["round"] < last_round:
+            raise ValueError(
+                f"{path} ends at round {card['round']}, expected {last_round} beside this run: "
+                "central.py was stopped, or the run went on since"
+            )
         models.append(answers.of(kind, name, path, card))
     except ValueError as error:
         run.left_out.append(f"{name} is left out: {error}")

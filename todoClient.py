@@ -633,21 +633,10 @@ def check_layers(site, task, network):
 
 
 def check_pictures(site, task):
-    """Raises ValueError where this site's pictures are of another kind than the server's.
-
-    Nobody would notice: the network trains on either, and is good for neither.
-    """
+    """Raises ValueError where this site's pictures are of another kind than the server's."""
     index = site.arguments.index
-    prepared = cards.read_prepared(index.parent)
-    own, expected = prepared.get("preprocessing"), task["preprocessing"]
-    kinds = cards.KINDS_OF_PICTURES
-    if own != expected and own in kinds and expected in kinds:
-        raise ValueError(
-            f"the pictures of {index} are of the kind {own!r} ({index.parent}/prepared.json), and "
-            f"those that the server scores with of the kind {expected!r}: all sites have to "
-            "prepare theirs in the same way (prepare.py --preprocessing)"
-        )
-    own_size = prepared.get("image_size")
+    cards.check_kind(index, task["preprocessing"], "those that the server scores with")
+    own_size = cards.read_prepared(index.parent).get("image_size")
     if task["run"] and isinstance(own_size, int) and own_size < task["image_size"]:
         site.say(
             f"warning: the pictures here have {own_size} pixels a side, and the server's "

@@ -75,6 +75,22 @@ def read_prepared(index_dir):
     return prepared if isinstance(prepared, dict) else {}
 
 
+def check_kind(index, expected, whose):
+    """Raise ValueError where the pictures of an index are of another kind than expected.
+
+    Nobody would notice: a network answers of either, and is good for one.
+    expected: one of KINDS_OF_PICTURES; of any other nothing is known. whose: pictures are of it.
+    """
+    folder = Path(index).parent
+    own, kinds = read_prepared(folder).get("preprocessing"), KINDS_OF_PICTURES
+    if own != expected and own in kinds and expected in kinds:
+        raise ValueError(
+            f"the pictures of {index} are of the kind {own!r} ({folder}/prepared.json), and "
+            f"{whose} of the kind {expected!r}: all sites have to prepare theirs in the same way "
+            "(prepare.py --preprocessing)"
+        )
+
+
 def name_of(client, prepared):
     """'client001 (screening centre)': what a client is called wherever a person reads of it.
 

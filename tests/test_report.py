@@ -123,6 +123,9 @@ def test_what_belongs_to_the_run_is_shown_beside_it_and_what_is_missing_by_its_c
     assert run.others == [] and "of another run" in run.left_out[0]
     train_by(run.commands)
     assert len(loaded().others) == 1
+    change_card("alone/client001/central_weight.h5", round=1)  # central.py was stopped
+    run = loaded()
+    assert run.others == [] and "ends at round 1, expected 2" in run.left_out[0] and run.commands
     shutil.rmtree("alone")
     (here / "index" / "worker1.pkl").unlink()  # the hospitals are elsewhere
     [command] = loaded().commands
@@ -160,6 +163,28 @@ def test_a_hospital_gets_the_answer_at_home(here):
     assert run.federated.card["warning"] == ""  # too few patients to warn of the model
     assert report.main(at_home) == 0
     assert "this hospital alone" in (here / "client001" / "report.html").read_text()
+    change_card("client001/server_weight.h5", round=3)  # the server's --rounds went on
+    run = loaded(*at_home)
+    assert run.others == [] and len(run.commands) == 2
+    assert "ends at round 3, expected 4" in run.left_out[1]
+
+
+def test_a_hospital_whose_pictures_are_of_another_kind_by_now_is_told(here, capsys):
+    """Scored with them, the federated model would look bad, and nobody would notice."""
+    (here / "client001").mkdir()
+    for name in ("server_weight.h5", "server_weight.json"):
+        shutil.copy(here / "server" / name, here / "client001" / name)
+    change_card("client001/server_weight.h5", preprocessing="colour")
+    source = ["client001/server_weight.h5", "--index", "index/worker1.pkl", "--out", "other"]
+    for code in (
+        report.main(["--client-dir", "client001"]),
+        central.main(["--like", *source]),
+        central.main(["--fine-tune", *source]),
+    ):
+        assert code == 1
+    said = capsys.readouterr().err
+    assert said.count("of the kind 'synthetic' (index/prepared.json), and those of") == 3
+    assert not (here / "client001" / "report.html").exists()
 
 
 def test_the_table_of_a_client_of_2020_does_not_hold_up_the_page(tmp_path):
