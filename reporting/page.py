@@ -375,7 +375,8 @@ class Page:
                     label=f"{task}, called at {cards.used_threshold(self.card, task):.3f}",
                 )
             axes.set(xlabel="1 − specificity (false alarms)", ylabel="sensitivity (found)")
-            axes.legend(loc="lower right", frameon=False)
+            if axes.get_legend_handles_labels()[0]:  # of nothing matplotlib warns on the terminal
+                axes.legend(loc="lower right", frameon=False)
             return finish()
 
     def calibration(self):

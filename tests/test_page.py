@@ -214,6 +214,12 @@ def test_what_is_unknown_is_not_measured(pictures):
     assert "split" not in text
 
 
+def test_where_all_patients_choose_nothing_is_measured_and_nothing_warned_of(recwarn):
+    page = Page(run_of(grades=np.array([0, 2, 3])))
+    assert not page.reporting.any() and page.calibration()[1] == "not measured"
+    assert "called at" not in page.roc() and not recwarn.list
+
+
 def test_a_model_that_must_not_be_used_is_offered_no_threshold(pictures):
     run = run_of()
     run.federated.card["warning"] = "it finds <nobody>"
