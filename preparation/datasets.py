@@ -316,7 +316,7 @@ def rows_of_table(found, table, files, flags):
             words, _, fits = checks[role]
             what = f"{sum(map(fits, cells)):,} of {len(cells):,} cells {words}"
         found.notes.append(f"{table.path.name}, {role}: column {table.columns[number]!r}, {what}")
-        if role == "patient":
+        if role == "patient" and any(map(read_patient, cells)):
             found.patients = f"column {table.columns[number]!r}"
         if role == "hospital":
             refuse_spellings(table, number, cells)

@@ -87,7 +87,8 @@ def read_grade(cell):
         return GRADE_WORDS[word]
     if word[:1] == str(GRADE_WORDS.get(word[1:])):
         return int(word[0])  # "1 - mild"
-    number = float(text.replace(",", "."))  # "2,0" where the comma is the decimal point
+    # "2,0" where the comma is the decimal point; to Python "0_1" is 1, too
+    number = float(text.replace(",", ".").replace("_", " "))
     if number in UNGRADABLE_NUMBERS:
         return None
     if number not in range(6):

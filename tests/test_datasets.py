@@ -161,6 +161,8 @@ def test_who_is_not_known_is_nobody_else(tmp_path, nobody):
     folder_of(tmp_path, f"image,label,MRN\na,0,1\nb,2,{nobody}\nc,3,{nobody}\n")
     found = load("folder", tmp_path, flags())
     assert "2 images are of an unknown patient" in found.patients_sentence
+    folder_of(tmp_path, f"image,label,MRN\na,0,{nobody}\nb,2,{nobody}\n")
+    assert "nothing tells them" in load("folder", tmp_path, flags()).patients_sentence
 
 
 def test_names_are_found_where_only_one_file_fits(tmp_path):

@@ -62,7 +62,7 @@ def test_what_a_grade_says(cell, grade):
     assert read_grade(cell) == grade
 
 
-@pytest.mark.parametrize("cell", ["6", "1.5", "none", "2 - mild", "inf", "DR"])
+@pytest.mark.parametrize("cell", ["6", "1.5", "none", "2 - mild", "inf", "DR", "0_1"])
 def test_what_is_no_grade(cell):
     with pytest.raises(ValueError):
         read_grade(cell)
