@@ -381,7 +381,7 @@ def holds(table, number, check):
 
 def read_patient(cell):
     """The patient (or hospital) of a cell, the same however it is written; "" if it is nobody."""
-    text = fold(unicodedata.normalize("NFC", cell))
+    text = " ".join(fold(unicodedata.normalize("NFC", cell)).split())
     if text.strip(NO_WORDS) in NOBODY:
         return ""
     return re.sub(r"^(\d+)\.0$", r"\1", text)  # a spreadsheet makes 17 to 17.0

@@ -352,7 +352,7 @@ def measure(score, positive, patients, threshold=0.5):
     found = bootstrap(partial(weighted_metrics, score, positive, threshold), patients)
     for name, each in zip(MEASURED, found, strict=True):
         if each.low == each.high:
-            ends = exact_interval(name, each.value, num_positive, num_negative)
+            ends = exact_interval(name, each.value, num_positive, num_negative, len(set(patients)))
             each = Measured(each.value, *ends)
         measured[name] = each
     return measured
@@ -504,12 +504,15 @@ def percentiles(draws):
     return float(low), float(high)
 
 
-def exact_interval(name, value, num_positive, num_negative):
-    """The interval of a metric of so many positive and negative patients, in a closed form."""
+def exact_interval(name, value, num_positive, num_negative, num_patients):
+    """The interval of a metric of so many positive and negative patients, in a closed form.
+
+    num_patients: of both; who has an eye with and one without it is one of them.
+    """
     if name == "auc":
         return auc_interval(value, num_positive, num_negative)
     of_class = {"sensitivity": num_positive, "specificity": num_negative}
-    return wilson(value, of_class.get(name, num_positive + num_negative))
+    return wilson(value, of_class.get(name, num_patients))
 
 
 def wilson(part, n):

@@ -104,6 +104,7 @@ def test_the_images_column_is_found_by_what_it_holds_and_all_columns_are_said(tm
     ("image,label\na,0\n,2\nc,3\n", "line 3: 'image' is ''"),
     ("image,label,Site\na,0,Lund\nb,1,\nc,2,Lund\n", "line 3: 'Site' is ''"),
     ("image,label,Site\na,0,Lund\nb,1,lund\nc,2,B\n", "has 'Lund' and 'lund', .* one spelling"),
+    ("image,label,Site\na,0,St. X\nb,1,St.  X\n", "has 'St. X' and 'St.  X', .* one spelling"),
     ("image,label\na,0\nb,7\nc,x\n", "line 3: 'label' is '7'"),
     ("image,label,part\na,0,train\nb,2,left\nc,3,val\n", "line 3: .*'left'.*--part-column"),
     ("image,label\na,0\nb,1\nc,1\n", "0 and 1 only.*--referable.*--grades-from 0"),
@@ -149,9 +150,10 @@ def test_of_several_tables_it_asks_which(tmp_path):
 
 
 def test_a_patient_is_the_same_however_it_is_written(tmp_path):
-    folder_of(tmp_path, "image,label,MRN\na,0,17\nb,2,17.0\nc,3,unknown\n")
-    found = load("folder", tmp_path, flags())
-    assert len({photo.patient for photo in found.photos}) == 2
+    for one, other in (("Lee,  Ann", "lee, ann"), ("17", "17.0")):
+        folder_of(tmp_path, f'image,label,MRN\na,0,"{one}"\nb,2,"{other}"\nc,3,unknown\n')
+        found = load("folder", tmp_path, flags())
+        assert len({photo.patient for photo in found.photos}) == 2
     assert "1 images are of an unknown patient" in found.patients_sentence
     assert load("folder", tmp_path, flags(patient_column="none")).patients == ""
 

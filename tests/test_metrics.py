@@ -90,6 +90,8 @@ def test_an_interval_keeps_its_width_where_every_draw_agrees():
     measured = metrics.measure(score, score > 0.5, patients)
     assert measured["sensitivity"] == measured["specificity"] == (1, *metrics.wilson(1, 10))
     assert measured["auc"] == (1, *metrics.auc_interval(1.0, 10, 10))
+    one_ill_eye_each = metrics.measure(score, score > 0.5, np.tile(names(20), 2))
+    assert one_ill_eye_each["accuracy"] == (1, *metrics.wilson(1, 20))
     found = metrics.sensitivity_difference(score, 0.5, score, score > 0.5, patients)
     unseen = metrics.wilson(0, 10)[1]  # two models that never differ may differ on others
     assert found == (0, -unseen, unseen)
