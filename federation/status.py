@@ -234,7 +234,10 @@ def draw(status, written, most_rounds=None, names=None):
         # What others write stays text: without markup, and without control characters.
         name = (names or {}).get(row["name"], row["name"])
         clients.add_row(Text(plain(name)), Text(plain(in_words(row, now))), *numbers)
-    rounds = Table(*ROUND_COLUMNS, "missing", box=None, pad_edge=False)
+    # The log and the page have other numbers of the same round: at the threshold of its card.
+    title_of_rounds = "what the network learns, of all validation images, at a score of 0.5"
+    rounds = Table(*ROUND_COLUMNS, "missing", box=None, pad_edge=False, title=title_of_rounds)
+    rounds.title_justify, rounds.title_style = "left", ""
     first = 0 if most_rounds is None else max(0, len(status["history"]) - most_rounds)
     for row in status["history"][first:]:
         cells = [_cell(row[name]) for name in ROUND_COLUMNS]

@@ -78,6 +78,7 @@ def test_it_shows_the_clients_the_phases_and_the_scores_of_the_rounds(make_run, 
     assert "is being merged" in phases[0] and "is being evaluated" in phases[1]
     second = written()
     assert "round 2/2 is open" in second and "client001  last seen" in second
+    assert "at a score of 0.5" in second and "0.5" not in opened
     calls = [run.deliver(name, 3) for name in ("client001", "client002")]
     assert [each.result() for each in calls] == [None, None]
     over = written()
