@@ -34,7 +34,7 @@ COLUMN_NAMES = {
         "patientname", "pid", "ptid", "mrn", "person", "personid", "subject", "subjectid",
         "participant", "participantid",
     },
-    "part": {"part", "split", "partition", "subset"},
+    "part": {"part", "split", "partition", "subset", "set"},
     "hospital": {
         "hospital", "hospitalid", "site", "siteid", "centre", "centreid", "center", "centerid",
         "clinic", "clinicid", "institution",
@@ -216,8 +216,17 @@ def count_kinds(what, paths):
 
 
 def walk(source, read=()):
-    """The files in `source` and below that are not hidden and not in `read`, in order."""
-    for directory, folders, names in os.walk(source):
+    """The files in `source` and below that are not hidden and not in `read`, in order.
+
+    Links to folders are followed, but no folder twice: they may lead in a circle.
+    """
+    seen = set()
+    for directory, folders, names in os.walk(source, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(directory) / name

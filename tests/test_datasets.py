@@ -107,6 +107,7 @@ def test_the_images_column_is_found_by_what_it_holds_and_all_columns_are_said(tm
     ("image,label,Site\na,0,St. X\nb,1,St.  X\n", "has 'St. X' and 'St.  X', .* one spelling"),
     ("image,label\na,0\nb,7\nc,x\n", "line 3: 'label' is '7'"),
     ("image,label,part\na,0,train\nb,2,left\nc,3,val\n", "line 3: .*'left'.*--part-column"),
+    ("image,label,Set\na,0,train\nb,2,1\n", "line 3: 'Set' is '1', expected train, val or test"),
     ("image,label\na,0\nb,1\nc,1\n", "0 and 1 only.*--referable.*--grades-from 0"),
     ("image,label\na,0\na.jpg,2\n", "a.jpg twice"),
     ("image,label\na,0\na.jpg,\nb,2\n", "a.jpg twice"),
@@ -201,6 +202,15 @@ def test_a_folder_for_each_grade(tmp_path, names):
         load("folder", tmp_path, flags(label_column="grade"))
     (tmp_path / "export.csv").write_text("something else")
     assert load("folder", tmp_path, flags(labels="none")).photos == found.photos
+
+
+def test_a_link_to_a_folder_is_followed_but_not_in_a_circle(tmp_path):
+    photograph(tmp_path / "source" / "0" / "x.jpg")
+    photograph(tmp_path / "elsewhere" / "y.jpg")
+    (tmp_path / "source" / "2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "source" / "0" / "up").symlink_to(tmp_path / "source")
+    found = load("folder", tmp_path / "source", flags())
+    assert grades_of(found) == {"0/x.jpg": 0, "2/y.jpg": 2}
 
 
 @pytest.mark.parametrize("names", [["0", "2", "DR"], ["0/1", "2"], []])
