@@ -354,7 +354,8 @@ def address_of_server(processes, console, begin):
 
 def train_beside(processes, console, given, names):
     """Each hospital alone, beside each other, with as many passes as in the run; --central, too."""
-    shutil.rmtree(ALONE, ignore_errors=True)
+    for client in names:  # what else lies in there is the user's
+        shutil.rmtree(ALONE / client, ignore_errors=True)
     models = {}  # name: (folder, index)
     if "no_alone" not in given:
         for k, (client, name) in enumerate(names.items(), start=1):

@@ -162,11 +162,15 @@ def test_each_hospital_alone_is_trained_as_the_federation_was(waiting):
     assert run(waiting, "--epochs", "3").returncode == 0  # a new one
     page.unlink()  # as if it had been killed before its page
     said = log.read_text()
+    own = waiting / "alone" / "other_network" / "central_weight.h5"
+    own.parent.mkdir(parents=True)
+    own.touch()
     other = run(waiting, "--epochs", "4")
     assert other.returncode == 1 and log.read_text() == said
     assert "'--epochs 3'" in other.stderr and "'--epochs 4'" in other.stderr
     longer = run(waiting, "--epochs", "3", "--rounds", "5")
     assert longer.returncode == 0 and "the run goes on\n" in log.read_text()
+    assert own.exists()  # central.py --out alone/other_network
     alone = re.findall("^alone .*", log.read_text(), re.M)
     assert len(alone) == 4
     assert all("--epochs 3" in words and "--rounds" not in words for words in alone)
