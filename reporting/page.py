@@ -296,8 +296,9 @@ class Page:
                 self.patients[half],
                 self.threshold,
             )
-            # the hospital itself where no client is it alone
-            name = next((name for name in clients if name.endswith(f"({hospital})")), hospital)
+            # the hospital itself where no client is it alone, or several share it
+            of_it = [name for name in clients if name.endswith(f"({hospital})")]
+            name = of_it[0] if len(of_it) == 1 else hospital
             rows.append({"name": name, "images": int(half.sum()), **measured})
         return rows
 
@@ -354,7 +355,7 @@ class Page:
             if row.get("training_seconds") is not None
         ]
         slowest = dict(sorted(seconds))  # of one round, the last
-        by_round = self.models[0].card["by_round"]
+        by_round = self.run.federated.card["by_round"]  # that of an earlier best round ends there
         return [(row, history.get(row["round"], {}), slowest.get(row["round"])) for row in by_round]
 
     def roc(self):

@@ -115,7 +115,23 @@ def test_the_best_round_is_used_only_where_it_is_shown_to_be_better(
     best = [answers(strength, seed=3) for strength in (on_choosing, on_reporting)]
     p_healthy = np.where(Page(run).choosing, *best)
     run.candidates = [model_of("federated", "federated", p_healthy, round_number=1)]
-    assert Page(run).card["round"] == used
+    run.candidates[0].card["by_round"] = run.federated.card["by_round"][:1]  # it ends there
+    page = Page(run)
+    assert page.card["round"] == used
+    assert [row["round"] for row, *_ in page.rounds()] == [1, 2]
+
+
+def test_a_hospital_that_clients_share_is_called_by_its_own_name():
+    run = run_of()
+    run.federated.card["clients"] = {"client001": 10, "client002": 10}
+    assert [row["name"] for row in Page(run).hospitals()] == [
+        "client001 (screening <centre>)",
+        "the other",
+    ]
+    hospitals = {"worker1": "screening <centre>", "worker2": "screening <centre>"}
+    run.prepared = {**PREPARED, "worker_hospitals": hospitals}
+    names = [row["name"] for row in Page(run).hospitals()]
+    assert names == ["screening <centre>", "the other"]
 
 
 def test_of_1000_people_all_are_accounted_for():
