@@ -395,7 +395,7 @@ def settle(found, args):
         return found.photos
     paths = [photo.path for photo in found.photos]  # a large set takes minutes to read
     digests = list(map(sha256_of, pictures.progress(paths, "photographs read", len(paths))))
-    settled, copies = splits.join_identical(found.photos, digests)
+    settled, copies = splits.join_identical(found.photos, digests, can_be_read)
     settled = [
         photo._replace(name=datasets.picture_name(photo, digest))
         for photo, digest in zip(settled, digests, strict=True)
@@ -427,6 +427,14 @@ def settle(found, args):
             "if these are different people, write the hospital before the patient's number"
         )
     return settled
+
+
+def can_be_read(photo):
+    try:
+        photos.open_image(photo.path)
+    except ValueError:
+        return False
+    return True
 
 
 # --- who gets which ------------------------------------------------------------------------------

@@ -194,6 +194,7 @@ def load(dataset, source, flags):
         load_published(found, source, **PUBLISHED[dataset])
     if not found.photos:
         whys = [f"{len(them)} {why}, {few(them)}" for why, them in found.left_out.items()]
+        whys += count_kinds("not read", walk(source, found.read))
         raise ValueError(
             f"{source} has no graded image ({'; '.join(whys) or 'it names none'}): is it the "
             f"folder of the data set {dataset!r}, unpacked, and the column that of the images?"

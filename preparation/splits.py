@@ -5,7 +5,6 @@ one patient are alike, so that one to train on would tell the network about the 
 counts by the worst grade.
 """
 
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +17,6 @@ BALANCED = (1 - 5060 / 6266,) + (1 - 4940 / 6256,) * 4
 # Its non-IID split deals these parts of them to workers 1, 2 and 3.
 THESIS_HEALTHY = np.array([3000, 1000, 1060]) / 5060
 THESIS_DISEASED = np.array([500, 300, 4140]) / 4940
-# The digests of files that are missing or empty: these are nobody's photographs.
-NOTHING = {"", hashlib.sha256().hexdigest()}
 # With a small alpha a Dirichlet draw can leave a client (nearly) nothing: then it is drawn again.
 DIRICHLET_ATTEMPTS = 1000
 
@@ -44,16 +41,17 @@ def photos_of(patients):
     return [photo for patient in patients for photo in patient.photos]
 
 
-def join_identical(photos, digests):
+def join_identical(photos, digests, can_be_read):
     """(photos, lists of those that are copies of each other, by the `digests` of their files).
 
     A photograph is of one patient, whatever it is called: so the patients of its copies are made
-    one, and lie on one side.
+    one, and lie on one side. can_be_read: whether a Photo is one: empty files, or an error page
+    that was saved under many names, are nobody's.
     """
     by_digest = {}
     for photo, digest in zip(photos, digests, strict=True):
         by_digest.setdefault(digest, []).append(photo)
-    copies = [same for digest, same in by_digest.items() if len(same) > 1 and digest not in NOTHING]
+    copies = [same for same in by_digest.values() if len(same) > 1 and can_be_read(same[0])]
     joined = {}  # patient -> the patient whose images they are, too
 
     def who(photo):

@@ -176,6 +176,13 @@ def test_names_are_found_where_only_one_file_fits(tmp_path):
     assert list(found.left_out.values()) == [["'eye2'"], ["'absent'"]]
 
 
+def test_photographs_of_a_kind_that_is_not_read_are_named(tmp_path):
+    (tmp_path / "a.jfif").touch()
+    (tmp_path / "labels.csv").write_text("image,label\na.jfif,0\n")
+    with pytest.raises(ValueError, match="1 are not in .*; not read: 1 .jfif"):
+        load("folder", tmp_path, flags())
+
+
 def test_a_long_picture_name_is_cut_between_letters():
     name = datasets.picture_name(datasets.Photo(None, 0, "", name="ä" * 300), "0123456789abcdef")
     assert len(name.encode()) < 200 and name.endswith("ä_0123456789ab")

@@ -252,6 +252,17 @@ def test_copies_of_a_photograph_may_not_have_two_grades(photographs, capsys):
     assert len(indexes()["train_set"] + indexes()["val_set"]) == 18
 
 
+def test_an_error_page_under_two_names_joins_no_patients(photographs, capsys):
+    choices = photographs()
+    for name in ("eye00.png", "eye10.png"):
+        (photographs.source / name).write_text("<html>404")
+    assert prepare.main([*choices, "--skip-broken"]) == 0
+    assert "identical" not in capsys.readouterr().out
+    records = indexes()["train_set"] + indexes()["val_set"]
+    patients = {number_of(record): record["patient"] for record in records}
+    assert len(patients) == 18 and patients[1] != patients[11]
+
+
 def test_what_is_unreadable_is_one_line_whatever_the_file_is_called(photographs, capsys):
     choices = photographs()
     for number in range(20):
