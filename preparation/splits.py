@@ -117,7 +117,7 @@ def choose_validation(photos, balanced, rng, val_part=None):
     if (not train and val_part != 1) or (not val and val_part != 0):
         raise ValueError(
             f"found {len(train)} images to train on and {len(val)} to validate: expected some of "
-            "each"
+            "each (--val-part says which part validates, 0 for none)"
         )
     return train, val
 

@@ -154,5 +154,5 @@ def test_the_part_to_validate_on_is_what_was_meant(val_part, held_out):
 
 def test_none_of_the_published_training_part_is_held_out_unasked():
     photos = make_photos([50, 10, 20, 10, 10], part="train")
-    with pytest.raises(ValueError, match="100 images to train on and 0 to validate"):
+    with pytest.raises(ValueError, match="100 images to train on and 0 to validate.*--val-part"):
         splits.choose_validation(photos, False, rng())
