@@ -167,7 +167,8 @@ def find_images(arguments):
             raise ValueError(f"{argument} has no image ({', '.join(photos.SUFFIXES)})")
         images += map(str, fitting)
         skipped += [path for path in found if path not in fitting]
-    return list(dict.fromkeys(images)), skipped
+    # one by its full and by a relative path is called as it was last: as --labels does
+    return list({Path(image).absolute(): image for image in images}.values()), skipped
 
 
 def read_graded(args):
@@ -186,7 +187,8 @@ def read_graded(args):
 
 def weights_here():
     """The weight file of the result that lies in this project. Raises ValueError for several."""
-    found = [*sorted(Path().glob("client*/server_weight.h5")), Path("server/server_weight.h5")]
+    # a client is called as its hospital likes
+    found = [*sorted(Path().glob("*/server_weight.h5")), Path("server/server_weight.h5")]
     models = {files.sha256_of(path): path for path in reversed(found) if path.exists()}
     if len(models) > 1:
         some = ", ".join(map(str, models.values()))

@@ -203,6 +203,9 @@ def test_graded_photographs_tell_how_good_it_is_here(score, graded):
     assert re.search(rf"sensitivity +{sensitivity:.3f} \(\S+ to \S+\)", said.out)
     for name in ("specificity", "auc"):
         assert re.search(rf"{name} +1.000 \(0\.\d+ to 1.000\)", said.out)
+    relative = graded.relative_to(Path.cwd())  # named in two ways, each counts once
+    _, _, twice = score("synthetic", "--labels", relative, graded.parent, threshold=0.5)
+    assert "40 graded photographs of 20 patients" in twice.out and " 40 images: " in twice.out
 
 
 def test_a_threshold_is_chosen_on_half_and_measured_on_the_other(score, graded, monkeypatch):
@@ -235,6 +238,10 @@ def test_the_result_that_lies_here_is_taken_and_two_are_asked_about(project, tmp
         (tmp_path / name).mkdir()
         shutil.copy(project / "server" / "server_weight.h5", tmp_path / name)
     assert predict.weights_here() == Path("client002/server_weight.h5")
+    Path("client002").rename("uppsala")  # a name of the hospital's own
+    Path("server/server_weight.h5").unlink()
+    assert predict.weights_here() == Path("uppsala/server_weight.h5")
+    Path("uppsala").rename("client002")
     Path("server/server_weight.h5").write_bytes(b"another")
     with pytest.raises(ValueError, match="2 models here: .*client002.*say which by --weights"):
         predict.weights_here()
