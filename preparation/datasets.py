@@ -349,8 +349,7 @@ def choose_column(table, role, given, check, used):
     """The number of the column for a role; None where there is none, and none is needed.
 
     given: what the flag says: a name, "none", or "" to look for one. It is the one with a known
-    name; where there are several, the one whose cells are right. An image's may have any name: its
-    cells name files. A label's may not: 0 to 2 may be the grades of another disease.
+    name; where there are several, or none, the one whose cells are right.
     check: (words, part of the cells that must be right, whether a cell is), or None for a role that
     is not needed.
     used: numbers of columns that have a role already.
@@ -364,8 +363,8 @@ def choose_column(table, role, given, check, used):
         table.column(table.columns[number])  # raises where one is there twice
     if check and len(fitting) != 1:
         unused = [number for number in range(len(table.columns)) if number not in used]
-        possible = fitting or (unused if role == "image" else [])
-        fitting = [number for number in possible if holds(table, number, check)]
+        has_known_name = bool(fitting)
+        fitting = [number for number in fitting or unused if holds(table, number, check)]
         _, _, fits = check
         names = [table.columns[number] for number in fitting]
         if any(name and fits(name) for name in names):
@@ -373,6 +372,9 @@ def choose_column(table, role, given, check, used):
                 f"{table.path}: the first line looks like a photograph's, not like names of "
                 f"columns: add a line such as image,label; found {', '.join(table.columns)[:200]}"
             )
+        if role == "label" and not has_known_name and len(fitting) == 1:
+            # 0 to 2 may be grades of macular oedema, or of the photograph's quality
+            fitting = [number for number in fitting if has_severe(table, number)]
     if len(fitting) == 1:
         return fitting[0]
     if not fitting and not check:
@@ -387,6 +389,11 @@ def holds(table, number, check):
     _, least, fits = check
     cells = [row[number] for row in table.rows]
     return len(set(cells)) > 1 and sum(map(fits, cells)) >= least * len(cells)
+
+
+def has_severe(table, number):
+    """Whether a column of grades has one above 2, which only those of DR have."""
+    return any((read_grade(row[number]) or 0) > 2 for row in table.rows)
 
 
 def read_patient(cell):

@@ -88,15 +88,15 @@ def test_a_published_set_is_read_as_it_is_unpacked(tmp_path, name):
 # --- a table of any name --------------------------------------------------------------------------
 
 
-def test_the_images_column_is_found_by_what_it_holds_and_all_columns_are_said(tmp_path):
-    text = "what,who,dr,level\na.jpg,x,0,low\nb.jpg,y,2,high\nc.jpg,z,4,high\n"
+def test_a_column_without_a_known_name_is_found_by_what_it_holds_and_that_is_said(tmp_path):
+    text = "what,who,how bad\na.jpg,x,0\nb.jpg,y,2\nc.jpg,z,4\n"
     found = load("folder", folder_of(tmp_path, text), flags())
     assert grades_of(found) == {"a.jpg": 0, "b.jpg": 2, "c.jpg": 4}
-    assert "labels.csv, image: column 'what', 3 of 3 cells name a file" in found.notes
-    assert "labels.csv, label: column 'dr', 3 of 3 cells are grades" in found.notes
+    assert "labels.csv, label: column 'how bad', 3 of 3 cells are grades" in found.notes
 
 
 @pytest.mark.parametrize("text, words", [
+    ("file,how bad,edema\na,0,1\nb,2,0\nc,3,2\n", "2 columns.*'how bad', 'edema'.*--label-column"),
     ("file,edema\na,0\nb,2\nc,1\n", "no column that can be the label.*'edema'.*--label-column"),
     ("file,grade,level\na,0,1\nb,2,0\nc,3,2\n", "2 columns.*'grade', 'level'.*--label-column"),
     ("file,age\na,40\nb,50\nc,60\n", "no column that can be the label.*--label-column"),
