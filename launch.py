@@ -65,6 +65,7 @@ SAID_HERE = {  # where a flag means something else here than in its script
     "epochs": "passes over the images in a round (2 of synthetic images; of photographs 1, or 5 of "
     "the last layer of a frozen lite0)",
     "rounds": "of the whole run (10)",
+    "val_part": "part of the photographs to validate on (as the data set says, or 0.2)",
     "val_index": "held-out images, on which each client scores each model that it fetches",
 }
 SCORED = 4  # how often a model without federation is scored; that costs as much as a pass
@@ -156,6 +157,11 @@ def parse(words):
         given.setdefault("epochs", SYNTHETIC_EPOCHS)
     for script in ("prepare.py", "todoServer.py"):  # refused before any work
         SCRIPTS[script].parse(words_for(script, given))
+    if given.get("val_part") in (0, 1):
+        refuse(
+            None,
+            "--val-part 0 or 1 is of one hospital or of a server: here some train, some validate",
+        )
     return given
 
 

@@ -47,6 +47,7 @@ def test_paths_are_relative_to_where_the_user_is(tmp_path, monkeypatch):
         (["--listen", "localhost:1"], "unrecognized arguments: --listen localhost:1"),
         (["--dataset", "idrid"], "expected --source, the folder of the photographs"),
         (["--min-clients", "2"], "--min-clients needs --round-timeout"),
+        (["--dataset", "folder", "--source", ".", "--val-part", "1"], "--val-part 0 or 1 is of"),
         (["--weights", "/nowhere.h5"], "'/nowhere.h5' is neither none nor imagenet, and no file"),
     ],
 )
