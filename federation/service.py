@@ -21,9 +21,7 @@ from federation import convert, status, tls, weights
 from federation.rounds import Refused, Upload
 from generated import todo_pb2
 
-# A call that moves nothing for so long is ended. What moves is seen a whole message at a time, and
-# 1 MiB takes 105 s on a line of 10 kB/s.
-STALL_S = 120
+STALL_S = 30  # a call that moves no bytes for so long is ended
 # A `tell`, or a call of which nobody knows whose it is, has so long until its first message:
 FIRST_MESSAGE_S = 1
 # A call of a peer without a name may take as long as the model takes on a line of 10 kB/s, and a
