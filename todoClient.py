@@ -636,13 +636,9 @@ def check_pictures(site, task):
     """Raises ValueError where this site's pictures are of another kind than the server's."""
     index = site.arguments.index
     cards.check_kind(index, task["preprocessing"], "those that the server scores with")
-    own_size = cards.read_prepared(index.parent).get("image_size")
-    if task["run"] and isinstance(own_size, int) and own_size < task["image_size"]:
-        site.say(
-            f"warning: the pictures here have {own_size} pixels a side, and the server's "
-            f"network takes {task['image_size']}: enlarging adds no detail "
-            f"(prepare.py --image-size {task['image_size']})"
-        )
+    warning = cards.too_small(cards.read_prepared(index.parent), task["image_size"])
+    if task["run"] and warning:
+        site.say(warning)
 
 
 # --- the connection -------------------------------------------------------------------------------

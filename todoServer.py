@@ -335,6 +335,8 @@ def begin(arguments, evaluator):
             "warning: drcnn begins from random weights and learns little from few photographs; "
             "--arch lite0 begins with a network that has seen photographs before"
         )
+    if warning := cards.too_small(evaluator.prepared, size):
+        say(warning)
     model.configure(choices["seed"])
     network = model.build(choices["arch"], size, choices["seed"])
     model.initialize(network, choices["weights"])

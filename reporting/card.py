@@ -91,6 +91,20 @@ def check_kind(index, expected, whose):
         )
 
 
+def too_small(prepared, image_size):
+    """'warning: the pictures here have 128 pixels a side, ...'; '' where a network gets its size.
+
+    prepared: of `read_prepared`. image_size: a side, in pixels, of what the network takes.
+    """
+    own_size = prepared.get("image_size")
+    if not isinstance(own_size, int) or own_size >= image_size:
+        return ""
+    return (
+        f"warning: the pictures here have {own_size} pixels a side, and the server's network takes "
+        f"{image_size}: enlarging adds no detail (prepare.py --image-size {image_size})"
+    )
+
+
 def name_of(client, prepared):
     """'client001 (screening centre)': what a client is called wherever a person reads of it.
 

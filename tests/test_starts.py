@@ -143,6 +143,15 @@ def test_a_run_has_no_fewer_rounds_than_are_merged(server_main, monkeypatch, giv
     assert code == 0 and found[0].rounds == rounds and ("is over" in said) == (rounds == 2)
 
 
+@pytest.mark.parametrize("side", [16, 32])
+def test_a_server_whose_own_pictures_are_too_small_says_so(server_main, side):
+    """It scores each round with them, and chooses the thresholds of all hospitals."""
+    own_index()
+    Path("index/prepared.json").write_text(json.dumps({"image_size": side}))
+    code, said = server_main("--fresh", "--image-size", "32")
+    assert code == 0 and ("warning: the pictures here have 16" in said) == (side == 16)
+
+
 def test_fresh_moves_the_old_run_aside_and_nothing_else(server_main):
     """To a new folder each time, which is said; also what a --fresh left that was killed."""
     server = Path("server")
