@@ -145,9 +145,8 @@ def all_flags():
 
 
 def path_from_here(text):
-    """An argparse type: of what there is, the path from anywhere; all else as it is ("none")."""
-    path = Path(text).expanduser()
-    return path.absolute() if path.exists() else text
+    """An argparse type: a path, from where the user is; none and imagenet are no paths."""
+    return text if text in ("none", "imagenet") else Path(text).expanduser().absolute()
 
 
 def parse(words):

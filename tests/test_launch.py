@@ -38,6 +38,8 @@ def test_paths_are_relative_to_where_the_user_is(tmp_path, monkeypatch):
     given = words("--index-from", "a.pkl", "b.pkl", "--source", ".", "--weights", "none")
     assert f"--index-from {tmp_path}/a.pkl {tmp_path}/b.pkl" in given["prepare.py"]
     assert given["todoServer.py"] == "--weights none"
+    missing = words("--dataset", "folder", "--source", "nowhere")  # not one in the project
+    assert f"--source {tmp_path}/nowhere" in missing["prepare.py"]
 
 
 @pytest.mark.parametrize(
