@@ -43,6 +43,7 @@ from PIL import Image
 import model
 from common import files
 from preparation import datasets, photos, pictures, synthetic
+from preparation.tables import few
 from reporting import card as cards
 from reporting import metrics
 from reporting.metrics import TASK
@@ -68,7 +69,7 @@ class Result:
 def main(argv=None):
     args = parse(argv)
     try:
-        graded = read_graded(args)
+        graded, absent = read_graded(args)
         paths, skipped = find_images([*args.images, *graded])
         weights = args.weights or weights_here()
         card = cards.read(weights)
@@ -94,7 +95,7 @@ def main(argv=None):
     for line in [*table, summary_of(results), *datasets.count_kinds("skipped", skipped)]:
         say("predict", line)
     warn("predict", "no medical device: decide nothing about a patient by these scores")
-    return int(any(result.verdict in FAILED for result in results))
+    return int(bool(absent) or any(result.verdict in FAILED for result in results))
 
 
 def parser():
@@ -172,17 +173,19 @@ def find_images(arguments):
 
 
 def read_graded(args):
-    """{path: datasets.Photo} of the photographs that --labels names."""
+    """({path: datasets.Photo}, names without a photograph), of what --labels names."""
     if not args.labels:
-        return {}
+        return {}, []
     flags = argparse.Namespace(**{**vars(args), "labels": args.labels.name})
     found = datasets.load("folder", args.labels.parent, flags)
     for note in found.notes:
         say("predict", note)
     for why, images in found.left_out.items():
-        say("predict", f"{args.labels}: {len(images):,} images {why}")
+        say("predict", f"{args.labels}: {len(images):,} images {why}: {few(images)}")
     say("predict", f"patients: {found.patients_sentence}")
-    return {str(photo.path): photo for photo in found.photos}
+    found.left_out.pop(datasets.UNGRADABLE, None)  # nobody can score these
+    absent = [name for images in found.left_out.values() for name in images]
+    return {str(photo.path): photo for photo in found.photos}, absent
 
 
 def weights_here():

@@ -113,7 +113,7 @@ def read_table(path, columns=None, delimiter=None):
     columns, delimiter: of a table that has no line with the names of its columns.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing, expected a table of that name in its folder")
+        raise ValueError(f"{path} is no file, expected a table of that name in its folder")
     text = decode(path.read_bytes())
     if "\0" in text:
         raise ValueError(f"{path} is no CSV file: it is not text; export it as CSV")

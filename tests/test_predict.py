@@ -208,6 +208,15 @@ def test_graded_photographs_tell_how_good_it_is_here(score, graded):
     assert "40 graded photographs of 20 patients" in twice.out and " 40 images: " in twice.out
 
 
+def test_a_graded_photograph_that_is_not_there_is_named_and_is_an_error(score, graded):
+    with open(graded, "a") as table:
+        table.write("\n77,0,77\n78,ungradable,78\n")
+    code, scores, said = score("synthetic", "--labels", graded)
+    assert (
+        code == 1 and len(scores) == 40 and f"1 images are not in {graded.parent}: '77'" in said.out
+    )
+
+
 def test_a_threshold_is_chosen_on_half_and_measured_on_the_other(score, graded, monkeypatch):
     monkeypatch.setattr(metrics, "choosing_half", lambda grades, _: np.arange(len(grades)) < 20)
     _, _, said = score("synthetic", "--labels", graded, "--sensitivity", 1, "preprocessed/0003.png")
