@@ -193,15 +193,21 @@ def bare_side(folder, weights, arguments):
     return Side(server, clients)
 
 
-def compare_tls(folder, weights, arguments):
-    """What encryption and certificates cost: mutual TLS in turn with plaintext."""
-    names = [f"client{number + 1:03}" for number in range(arguments.clients)]
+def make_certs(folder, clients):
+    """The folder of a private CA, and of the certificates of a server on localhost and clients."""
+    names = [f"client{number + 1:03}" for number in range(clients)]
     certs = folder / "certs"
     subprocess.run(
         [ROOT / "make_certs.sh", certs, "localhost", *names],
         check=True,
         stdout=subprocess.DEVNULL,
     )
+    return certs
+
+
+def compare_tls(folder, weights, arguments):
+    """What encryption and certificates cost: mutual TLS in turn with plaintext."""
+    certs = make_certs(folder, arguments.clients)
     tls = real_side(folder / "tls", weights, arguments, certs=certs)
     plain = real_side(folder / "plain", weights, arguments)
     tls_s, plain_s, ratio = in_turn(tls, plain, arguments.rounds)

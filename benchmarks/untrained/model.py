@@ -34,7 +34,7 @@ class Variable:
         self.values = values
 
 
-def configure(seed, threads):
+def configure(seed, threads=None):
     pass
 
 
@@ -51,6 +51,10 @@ def tensors(network):
     return network.variables
 
 
+def default_epochs(network):
+    return 1
+
+
 def train(network, batches, round_number, epochs):
     Path(f"arrived-{round_number}-{os.getpid()}").touch()
     while not Path(f"go-{round_number}").exists():
@@ -62,6 +66,10 @@ def train(network, batches, round_number, epochs):
 
 def predict(network, images):
     return np.full(len(images), 0.5)
+
+
+def load(network, path):
+    """Nothing: the numbers in the file are those of the network, of the first one too."""
 
 
 def save(network, path):
