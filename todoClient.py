@@ -7,8 +7,8 @@ What leaves it is weights, numbers and its name: no image and no index goes into
 
 Killed at any instant and started again with the same command, it takes part again. Exit codes:
 0 the run is over, 1 refused or an error, 2 wrong usage, 4 try again later: the server was away for
---give-up-after, or this machine's disk is full; 5 the last round was delivered but never answered,
-130 Ctrl-C, 143 SIGTERM.
+--give-up-after, or this machine's disk is full or its open files are used up; 5 the last round was
+delivered but never answered, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import argparse
@@ -90,6 +90,8 @@ REPORT_EVERY_S = 30
 TELL_EVERY_S = 5
 TELL_TIMEOUT_S = 10
 UNANSWERED_S = 60  # a server that answers nothing for so long is away, be its port open
+PING_S = 8  # while a call waits: to a server of ours, which allows it
+RARE_PING_S = 330  # to any other: the thesis demo's hangs up on who pings within five minutes
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10
 CONNECT_S = 10  # what gRPC may take to connect
@@ -144,7 +146,8 @@ def main(argv=None):
     except ValueError as error:
         return fail(arguments.name, error)
     except OSError as error:  # a full disk may have room again: its unit may start this again
-        return fail(arguments.name, error, 4 if error.errno in files.NO_ROOM else 1)
+        may_help = error.errno in (*files.NO_ROOM, *files.OUT_OF_FILES)
+        return fail(arguments.name, error, 4 if may_help else 1)
 
 
 def federate(site):
@@ -635,7 +638,8 @@ def check_layers(site, task, network):
 def check_pictures(site, task):
     """Raises ValueError where this site's pictures are of another kind than the server's."""
     index = site.arguments.index
-    cards.check_kind(index, task["preprocessing"], "those that the server scores with")
+    for each in (index, site.arguments.val_index or index):
+        cards.check_kind(each, task["preprocessing"], "those that the server scores with")
     warning = cards.too_small(cards.read_prepared(index.parent), task["image_size"])
     if task["run"] and warning:
         site.say(warning)
@@ -673,7 +677,7 @@ def keep_trying(attempt, site):
             pause_s = FIRST_PAUSE_S
         left_s = away_since + site.arguments.give_up_after - now
         if left_s <= 0:
-            raise gave_up(site)
+            raise gave_up(site, reason)
         if now - said_at >= REPORT_EVERY_S:
             said_at = now
             site.say(
@@ -699,8 +703,8 @@ def why_it_failed(error, arguments):
     return reason
 
 
-def gave_up(site):
-    """The GaveUp of this moment: what is lost depends on what was delivered."""
+def gave_up(site, reason):
+    """The GaveUp of this moment, and why: what is lost depends on what was delivered."""
     state = site.state
     is_last = state["run"] and 0 < state["round"] == state["rounds"]
     what, exit_code = "what was trained is kept: start this client again when the server is back", 4
@@ -716,8 +720,8 @@ def gave_up(site):
             f"server's server_weight.h5; {what}"
         )
     return GaveUp(
-        f"the server at {site.arguments.server} did not answer for "
-        f"{site.arguments.give_up_after:g} s; {what}",
+        f"the server at {site.arguments.server} has not served this client for "
+        f"{site.arguments.give_up_after:g} s ({reason}); {what}",
         exit_code,
     )
 
@@ -731,13 +735,10 @@ def connect(site):
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.min_reconnect_backoff_ms", CONNECT_S * 1000),
+        # Without pings, who waits on a line that is gone waits for ever.
+        ("grpc.keepalive_time_ms", (PING_S if site.state["run"] else RARE_PING_S) * 1000),
+        ("grpc.http2.max_pings_without_data", 0),
     ]
-    if site.state["run"]:
-        # A server of ours allows pings while a client waits; the thesis demo's would hang up.
-        options += [
-            ("grpc.keepalive_time_ms", 8000),
-            ("grpc.http2.max_pings_without_data", 0),
-        ]
     return tls.channel(site.arguments, options)
 
 

@@ -21,6 +21,7 @@ from common import log
 
 STATE_VERSION = 3
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit of this process
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # that are open: of this process, of this machine
 
 
 # --- publishing ----------------------------------------------------------------------------------

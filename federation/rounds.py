@@ -22,20 +22,18 @@ What is published in which order, and what a start does after a crash, stands in
 
 import contextlib
 import csv
-import errno
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import log
-from common.files import first_free, publish, publish_rows, sha256_of
+from common.files import OUT_OF_FILES, first_free, publish, publish_rows, sha256_of
 from federation import status
 from federation.state import HISTORY_COLUMNS
 
 REPORT_EVERY_S = 30  # how often the server says for whom it waits
 RETRY_S = 1  # how soon a step is tried again for which no file could be opened
-OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # of this process, of this machine
 LONG_UPDATE = 5  # medians: a client whose update is longer is said
 ROUNDS_AGAINST = 3  # running, in which an update points against the others': said
 

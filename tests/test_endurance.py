@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    Call,
     holding,
     make_data,
     start_server,
@@ -20,6 +21,8 @@ from conftest import (
 )
 from serving import Peer, connection, serve
 
+import todoClient
+import todoServer
 from federation.state import RunState
 from generated import todo_pb2
 
@@ -119,6 +122,25 @@ def test_a_lost_answer_is_fetched_by_delivering_again(behind_a_proxy, how, times
     assert first.output.count("training now") == 1
     [row] = RunState.load(site / "server" / "state.json").history
     assert (row["clients"], row["num_examples"]) == (2, 10)
+
+
+@pytest.mark.slow
+def test_a_first_fetch_on_a_line_that_goes_silent_is_tried_again(client_main, served, monkeypatch):
+    """Of a server that this client does not know yet, and tells nothing: a ping notices, too."""
+    proxy = Proxy(int(served[1].rpartition(":")[2]))
+    get_weight = todoServer.FedMLServicer.getWeight
+
+    def on_a_line_that_goes_silent(*call):
+        if not proxy.silent:
+            proxy.go_silent()
+        yield from get_weight(*call)
+
+    monkeypatch.setattr(todoServer.FedMLServicer, "getWeight", on_a_line_that_goes_silent)
+    monkeypatch.setattr(todoClient, "RARE_PING_S", 5)
+    call = Call(client_main, "--server", proxy.address, "--give-up-after", "60")
+    code, said = call.result(200)  # gRPC leaves a silent line after a minute
+    proxy.stop()
+    assert code == 0 and "ping timeout" in said
 
 
 LONG_TRAINING = """

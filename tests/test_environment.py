@@ -60,6 +60,18 @@ def test_a_full_disk_names_the_file(client_main, served, monkeypatch):
     assert client_main("--server", served[1])[0] == 0  # once there is room
 
 
+def test_a_client_without_open_files_ends_with_4_and_goes_on(client_main, served, monkeypatch):
+    """They may come back, as room on a disk does: its unit starts it again."""
+
+    def none_left(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "write_tensors", none_left)
+        assert client_main("--server", served[1])[0] == 4
+    assert client_main("--server", served[1])[0] == 0
+
+
 def test_keras_settings_of_another_project_are_not_ours(tmp_path):
     """They would change every number."""
     settings = {"floatx": "float16", "image_data_format": "channels_first", "epsilon": 0.1}

@@ -124,6 +124,7 @@ def test_who_gives_up_says_what_is_lost(
     ended, said = client_main("--server", address)
     server.stop(0)
     assert ended == code and words in said
+    assert re.search(rf"has not served this client for 0 s \(({details}|a proxy before)", said)
 
 
 class Unavailable(grpc.RpcError):

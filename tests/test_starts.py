@@ -299,3 +299,13 @@ def test_pictures_of_another_kind_or_size_than_the_servers_are_told(
     ended, said = client_main("--server", address, "--index", "own/worker1.pkl")
     assert ended == code and re.search(words, said)
     assert ("warning" in said) == words.startswith("warning")
+
+
+def test_held_out_pictures_of_another_kind_are_told_too(client_main, served):
+    """They may lie in another folder than those to train on."""
+    run, address = served
+    run.rounds.state = run.rounds.state.changed(preprocessing="colour")
+    shutil.copytree("index", "own")
+    Path("own/prepared.json").write_text(json.dumps({"preprocessing": "graham"}))
+    code, said = client_main("--server", address, "--val-index", "own/val_set.pkl")
+    assert code == 1 and "the pictures of own/val_set.pkl are of the kind 'graham'" in said
