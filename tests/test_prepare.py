@@ -176,7 +176,7 @@ def test_a_failure_leaves_the_old_index_or_one_that_is_not_complete(monkeypatch,
     prepare.main(SMALL)
     Path("empty").mkdir()
     assert prepare.main(["--dataset", "aptos", "--source", "empty"]) == 1
-    assert "train.csv is missing" in capsys.readouterr().err
+    assert "train.csv is no file" in capsys.readouterr().err
     assert prepare.main([*SMALL, "--check"]) == 0
 
     def disk_full(path, records, inner=data.write_index):
