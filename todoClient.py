@@ -665,9 +665,9 @@ def keep_trying(attempt, site):
             was_served = time.monotonic() - started > SERVED_S
         except (tls.FilesNotReady, ChildProcessError, ConnectionError) as error:
             # Certificates that are being renewed; the process that reads the first file was killed;
-            # a server that is deaf.
+            # a server that is deaf, but may have answered until a minute ago.
             reason = str(error)
-            was_served = False
+            was_served = site.reporter.answered_at - started > SERVED_S
 
         now = time.monotonic()
         if away_since is None or was_served:

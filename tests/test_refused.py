@@ -135,9 +135,17 @@ class Unavailable(grpc.RpcError):
         return "Socket closed"
 
 
-@pytest.mark.parametrize(("call_s", "gives_up_s"), [(5, 10), (60, 70)])
+@pytest.mark.parametrize(
+    ("error", "call_s", "answered_s", "gives_up_s"),
+    [
+        (Unavailable, 5, 0, 10),
+        (Unavailable, 60, 0, 70),
+        (ConnectionError, 60, 0, 60),  # the server was deaf all the time
+        (ConnectionError, 90, 30, 100),  # for the last minute
+    ],
+)
 def test_the_time_to_give_up_begins_anew_after_a_call_that_was_served(
-    monkeypatch, call_s, gives_up_s
+    monkeypatch, error, call_s, answered_s, gives_up_s
 ):
     """And all the time a line every 30 s says whom it waits for."""
     now, calls, said = [0.0], [0, 0, call_s], []
@@ -149,8 +157,10 @@ def test_the_time_to_give_up_begins_anew_after_a_call_that_was_served(
             time.sleep(s)
 
     def attempt(stub, site):
-        wait(calls.pop(0) if calls else 0)
-        raise Unavailable
+        call_s = calls.pop(0) if calls else 0
+        site.reporter.answered_at = now[0] + (answered_s if call_s else 0)
+        wait(call_s)
+        raise error
 
     monkeypatch.setattr(todoClient, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=wait))
     monkeypatch.setattr(todoClient, "connect", lambda site: grpc.insecure_channel("here:1"))
@@ -158,6 +168,7 @@ def test_the_time_to_give_up_begins_anew_after_a_call_that_was_served(
         arguments=SimpleNamespace(server="here:1", give_up_after=10, tls_ca=None, tls_cert=None),
         state=dict(todoClient.NEW_STATE),
         say=said.append,
+        reporter=SimpleNamespace(answered_at=0.0),
     )
     with pytest.raises(todoClient.GaveUp):
         todoClient.keep_trying(attempt, site)
