@@ -141,7 +141,7 @@ def status_of(rounds):
         return {
             "run": state.run,
             "arch": state.arch,
-            "round": min(state.round, state.rounds),
+            "round": min(state.evaluated + 1, state.rounds),
             "rounds": state.rounds,
             "phase": phase_of(rounds),
             "clients": clients,
