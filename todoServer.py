@@ -483,7 +483,11 @@ class Evaluator:
         """The scores in words; of a model that answers NaN, with whose update may be why."""
         if not card["num_nan"]:
             return cards.summary(card)
-        paths = {client: self.folder / client / "client_weights.h5" for client in card["clients"]}
+        paths = {
+            client: self.folder / client / "client_weights.h5"
+            for client, upload in state.counted.items()
+            if upload["round"] == card["round"]
+        }
         suspects = [
             client
             for client, path in paths.items()

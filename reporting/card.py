@@ -128,11 +128,8 @@ def make(state, row, prepared, validation_sha256, assessed):
     workers = [name for name in told.get("indexes") or {} if name.startswith("worker")]
     if "indexes" in told and len(workers) < 2:
         told["split"] = "none"
-    counted = {
-        name: upload["num_examples"]
-        for name, upload in state.counted.items()
-        if upload["round"] == row["round"]
-    }
+    # of each client's last round: who misses this one trained the model all the same
+    counted = {name: upload["num_examples"] for name, upload in state.counted.items()}
     size = state.image_size
     picture = KINDS_OF_PICTURES.get(told["preprocessing"], "a picture of an unknown kind")
     return {
@@ -195,8 +192,8 @@ def round_of(card):
     """The entry of `by_round` for the round that a card is of."""
     measured = {"round": card["round"]}
     for task, entry in card["tasks"].items():
-        values = {name: entry["measured"][name][0] for name in ROUND_METRICS}
-        measured[task] = {"threshold": entry["threshold"], **values}
+        values = {name: entry["measured"][name][0] for name in shown_of(entry)}
+        measured[task] = {**dict.fromkeys(ROUND_METRICS), **values, "threshold": entry["threshold"]}
     return measured
 
 
@@ -330,10 +327,15 @@ def summary(card, task=TASK):
     if card["num_nan"]:
         return f"no model: {card['warning']}"
     measured = card["tasks"][task]["measured"]
-    shown = ["auc"] if card["tasks"][task]["threshold"] is None else ROUND_METRICS
+    shown = shown_of(card["tasks"][task])
     numbers = [f"{name.replace('auc', 'AUC')} {number(measured[name][0])}" for name in shown]
     patients = card["num_reporting_patients"]
     return f"{'  '.join(numbers)}  for {task}, of {patients} patients"
+
+
+def shown_of(entry):
+    """Those of ROUND_METRICS that are told of a round: without a threshold the AUC alone."""
+    return ["auc"] if entry["threshold"] is None else ROUND_METRICS
 
 
 def used_threshold(card, task):

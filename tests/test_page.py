@@ -44,6 +44,7 @@ def card_of(prepared, round_number, assessed):
     state = SimpleNamespace(arch="drcnn", image_size=32, run="run0", rounds=2, seed=0)
     state.weights, state.weights_sha256 = "none", "0" * 64
     state.counted = {"client001": {"round": round_number, "num_examples": 10}}
+    state.counted["client002"] = {"round": 1, "num_examples": 7}  # and missed the last
     row = {"round": round_number, "clients": 3, "num_examples": 60}
     return cards.make(state, row, prepared, "1" * 64, assessed)
 
@@ -119,6 +120,21 @@ def test_the_best_round_is_used_only_where_it_is_shown_to_be_better(
     page = Page(run)
     assert page.card["round"] == used
     assert [row["round"] for row, *_ in page.rounds()] == [1, 2]
+
+
+def test_a_hospital_that_missed_the_last_round_is_one_of_the_federation(pictures):
+    """The model was trained on its images, too: report.py compares all that its card names."""
+    text = text_of(Page(run_of()).html())
+    assert "the federation of 2 hospitals, round 2 of 2" in text
+    assert "client001 (screening <centre>): 10 images, client002: 7 images" in text
+
+
+def test_of_a_round_without_a_threshold_the_auc_alone_is_told():
+    """On the page and by the launcher, as in the log: 0.5 was chosen by nobody."""
+    card = run_of(federated=-2).federated.card
+    assert card["tasks"][TASK]["threshold"] is None and "sensitivity" not in cards.summary(card)
+    told = card["by_round"][-1][TASK]
+    assert told["auc"] is not None and told["sensitivity"] is told["specificity"] is None
 
 
 def test_a_hospital_that_clients_share_is_called_by_its_own_name():
