@@ -338,7 +338,8 @@ def write_csv(path, results, threshold, sha256):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for result in results:
-        numbers = ["" if each is None else f"{each:.6g}" for each in (result.score, threshold)]
+        # all digits: a verdict of these two cells is that of the third
+        numbers = ["" if each is None else str(each) for each in (result.score, threshold)]
         cells = (result.path, *numbers, result.verdict, sha256, result.reason)
         writer.writerow(map(plain_cell, cells))
     files.publish_text(path, "\ufeff" + text.getvalue())

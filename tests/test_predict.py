@@ -175,6 +175,15 @@ def test_csv_is_one_for_a_spreadsheet(score, folder, project, tmp_path, capsys):
     assert "none/scores.csv cannot be written" in capsys.readouterr().err
 
 
+def test_a_verdict_in_the_csv_follows_from_its_numbers(score, folder, tmp_path):
+    """Scores of a network that was trained on few photographs lie close to 1."""
+    table = tmp_path / "scores.csv"
+    close_to_1 = {"threshold": 1 - 1e-7, "calibration": [1, 20]}
+    score("graham", "--csv", table, folder / "a_left.jpg", **close_to_1)
+    [row] = csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines())
+    assert row["verdict"] == "referable DR" and float(row["score"]) > float(row["threshold"])
+
+
 # --- photographs that are graded already ----------------------------------------------------------
 
 
