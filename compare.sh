@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Is federation worth it? As run_local.sh, and beside it one model of all images in one place.
-exec "$(dirname "$0")/run_local.sh" --central "$@"
+exec bash "$(dirname "$0")/run_local.sh" --central "$@"

@@ -56,7 +56,8 @@ if [ ! -e "$dir/ca.key" ]; then
         fail 1 "$dir holds certificates, but not the CA's key: choose another DIR"
     openssl req -x509 $new_key -keyout "$dir/ca.key" -out "$dir/ca.pem" -days $((10 * days)) -sha256 \
         -subj "/CN=private CA of $host" -addext basicConstraints=critical,CA:TRUE \
-        -addext keyUsage=critical,keyCertSign 2> /dev/null
+        -addext keyUsage=critical,keyCertSign 2> /dev/null ||
+        fail 1 "openssl could not make $dir/ca.pem"
 fi
 if [ ! -e "$dir/server.pem" ]; then
     if [[ $host =~ ^[0-9.]+$ || $host == *:* ]]; then

@@ -8,6 +8,10 @@ trap 'exit 130' INT # of set-up too: one of its processes may take Ctrl-C for it
 if [ -z "$PYTHON" ]; then
     (cd "$here" && bash setup.sh) || exit
     PYTHON=$here/.venv/bin/python
+    unset PYTHONHOME # as in setup.sh
 fi
 # Ctrl-C waits until launch.py can answer it: while Python starts it would be a traceback.
-exec env --block-signal=INT "$PYTHON" "$here/launch.py" "$@"
+# Not every env can make it wait: coreutils before 8.31 (RHEL 8, Ubuntu 20.04), Ubuntu 25.10.
+waits="env --block-signal=INT"
+$waits true 2> /dev/null || waits=
+exec $waits "$PYTHON" "$here/launch.py" "$@"

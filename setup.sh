@@ -5,6 +5,7 @@
 # Other scripts source it; afterwards $python is the interpreter in .venv.
 
 python=.venv/bin/python
+unset PYTHONHOME # of another Python: with it, .venv's has no packages, or does not start
 # Otherwise Ctrl-C that ends a check in here would be an answer: .venv is broken, so away with it.
 trap 'exit 130' INT
 
@@ -24,18 +25,23 @@ what_is_wanted() {
     echo "$($python -V 2>&1), $(cat "$@" | cksum)"
 }
 
+can_make_venv() {
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        setup_fail "python3 is $(python3 -V 2>&1); expected Python 3.11 or later"
+}
+
 set_up() {
     local stamp
     if [ -e .venv ] || [ -L .venv ]; then
         $python -c "" 2> /dev/null && venv_is_in_place || {
+            can_make_venv # asked first: where memory is short no Python starts, and .venv is whole
             echo "setup: .venv was moved, or its Python is gone: making it again"
             rm -rf .venv
         }
     fi
     stamp=.venv/.installed-$(echo "$*" | cksum | cut -d' ' -f1)
     [ "$(cat "$stamp" 2> /dev/null)" != "$(what_is_wanted "$@")" ] || return 0
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        setup_fail "python3 is $(python3 -V 2>&1); expected Python 3.11 or later"
+    can_make_venv
     echo "setup: installing $* into .venv (a minute or two)"
     $python -m pip --version > /dev/null 2>&1 || python3 -m venv .venv ||
         setup_fail "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"

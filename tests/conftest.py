@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -396,14 +397,21 @@ def processes_in(folder):
     return found
 
 
+def project_files(*patterns):
+    """Names of the project's files, as they are in git, or would be: a ZIP of it has no .git."""
+    with tempfile.TemporaryDirectory() as empty:
+        git = ["git", f"--git-dir={empty}/.git", "--work-tree=."]
+        subprocess.run([*git, "init", "--quiet"], cwd=ROOT, check=True)
+        command = [*git, "ls-files", "--others", "--exclude-standard", *patterns]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
+
+
 def copy_of(folder):
-    """The project in a folder of its own, as it is in git, or would be. Returns the folder."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in filter(None, listed.stdout.split("\n")):
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+    """The project in a folder of its own. Returns the folder."""
+    for name in project_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 

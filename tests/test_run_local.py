@@ -192,6 +192,21 @@ def test_wrong_usage_is_one_line_before_any_image_is_made(copied):
     assert re.fullmatch(r".*--colour red; ./run_local.sh --help names the flags\n", shown.stderr)
 
 
+def test_another_env_another_pythons_home_and_a_zip_without_executable_bits(copied, tmp_path):
+    old_env = tmp_path / "bin" / "env"
+    old_env.parent.mkdir()
+    old_env.write_text("#!/bin/sh\nexit 125\n")  # as one that knows no --block-signal
+    old_env.chmod(0o755)
+    (copied / ".venv").symlink_to(sys.prefix)
+    (copied / "setup.sh").write_text("")
+    (copied / "run_local.sh").chmod(0o644)
+    environment = {**os.environ, "PATH": f"{old_env.parent}:{os.environ['PATH']}"}
+    environment |= {"PYTHON": "", "PYTHONHOME": "/nowhere"}
+    command = ["bash", "compare.sh", "--colour", "red"]
+    shown = subprocess.run(command, cwd=copied, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 2 and "unrecognized arguments: --colour red" in shown.stderr
+
+
 @pytest.mark.parametrize("folder", [".", "server"])
 def test_a_folder_in_use_is_told(folder, copied):
     with files.alone_in(copied / folder):

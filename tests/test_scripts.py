@@ -9,7 +9,7 @@ import sys
 from collections import defaultdict
 
 import pytest
-from conftest import ROOT, start_server
+from conftest import ROOT, project_files, start_server
 
 
 def run(*command, cwd=ROOT, **options):
@@ -29,7 +29,7 @@ finally:
 
 def test_every_flag_in_a_documents_command_exists_and_help_comes_without_tensorflow():
     named = defaultdict(set)  # the flags in the commands of the documents, by script
-    for document in run("git", "ls-files", "*.md").stdout.split():
+    for document in project_files("*.md"):
         for line in re.split(r"[\n`|]", (ROOT / document).read_text().replace("\\\n", " ")):
             command = line.partition(" #")[0]
             if found := re.search(r"(?:python3? |\./)((?:\w+/)*\w+\.(?:py|sh))\b(.*)", command):
@@ -45,7 +45,7 @@ def test_every_flag_in_a_documents_command_exists_and_help_comes_without_tensorf
 def test_the_readme_names_every_file():
     """Every entry of the root explains itself by its line in the README."""
     readme = (ROOT / "README.md").read_text()
-    listed = run("git", "ls-files").stdout.splitlines()
+    listed = project_files()
     assert {"LICENSE", "requirements.txt"} <= set(listed)
     names = {name.partition("/")[0] + "/" for name in listed if "/" in name}
     names |= {name for name in listed if re.fullmatch(r"\w+\.(py|sh|md|txt)|LICENSE", name)}
@@ -77,7 +77,7 @@ def test_test_sh_takes_pytests_words_and_slow(tmp_path):
 
 def test_slow_is_the_tests_marked_slow_and_no_others():
     files = ["tests/test_files.py", "tests/test_setup.py"]  # none is slow, all are
-    for flags, chosen in ([], "4 deselected / 3 selected"), (["--slow"], "3 deselected / 4 sel"):
+    for flags, chosen in ([], "5 deselected / 3 selected"), (["--slow"], "3 deselected / 5 sel"):
         shown = run(sys.executable, "-m", "pytest", "--collect-only", *files, *flags)
         assert chosen in shown.stdout, shown.stdout
 

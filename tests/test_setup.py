@@ -1,5 +1,6 @@
 """setup.sh makes .venv once, and again where it no longer works. Needs no network."""
 
+import os
 import shutil
 import subprocess
 
@@ -19,9 +20,14 @@ def project(tmp_path):
     return tmp_path
 
 
-def set_up(folder):
+def set_up(folder, **options):
     return subprocess.run(
-        ["bash", "setup.sh"], cwd=folder, capture_output=True, text=True, start_new_session=True
+        ["bash", "setup.sh"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        **options,
     )
 
 
@@ -79,6 +85,21 @@ def test_ctrl_c_during_the_check_leaves_venv_as_it_is(project):
     shown = set_up(project)
     assert shown.returncode == 130 and shown.stdout == ""
     assert python.read_text() == INTERRUPTED
+
+
+def test_where_no_python_starts_venv_stays(project, tmp_path):
+    """For want of memory, say; and the home of another Python is not asked for."""
+    said(project)
+    assert set_up(project, env={**os.environ, "PYTHONHOME": "/nowhere"}).stdout == ""
+    for python in (project / ".venv/bin/python", tmp_path / "bin/python3"):
+        python.parent.mkdir(exist_ok=True)
+        python.unlink(missing_ok=True)
+        python.write_text("#!/bin/sh\nexit 1\n")
+        python.chmod(0o755)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    shown = set_up(project, env={**os.environ, "PATH": path})
+    assert shown.returncode == 1 and "setup: error: python3 is " in shown.stderr
+    assert shown.stdout == "" and (project / ".venv/pyvenv.cfg").exists()
 
 
 def test_what_pip_refuses_is_a_sentence_and_tried_again(project):

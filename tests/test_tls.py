@@ -410,6 +410,13 @@ def test_make_certs_makes_what_is_not_there_and_writes_nothing_over(tmp_path):
     subprocess.run([*command, tmp_path / "server.pem", folder / "server.pem"], check=True)
 
 
+def test_an_openssl_that_does_not_work_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "own.cnf").write_text("[[")
+    monkeypatch.setenv("OPENSSL_CONF", str(tmp_path / "own.cnf"))
+    made = make_certs(tmp_path / "certs", "localhost", "client001")
+    assert made.returncode == 1 and "openssl could not make" in made.stderr
+
+
 @pytest.mark.parametrize("wrong", ["", "host ../x", "192.0.2.7:50051 client003", "host server"])
 def test_make_certs_refuses(tmp_path, wrong):
     assert make_certs(tmp_path / "certs", *wrong.split()).returncode == 2
