@@ -185,7 +185,7 @@ def ClientgetWeight(stub, site):
         is_result = task["round"] > task["rounds"]
         path = site.result_path if is_result else site.weights_path
         with files.replacing(path) as written:
-            sha256 = weights.spool(call, written, MAX_WEIGHTS_BYTES)
+            sha256 = weights.spool(site.reporter.moving(call), written, MAX_WEIGHTS_BYTES)
             announced = initial_metadata.get("fedml-sha256", sha256)
             if announced != sha256:
                 raise ValueError(
@@ -418,7 +418,7 @@ def upload_of(site):
         request_metadata = ()
 
     def noting_the_end():
-        yield from messages
+        yield from site.reporter.moving(messages)
         site.sent = True
 
     return noting_the_end(), request_metadata
@@ -667,7 +667,8 @@ def keep_trying(attempt, site):
             # Certificates that are being renewed; the process that reads the first file was killed;
             # a server that is deaf, but may have answered until a minute ago.
             reason = str(error)
-            was_served = site.reporter.answered_at - started > SERVED_S
+            was_long = site.reporter.answered_at - started > SERVED_S
+            was_served = was_long and isinstance(error, ConnectionError)
 
         now = time.monotonic()
         if away_since is None or was_served:
@@ -785,6 +786,15 @@ class ProgressReporter:
             raise
         finally:
             self.wait = None
+
+    def moving(self, messages):
+        """The same messages: a server that sends or takes one is there.
+
+        On a slow line a report may wait behind them for longer than TELL_TIMEOUT_S.
+        """
+        for message in messages:
+            self.answered_at = time.monotonic()
+            yield message
 
     def tell(self):
         """Tell the server where this client is. Returns whether it answered.

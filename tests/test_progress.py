@@ -5,6 +5,7 @@ server makes of it is test_service.py.
 """
 
 import csv
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from serving import serve
 
 import todoClient
 import todoServer
+from federation import weights
 from federation.rounds import Refused
 from reporting import card as cards
 from reporting import metrics
@@ -72,6 +74,34 @@ def test_a_client_that_waits_says_for_what(served, client_main, often, monkeypat
 
     run.evaluate = evaluated
     assert client_main("--server", address)[0] == 0
+
+
+def test_a_transfer_that_moves_is_not_ended_though_no_report_is_answered(
+    request, client_main, often, monkeypatch
+):
+    """On a slow line the reports wait behind it."""
+    now, reports, messages_of = [0.0], [], weights.blob_messages
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
+
+    def not_answered(*_):
+        reports.append(now[0])
+        raise Refused("UNAVAILABLE", "it comes too late")
+
+    def slowly(*file_and_client):
+        for message in messages_of(*file_and_client):
+            if len(file_and_client) > 1 or run.rounds.state.is_over:  # upload, or the result
+                now[0] += todoClient.UNANSWERED_S / 4
+                enough = len(reports) + 2
+                until(lambda: len(reports) >= enough, "the client has looked")  # noqa: B023
+            yield message
+
+    monkeypatch.setattr(todoServer.FedMLServicer, "tell", not_answered)
+    run, address = request.getfixturevalue("served")
+    monkeypatch.setattr(todoClient, "time", clock)
+    monkeypatch.setattr(weights, "blob_messages", slowly)
+    monkeypatch.setattr(weights, "BLOB_BYTES", 1000)
+    code, said = client_main("--server", address)
+    assert code == 0 and "it answered nothing" not in said, said
 
 
 def test_a_server_that_does_not_know_the_call_is_served_all_the_same(
