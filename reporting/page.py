@@ -399,18 +399,18 @@ class Page:
             f"{TASK}: a difference of {difference_text(bias)}. The expected calibration error is "
             f"{cards.number(self.card['tasks'][TASK]['calibration_error'])}."
         )
+        at_server = self.run.home and self.used.kind == "federated"
+        who = f"{'the server’s' if at_server else 'those'} patients who choose"
         if self.card["tasks"][TASK]["calibration"] is None:
             figures += (
                 " The scores are 1 − P(healthy), as the network says it, and not recalibrated: "
-                f"fewer than {metrics.FEWEST_PATIENTS} of those who choose have {TASK}, or do not "
-                "have it, or the scores do not rise with it."
+                f"fewer than {metrics.FEWEST_PATIENTS} of {who} have {TASK}, or do not have it, "
+                "or the scores do not rise with it."
             )
         else:
-            at_server = self.run.home and self.used.kind == "federated"
             figures += (
-                f" The scores were recalibrated on {'the server’s' if at_server else 'those'} "
-                f"patients who choose (Platt 1999): a score is the probability of {TASK} among "
-                "patients of whom as many have it as of them."
+                f" The scores were recalibrated on {who} (Platt 1999): a score is the probability "
+                f"of {TASK} among patients of whom as many have it as of them."
             )
         conclusion = "scores are on average neither too low nor too high"
         if bias.low > 0 or bias.high < 0:

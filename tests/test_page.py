@@ -178,7 +178,9 @@ def test_the_page_says_how_far_scores_are_probabilities():
     assert "too low to be read as probabilities" in Page(run).calibration()[1]
     few = run_of(grades=np.repeat([0, 2], 35))
     assert few.federated.card["tasks"][TASK]["calibration"] is None
-    assert "fewer than 20 of those who choose" in Page(few).calibration()[2]
+    assert "fewer than 20 of those patients who choose" in Page(few).calibration()[2]
+    few.home = "client001"  # of how many it has nobody says that
+    assert "fewer than 20 of the server’s patients who choose" in Page(few).calibration()[2]
 
 
 # --- the page -------------------------------------------------------------------------------------
