@@ -171,7 +171,8 @@ def measure_network(network, images, records):
     """{name: number} of COLUMNS: the AUC of all patients, the rest of those who do not choose."""
     p_healthy = model.predict(network, images)
     any_dr = metrics.assess(p_healthy, records)["tasks"][metrics.LEARNT]
-    at_threshold = {name: any_dr["measured"][name][0] for name in COLUMNS[1:4]}
+    # nan of None: of a model without a threshold, as in a first round
+    at_threshold = {name: np.float64(any_dr["measured"][name][0]) for name in COLUMNS[1:4]}
     return {
         "auc": metrics.auc(1 - p_healthy, data.healthy(records) == 0),
         **at_threshold,

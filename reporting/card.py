@@ -192,8 +192,8 @@ def round_of(card):
     """The entry of `by_round` for the round that a card is of."""
     measured = {"round": card["round"]}
     for task, entry in card["tasks"].items():
-        values = {name: entry["measured"][name][0] for name in shown_of(entry)}
-        measured[task] = {**dict.fromkeys(ROUND_METRICS), **values, "threshold": entry["threshold"]}
+        values = {name: entry["measured"][name][0] for name in ROUND_METRICS}
+        measured[task] = {"threshold": entry["threshold"], **values}
     return measured
 
 
@@ -327,15 +327,10 @@ def summary(card, task=TASK):
     if card["num_nan"]:
         return f"no model: {card['warning']}"
     measured = card["tasks"][task]["measured"]
-    shown = shown_of(card["tasks"][task])
+    shown = ["auc"] if card["tasks"][task]["threshold"] is None else ROUND_METRICS
     numbers = [f"{name.replace('auc', 'AUC')} {number(measured[name][0])}" for name in shown]
     patients = card["num_reporting_patients"]
     return f"{'  '.join(numbers)}  for {task}, of {patients} patients"
-
-
-def shown_of(entry):
-    """Those of ROUND_METRICS that are told of a round: without a threshold the AUC alone."""
-    return ["auc"] if entry["threshold"] is None else ROUND_METRICS
 
 
 def used_threshold(card, task):

@@ -261,6 +261,8 @@ def assess(p_healthy, records, chosen=None):
             score = recalibrated(p_healthy, calibration)
         at = 0.5 if threshold is None else threshold
         measured = measure(score[reports], positive[reports], patients[reports], at)
+        if threshold is None:  # it calls nobody: the score alone is measured
+            measured = {**dict.fromkeys(MEASURED, NOT_MEASURED), "auc": measured["auc"]}
         tasks[task] = {
             "calibration": calibration,
             "threshold": threshold,  # as it is: scores can lie very close together
@@ -335,6 +337,9 @@ class Measured(NamedTuple):
     high: float
 
 
+NOT_MEASURED = Measured(float("nan"), *NO_INTERVAL)
+
+
 def measure(score, positive, patients, threshold=0.5):
     """{name: Measured} of one task at one threshold, with a bootstrap over patients.
 
@@ -344,7 +349,7 @@ def measure(score, positive, patients, threshold=0.5):
     then Wilson's, or Newcombe's for the AUC, with the number of patients.
     """
     if not len(score):
-        return dict.fromkeys(MEASURED, Measured(float("nan"), *NO_INTERVAL))
+        return dict.fromkeys(MEASURED, NOT_MEASURED)
     patients = np.array(patients, str)
     num_positive = len(set(patients[positive]))
     num_negative = len(set(patients[~positive]))
@@ -484,7 +489,7 @@ def paired(difference, patients, num_patients):
     `num_patients`.
     """
     if not len(patients):
-        return Measured(float("nan"), *NO_INTERVAL)
+        return NOT_MEASURED
     [found] = bootstrap(lambda weights: difference(weights)[None], patients)
     if found.low != found.high:
         return found

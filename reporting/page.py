@@ -367,13 +367,17 @@ class Page:
                 if not positive.any() or positive.all():  # there is no ROC curve of one class
                     continue
                 _, false_rate, found_rate = metrics.roc(score, positive)
-                axes.plot(false_rate, found_rate, **{**style, "marker": ""})
+                threshold = self.card["tasks"][task]["threshold"]
+                name = task if threshold is None else None  # else the point has it
+                axes.plot(false_rate, found_rate, **{**style, "marker": "", "label": name})
+                if threshold is None:
+                    continue
                 measured = self.card["tasks"][task]["measured"]
                 axes.plot(
                     1 - measured["specificity"][0],
                     measured["sensitivity"][0],
                     **style,
-                    label=f"{task}, called at {cards.used_threshold(self.card, task):.3f}",
+                    label=f"{task}, called at {threshold:.3f}",
                 )
             axes.set(xlabel="1 − specificity (false alarms)", ylabel="sensitivity (found)")
             if axes.get_legend_handles_labels()[0]:  # of nothing matplotlib warns on the terminal

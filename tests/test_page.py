@@ -129,12 +129,14 @@ def test_a_hospital_that_missed_the_last_round_is_one_of_the_federation(pictures
     assert "client001 (screening <centre>): 10 images, client002: 7 images" in text
 
 
-def test_of_a_round_without_a_threshold_the_auc_alone_is_told():
-    """On the page and by the launcher, as in the log: 0.5 was chosen by nobody."""
-    card = run_of(federated=-2).federated.card
+def test_without_a_threshold_the_auc_alone_is_measured(pictures):
+    """0.5 was chosen by nobody: the round's line, the launcher and the page say one thing."""
+    run = run_of(federated=-2)
+    card = run.federated.card
     assert card["tasks"][TASK]["threshold"] is None and "sensitivity" not in cards.summary(card)
     told = card["by_round"][-1][TASK]
     assert told["auc"] is not None and told["sensitivity"] is told["specificity"] is None
+    assert re.search(r" federated 0\.\d+ [^a-z]+to [^a-z]+not measured", text_of(Page(run).html()))
 
 
 def test_a_hospital_that_clients_share_is_called_by_its_own_name():
