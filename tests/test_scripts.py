@@ -64,6 +64,17 @@ def test_every_package_that_is_imported_stands_in_requirements():
     assert wanted <= set(re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.M))
 
 
+def test_a_clone_of_git_for_windows_runs_in_wsl(tmp_path):
+    for name in (".gitattributes", "run_local.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    script = tmp_path / "run_local.sh"
+    for command in ("init --quiet", "config core.autocrlf true", "add .", "checkout-index --all"):
+        run("git", *command.split(), cwd=tmp_path, check=True)
+        if command == "add .":
+            script.unlink()
+    assert b"\r" not in script.read_bytes()
+
+
 def test_test_sh_takes_pytests_words_and_slow(tmp_path):
     shutil.copy(ROOT / "test.sh", tmp_path)
     (tmp_path / "setup.sh").write_text("python=echo")
