@@ -206,7 +206,7 @@ class Page:
                     axes.plot(*zip(*points, strict=True), **style)
                     ends.append((points[-1][1], model.name, style["color"]))
                     last_round = max(last_round, points[-1][0])
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axes.set(xlabel="round", ylabel=f"AUC for {TASK}", xlim=(0.7, last_round + 0.3))
             axes.set_ylim(top=1.01)
             axes.set_yticks([tick for tick in axes.get_yticks() if axes.get_ylim()[0] < tick <= 1])

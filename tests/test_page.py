@@ -129,6 +129,13 @@ def test_a_hospital_that_missed_the_last_round_is_one_of_the_federation(pictures
     assert "client001 (screening <centre>): 10 images, client002: 7 images" in text
 
 
+def test_a_run_of_one_round_has_no_round_1_1():
+    run = run_of()
+    for each in (run.federated, *run.others):
+        each.card["by_round"] = each.card["by_round"][:1]
+    assert ">1</text>" in Page(run).auc_by_round() and ">1.1</text>" not in Page(run).auc_by_round()
+
+
 def test_without_a_threshold_the_auc_alone_is_measured(pictures):
     """0.5 was chosen by nobody: the round's line, the launcher and the page say one thing."""
     run = run_of(federated=-2)
