@@ -39,6 +39,7 @@ NEWTON_STEPS = 25
 CALIBRATION_GROUPS = 5
 Z = 1.96  # the normal distribution's quantile of a 95 % interval
 NO_INTERVAL = (float("nan"), float("nan"))
+NO_WIDTH = 1e-9  # draws that agree differ by rounding: an area of 1 may be 0.9999999999999999
 RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 50  # bounds the memory: 50 x 10,000 images are 4 MB an array
 
@@ -356,7 +357,7 @@ def measure(score, positive, patients, threshold=0.5):
     measured = {}
     found = bootstrap(partial(weighted_metrics, score, positive, threshold), patients)
     for name, each in zip(MEASURED, found, strict=True):
-        if each.low == each.high:
+        if each.high - each.low < NO_WIDTH:
             ends = exact_interval(name, each.value, num_positive, num_negative, len(set(patients)))
             each = Measured(each.value, *ends)
         measured[name] = each
@@ -491,7 +492,7 @@ def paired(difference, patients, num_patients):
     if not len(patients):
         return NOT_MEASURED
     [found] = bootstrap(lambda weights: difference(weights)[None], patients)
-    if found.low != found.high:
+    if not found.high - found.low < NO_WIDTH:  # or it is nan
         return found
     _, unseen = wilson(0, num_patients)
     return Measured(found.value, max(-1.0, found.value - unseen), min(1.0, found.value + unseen))

@@ -97,6 +97,14 @@ def test_an_interval_keeps_its_width_where_every_draw_agrees():
     assert found == (0, -unseen, unseen)
 
 
+def test_an_area_of_1_keeps_its_interval_where_it_is_rounded():
+    """Of 4 and 6 images that are told apart some draws have an area of 0.9999999999999999."""
+    positive = np.repeat([True, False], [4, 6])
+    score = np.concatenate([np.linspace(0.6, 0.9, 4), np.linspace(0.1, 0.4, 6)])
+    measured = metrics.measure(score, positive, names(10))["auc"]
+    assert measured.value == pytest.approx(1) and measured.low < 0.9
+
+
 def test_the_difference_of_two_models_at_the_same_specificity():
     """By its definition; of 40 samples most intervals hold the truth, narrow as they are paired."""
     good, poor, ill = two_models(9, 200_000)
