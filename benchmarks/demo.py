@@ -53,7 +53,11 @@ def print_table(clone):
     for name, path in cards.items():
         measured = json.loads(path.read_text())["tasks"]["referable DR"]["measured"]
         cells = [measured[metric] for metric in ("auc", "sensitivity", "specificity")]
-        words = [f"{value:.3f} ({low:.2f} to {high:.2f})" for value, low, high in cells]
+        # a model without a threshold has no sensitivity
+        words = [
+            "not measured" if value is None else f"{value:.3f} ({low:.2f} to {high:.2f})"
+            for value, low, high in cells
+        ]
         print(f"| {name} | {' | '.join(words)} |")
 
 

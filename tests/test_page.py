@@ -143,7 +143,9 @@ def test_without_a_threshold_the_auc_alone_is_measured(pictures):
     assert card["tasks"][TASK]["threshold"] is None and "sensitivity" not in cards.summary(card)
     told = card["by_round"][-1][TASK]
     assert told["auc"] is not None and told["sensitivity"] is told["specificity"] is None
-    assert re.search(r" federated 0\.\d+ [^a-z]+to [^a-z]+not measured", text_of(Page(run).html()))
+    text = text_of(Page(run).html())
+    assert re.search(r" federated 0\.\d+ [^a-z]+to [^a-z]+not measured", text)
+    assert "federated has no threshold" in text
 
 
 def test_a_hospital_that_clients_share_is_called_by_its_own_name():
