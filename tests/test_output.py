@@ -103,7 +103,10 @@ def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start, running, the
     os.close(own_end)
     said = b""
     while b"round 1/1: epoch 3/3, step" not in said:
-        said += os.read(terminal, 1 << 12)
+        try:
+            said += os.read(terminal, 1 << 12)
+        except OSError:  # the client has ended
+            pytest.fail(f"{client.wait(DEADLINE_S)}: {said.decode(errors='replace')}")
     if then == "stands still":
         os.write(terminal, XOFF)
     if then == "goes away":
