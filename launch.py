@@ -151,15 +151,15 @@ def path_from_here(text):
 
 def parse(words):
     """{flag's name: value} of what the user says, and of what follows from it."""
-    given = vars(all_flags().parse_args(words))
+    parser = all_flags()
+    given = vars(parser.parse_args(words))
     if "index_from" not in given and given.get("dataset", "synthetic") == "synthetic":
         given.setdefault("epochs", SYNTHETIC_EPOCHS)
     for script in ("prepare.py", "todoServer.py"):  # refused before any work
         SCRIPTS[script].parse(words_for(script, given))
     if given.get("val_part") in (0, 1):
-        refuse(
-            None,
-            "--val-part 0 or 1 is of one hospital or of a server: here some train, some validate",
+        parser.error(
+            "--val-part 0 or 1 is of one hospital or of a server: here some train, some validate"
         )
     return given
 
