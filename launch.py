@@ -258,8 +258,8 @@ def run(processes, given):
     if code := prepare_images(given, is_new=state is None):
         return code
     if state is None:
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        LOG.write_text(f"{now} {WHO}: {TRAINED_WITH}{training_words(given)}\n", encoding="utf-8")
+        with open(LOG, "w", encoding="utf-8") as file:
+            log.write_line(file, f"{WHO}: {TRAINED_WITH}{training_words(given)}")
     names = names_of_clients()
     done = len(state.history) if state else 0
     resumed = f", of which {done} rounds are done" if done else ""

@@ -24,12 +24,12 @@ FLUSH_S = 1
 
 def say(who, line):
     """Say one line on stdout: `who` is the script, or the client's name."""
-    _write_line(sys.stdout, f"{who}: {line}")
+    write_line(sys.stdout, f"{who}: {line}")
 
 
 def warn(who, line):
     """Say one line on stderr, so that stdout keeps to results."""
-    _write_line(sys.stderr, f"{who}: {line}")
+    write_line(sys.stderr, f"{who}: {line}")
 
 
 def fail(who, sentence, code=1):
@@ -39,7 +39,8 @@ def fail(who, sentence, code=1):
     return code
 
 
-def _write_line(file, line):
+def write_line(file, line):
+    """Write one line with date and time into a text file, as all lines are."""
     # What others write stays text: no line of theirs moves the cursor, or looks like ours.
     file.write(_escaped(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}") + "\n")
     file.flush()
