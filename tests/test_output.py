@@ -97,8 +97,6 @@ def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start, running, the
         [*command, "--epochs", "3"],
         **{"cwd": site, "stdout": own_end, "stderr": own_end},
         env={**os.environ, "TERM": "xterm"},
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     os.close(own_end)
     said = b""
