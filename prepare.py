@@ -97,6 +97,7 @@ def prepare(args):
         for photo in readable
         if photo.name in doubts
     ]
+    tell_held_out_anew(records.get("val_set", []))
     clear_index()
     hospitals = hospitals_of(sets)
     write_index(args, records, doubtful, hospitals)
@@ -511,6 +512,27 @@ def records_of(chosen, folder, patients):
 
 
 # --- what is written -----------------------------------------------------------------------------
+
+
+def tell_held_out_anew(held_out):
+    """Warn of images that the index which is replaced gave to training.
+
+    New photographs or corrected grades give another draw. The model of a run that goes on has then
+    seen some of the images that it is scored on.
+    """
+    path = INDEX / "train_set.pkl"
+    try:
+        trained_on = {record["dir"] for record in data.read_index(path)} if path.exists() else set()
+    except ValueError:  # not one of ours: nothing was trained on it
+        return
+    known = sum(record["dir"] in trained_on for record in held_out)
+    if known:
+        warn(
+            "prepare.py",
+            f"{known:,} of the {len(held_out):,} images held out now were trained on with the "
+            "index before: a run that goes on knows them, and its scores on them are too good; "
+            "begin a new run, or keep everybody's part in a column of the table (--part-column)",
+        )
 
 
 def clear_index():

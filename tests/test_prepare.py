@@ -241,6 +241,19 @@ def test_a_photograph_that_was_exported_again_or_in_colour_is_another_picture(ph
     assert made()["preprocessing"] == "colour"
 
 
+def test_who_is_held_out_now_and_was_trained_on_before_is_said(photographs, capsys):
+    choices = photographs()
+    for _ in range(2):  # the same draw holds out the same
+        prepare.main(choices)
+    assert "trained on" not in capsys.readouterr().err
+    trained_on = {record["dir"] for record in indexes()["train_set"]}
+    prepare.main(photographs(label="4"))
+    known = [record for record in indexes()["val_set"] if record["dir"] in trained_on]
+    assert known
+    said = f"{len(known)} of the {sizes()['val_set']} images held out now were trained on"
+    assert said in capsys.readouterr().err
+
+
 def test_copies_of_a_photograph_may_not_have_two_grades(photographs, capsys):
     choices = photographs(patient="{0}")
     source = photographs.source
