@@ -375,9 +375,10 @@ def ClientsendWeight(stub, site):
     title = f"round {state['round']}/{state['rounds']}"
     scores = state["trained"].get("scores")
     site.reporter.at(state, "waiting", scores)
-    if scores and not site.reporter.tell():
+    if scores and (error := site.reporter.tell()):
         # A server that starts at this moment would count the upload without what was measured.
-        raise ConnectionError("the server does not answer")
+        is_call = isinstance(error, grpc.RpcError)
+        raise ConnectionError(why_it_failed(error, site.arguments) if is_call else str(error))
     messages, request_metadata = upload_of(site)
     call = stub.sendWeight.future(messages, metadata=request_metadata)
     try:
@@ -797,27 +798,27 @@ class ProgressReporter:
             yield message
 
     def tell(self):
-        """Tell the server where this client is. Returns whether it answered.
+        """Tell the server where this client is. Returns what went wrong, None where it answered.
 
         On a connection of its own each time: routers and proxies drop silent ones. One at a time:
         the server ends a client's older report for a newer one.
         """
         status = self.status  # once: it may change here
         if status is None:
-            return True
+            return None
         try:
             with self.telling, connect(self.site) as channel:
                 stub = todo_pb2_grpc.FedMLStub(channel)
                 metadata = (("fedml-client", self.site.name),)
                 self.answer = stub.tell(status, metadata=metadata, timeout=TELL_TIMEOUT_S)
-        except (tls.FilesNotReady, RuntimeError):  # the second: no thread to be had
-            return False
+        except (tls.FilesNotReady, RuntimeError) as error:  # the second: no thread to be had
+            return error
         except grpc.RpcError as error:
             # A server that refuses, or is of another commit and knows no `tell`, answers, too.
             if error.code() in UNANSWERED:
-                return False
+                return error
         self.answered_at = time.monotonic()
-        return True
+        return None
 
     def _run(self):
         said_at = 0

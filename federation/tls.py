@@ -34,7 +34,8 @@ OWN_FAULTS = {
 # How gRPC begins what it says itself about a call; anything else is the server's own sentence.
 SAID_BY_A_PROXY = "Received http2 header"  # an answer came, and not from the server
 SAID_BY_GRPC = re.compile(
-    "failed to connect|connections to all|errors resolving|DNS resolution|" + SAID_BY_A_PROXY
+    "failed to connect|connections to all|errors resolving|DNS resolution|Deadline Exceeded|"
+    + SAID_BY_A_PROXY
 )
 # What it says (grpcio 1.81 to 1.85), what that means, and whether trying again may help: not where
 # somebody has to change flags or files, or a setting of a proxy, before this client can be served.
@@ -121,7 +122,7 @@ FAILURES = [
     ("Failed parsing HTTP/2", "who answers there is no gRPC server: is the port right?", True),
     ("resolving|DNS", "its name is not known here", True),
     (
-        r"handshaker shutdown|connect\(\) timed out",
+        r"handshaker shutdown|connect\(\) timed out|Deadline Exceeded",
         "nothing comes back from there: does a firewall drop it?",
         True,
     ),

@@ -90,12 +90,38 @@ def test_a_fault_of_the_clients_own_machine_is_tried_again(client_main, served, 
     assert code == 0 and "it was killed" in said
 
 
-def test_an_upload_waits_until_what_was_measured_is_told():
-    """A server that starts just then would count it without."""
-    reporter = SimpleNamespace(at=lambda *_: None, tell=lambda: False)
+class Unavailable(grpc.RpcError):
+    def __init__(self, details="Socket closed"):
+        self.details = lambda: details
+
+    def code(self):
+        return grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("details", "error", "words"),
+    [
+        (
+            "failed to connect to remote host: Connection refused",
+            ConnectionError,
+            "no server answers there yet",
+        ),
+        ("Deadline Exceeded", ConnectionError, "nothing comes back from there"),
+        (
+            "failed to connect: unable to get local issuer certificate",
+            ValueError,
+            "did not sign it",
+        ),
+    ],
+)
+def test_an_upload_waits_until_what_was_measured_is_told(details, error, words):
+    """A server that starts just then would count it without. Why it is away is said as ever."""
+    reporter = SimpleNamespace(at=lambda *_: None, tell=lambda: Unavailable(details))
     state = {"run": "r", "round": 1, "rounds": 1, "trained": {"scores": {"auc": 0.9}}}
-    with pytest.raises(ConnectionError, match="the server does not answer"):
-        todoClient.ClientsendWeight(None, SimpleNamespace(state=state, reporter=reporter))
+    arguments = todoClient.parse(["--name", "client001"])
+    site = SimpleNamespace(state=state, reporter=reporter, arguments=arguments)
+    with pytest.raises(error, match=words):
+        todoClient.ClientsendWeight(None, site)
 
 
 # --- given up -------------------------------------------------------------------------------------
@@ -125,14 +151,6 @@ def test_who_gives_up_says_what_is_lost(
     server.stop(0)
     assert ended == code and words in said
     assert re.search(rf"has not served this client for 0 s \(({details}|a proxy before)", said)
-
-
-class Unavailable(grpc.RpcError):
-    def code(self):
-        return grpc.StatusCode.UNAVAILABLE
-
-    def details(self):
-        return "Socket closed"
 
 
 @pytest.mark.parametrize(
