@@ -259,8 +259,9 @@ def read_table(path):
     """
     if not path.exists():
         return []
-    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
     try:
+        # -sig: a spreadsheet that saved it has put a byte order mark before the first name
+        rows = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
         return [{name: cell_of(name, text) for name, text in row.items()} for row in rows]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no table of a run: {error}") from None

@@ -44,7 +44,7 @@ def main(grid, context):
             reply["client"]["name"]: {
                 "round": run.state.round,
                 "num_examples": reply["metrics"][weighted_by],
-                "sha256": None,  # no client's own weights are kept here
+                "file_sha256": None,  # no client's own weights are kept here
             }
             for reply in replies
         }

@@ -240,8 +240,13 @@ class Page:
         return best, sentences
 
     def screened(self):
-        """{"found": (value, low, high), ...} of 1,000 people; PPV and NPV without an interval."""
+        """{"found": (value, low, high), ...} of 1,000 people; PPV and NPV without an interval.
+
+        {} where a class is missing, as at a hospital whose few held-out patients are all without.
+        """
         measured = self.card["tasks"][TASK]["measured"]
+        if None in (measured["sensitivity"][0], measured["specificity"][0]):
+            return {}
         ends = zip(measured["sensitivity"], measured["specificity"], strict=True)
         people, low, high = (metrics.of_people(*rates, *SCREENED) for rates in ends)
         return {

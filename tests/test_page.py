@@ -273,6 +273,19 @@ def test_a_model_that_must_not_be_used_is_offered_no_threshold(pictures):
     assert "called where the score" not in text and "predict.py" not in text
 
 
+@pytest.mark.parametrize("grades", [np.repeat([0, 1], 20), np.repeat([2, 3], 20)])
+def test_a_hospital_of_one_class_has_a_page(pictures, grades):
+    """The thresholds came with the model, and of so few nothing is warned of."""
+    federated = run_of().federated
+    federated.p_healthy = answers(3, grades)
+    federated.card |= metrics.assess(
+        federated.p_healthy, records_of(grades), federated.card["tasks"]
+    )
+    federated.card["warning"] = ""
+    page = Page(Run(federated, records_of(grades), PREPARED, home="client001"))
+    assert "of 1,000 people is not measured" in text_of(page.html())
+
+
 def test_the_gallery_shows_the_worst_first(full):
     missed, alarms = full[0].galleries().values()
     threshold = full[0].threshold

@@ -193,6 +193,15 @@ def test_the_table_of_a_client_of_2020_does_not_hold_up_the_page(tmp_path):
     assert words.endswith(" --epochs 1")
 
 
+def test_a_table_that_a_spreadsheet_saved_is_read_or_named(tmp_path):
+    path = tmp_path / "clients.csv"
+    path.write_text("\ufeffround,client\n1,client001\n", encoding="utf-8")
+    assert report.read_table(path) == [{"round": 1, "client": "client001"}]
+    path.write_bytes("round,client\n1,Göteborg\n".encode("cp1252"))
+    with pytest.raises(ValueError, match="clients.csv is no table of a run"):
+        report.read_table(path)
+
+
 def test_weights_card_and_validation_set_belong_together(here, capsys):
     def refused(*flags):
         """The one sentence with which report.py ends."""
