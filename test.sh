@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests; words are pytest's, but for --slow.
-#   ./test.sh                                       the quick ones, within 5 minutes on 2 cores
-#   ./test.sh --slow                                the long ones, within 20 minutes
+#   ./test.sh                                       the quick ones, within 4 minutes on 2 cores
+#   ./test.sh --slow                                the long ones, within 15 minutes
 #   ./test.sh tests/test_rounds.py -k barrier       some of them
 cd "$(dirname "$0")"
 . ./setup.sh tests/requirements.txt

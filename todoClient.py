@@ -436,7 +436,7 @@ def finish(site, task):
         if card["warning"]:
             with_card += f"it must not be used: {card['warning']}"
         else:
-            with_card += f"predict.py --weights {site.result_path} scores photographs with it"
+            with_card += f"predict.py --weights {site.result_path} scores images with it"
     measured = {}
     if site.held_out:
         measured = site.training_for(task).scores(task, "the result", card)
