@@ -19,6 +19,7 @@ PREPROCESSINGS = ("graham", "colour")
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".dcm")
 REDUCED_TAG = 254  # of a page of a TIFF: 1 where it is another one's smaller copy
+BITS_TAG = 258  # of a TIFF: the bits of each channel
 # Sigma of the blur that makes the local average, as a part of the picture's width.
 GRAHAM_SIGMA = 10 / 224
 # A JPEG is decoded at a fraction of its size if its shorter side keeps this many times the
@@ -90,13 +91,16 @@ def decode(image, shortest_side=None):
         image.draft(None, (shortest_side, shortest_side))
     # How it lies in its file, "RGB", "RGB;16B" ...; Pillow says so only before it is loaded.
     sixteen_bits = image.tile and ";16" in str(image.tile[0].args)
+    if image.format == "TIFF" and max(image.tag_v2.get(BITS_TAG, (1,))) > 8 and not sixteen_bits:
+        # Of 16 bits in planes, a channel behind the other, Pillow takes each byte for a pixel.
+        raise Refused(
+            "has more than 16 bits a channel, or planes of 16: convert it to 8 bits first"
+        )
     image.load()
     reduced = image.width / width
     image = upright(image)
     if sixteen_bits:
         image = to_eight_bits(image)
-    elif image.mode.startswith(("I", "F")):
-        raise Refused("has more than 16 bits a channel: convert it to 8 bits first")
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")
         image = Image.alpha_composite(black, image.convert("RGBA"))

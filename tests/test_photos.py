@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 import pytest
 from eyes import eye
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, TiffImagePlugin
 from test_datasets import save_dicom
 
 from preparation import photos
@@ -27,6 +27,14 @@ def as_jpeg(**options):
 
 def plain(path, level, kind):
     Image.fromarray(np.full((9, 9), level, kind)).save(path)
+
+
+def planes(path):
+    """A TIFF of 9 x 9 pixels in three planes of 16 bits, one behind the other."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.update({256: 9, 257: 9, 258: (16, 16, 16), 259: 1, 262: 2, 277: 3, 278: 9, 284: 2})
+    tags.update({273: (1000, 1162, 1324), 279: (162, 162, 162)})  # where each lies, its length
+    path.write_bytes((b"II*\0\x08\0\0\0" + tags.tobytes(8)).ljust(1000) + bytes(486))
 
 
 def pixels(path):
@@ -49,6 +57,7 @@ def test_every_format_is_read_as_rgb(tmp_path, suffix):
     ("gif.png", lambda path: eye().save(path, format="GIF"), "cannot be read"),
     ("deep.png", lambda path: plain(path, 4_000, np.uint16), "16 bits a channel .* 4,095"),
     ("deep.tif", lambda path: plain(path, 40_000, np.float32), "more than 16 bits a channel"),
+    ("planes.tif", planes, "planes of 16"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said(tmp_path, name, make, words):
     make(tmp_path / name)
