@@ -10,6 +10,7 @@ import os
 # HDF5 locks the files that it opens, and a process that is started meanwhile holds the lock from
 # fork to exec: scripts switch that off, and so do tests, before h5py is imported.
 os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
+import pty
 import re
 import shutil
 import signal
@@ -359,7 +360,7 @@ class Started:
     def kill(self):
         """kill -9, for real."""
         self.process.kill()
-        return self.process.wait(10)
+        return self.process.wait(DEADLINE_S)
 
 
 @pytest.fixture
@@ -377,6 +378,28 @@ def start():
     yield begin
     for each in started:
         each.kill()
+
+
+@pytest.fixture
+def on_a_terminal():
+    """on_a_terminal(command, cwd=folder, NAME=value) -> (Popen, the end at which a person sits).
+
+    It leads a session, and does not outlive the test. No fork in this process: it has many threads.
+    """
+    started = []
+
+    def begin(command, cwd, **environment):
+        terminal, its_own = pty.openpty()
+        env = {**os.environ, "TERM": "xterm", **environment}
+        ends = {"stdin": its_own, "stdout": its_own, "stderr": its_own}
+        started.append(subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **ends))
+        os.close(its_own)
+        return started[-1], terminal
+
+    yield begin
+    for each in started:
+        each.kill()
+        each.wait()
 
 
 def start_server(start, cwd, *arguments, port=0, script="todoServer.py", **options):

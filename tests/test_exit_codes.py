@@ -75,12 +75,20 @@ def fedavg(*_, **__):
     raise OSError(28, "No space left on device", "server/server_weight.h5")
 weights.fedavg = fedavg
 """
+LIMIT_WHEN_ONE_HAS_DELIVERED = """
+from federation import rounds
+def wait(run, inner=rounds.Rounds._wait_for_clients):
+    run.changed.wait_for(lambda: run.uploads)
+    run.opened_at -= 60
+    inner(run)
+rounds.Rounds._wait_for_clients = wait
+"""
 
 
 @pytest.mark.parametrize(
     ("clients", "flags", "code", "status_code", "words"),
     [
-        (TWO, "--round-timeout 5 --min-clients 2", 3, "UNAVAILABLE", "1 of at least 2"),
+        (TWO, "--round-timeout 60 --min-clients 2", 3, "UNAVAILABLE", "1 of at least 2"),
         (TWO[:1], "", 1, "INTERNAL", "No space left on device: 'server/server_weight.h5'"),
     ],
 )
@@ -88,7 +96,7 @@ def test_a_server_that_cannot_close_its_round_tells_all_who_wait_and_keeps_its_s
     start, begun, clients, flags, code, status_code, words
 ):
     site = begun(clients)
-    script = holding(site, "todoServer", FULL_DISK)
+    script = holding(site, "todoServer", FULL_DISK, LIMIT_WHEN_ONE_HAS_DELIVERED)
     server, address = start_server(start, site, *flags.split(), script=script)
     found, sentence = refusal(deliver(address, site))
     assert found == status_code and words in sentence

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import pty
 import re
 import signal
 import socket
@@ -87,18 +86,12 @@ XOFF = b"\x13"  # Ctrl-S
 
 
 @pytest.mark.parametrize("then", ["is read", "stands still", "goes away", "Ctrl-C"])
-def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start, running, then):
+def test_on_a_terminal_a_bar_is_drawn_below_the_lines(begun, start, on_a_terminal, then):
     """A terminal that goes away or stands still holds no client; Ctrl-C gives the cursor back."""
     site = begun(clients=["client001"], rounds=1)
     server, address = start_server(start, site, script=holding(site, "todoServer"))
-    terminal, own_end = pty.openpty()
-    command = [holding(site, "todoClient", STEPS), "--name", "client001", "--server", address]
-    client = running(
-        [*command, "--epochs", "3"],
-        **{"cwd": site, "stdout": own_end, "stderr": own_end},
-        env={**os.environ, "TERM": "xterm"},
-    )
-    os.close(own_end)
+    command = [sys.executable, holding(site, "todoClient", STEPS), "--name", "client001"]
+    client, terminal = on_a_terminal([*command, "--server", address, "--epochs", "3"], site)
     said = b""
     while b"round 1/1: epoch 3/3, step" not in said:
         try:
@@ -171,8 +164,8 @@ def test_all_lines_are_written_before_the_end():
 
 def test_a_closed_output_is_no_other_file():
     """The next file that is opened would get its number, and the lines."""
-    ended = subprocess.run([sys.executable, "-c", SAYS_MANY], preexec_fn=lambda: os.close(1))
-    assert ended.returncode == 3
+    command = ["bash", "-c", 'exec "$@" >&-', "bash", sys.executable, "-c", SAYS_MANY]
+    assert subprocess.run(command).returncode == 3
 
 
 def test_a_file_name_that_is_no_text_is_said(tmp_path, start):

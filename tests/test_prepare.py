@@ -6,20 +6,18 @@ What test_cases.py's folders show of photographs is not tested again here.
 import json
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import until
+from conftest import ROOT, until
 from PIL import Image
 
 import data
 import prepare
 from preparation import overview, synthetic
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["--num-train", "24", "--num-val", "12", "--image-size", "32"]
 
 
@@ -190,24 +188,35 @@ def test_a_failure_leaves_the_old_index_or_one_that_is_not_complete(monkeypatch,
     assert prepare.main([*SMALL, "--seed", "1", "--check"]) == 10
 
 
-def test_stopped_at_any_instant_it_is_not_complete_and_goes_on(capfd):
-    argv = ["--num-train", "110", "--num-val", "10", "--image-size", "16"]
-    command = [sys.executable, str(ROOT / "prepare.py"), *argv]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+STANDS_STILL_AFTER_8 = f"""
+import itertools, runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from preparation import synthetic
+def draw(*arguments, inner=synthetic.draw, drawn=itertools.count(), **options):
+    if next(drawn) >= 8:
+        time.sleep(1000)
+    return inner(*arguments, **options)
+synthetic.draw = draw
+runpy.run_path({str(ROOT / "prepare.py")!r}, run_name='__main__')
+"""
+
+
+def test_stopped_at_any_instant_it_is_not_complete_and_goes_on(start, capfd):
+    script = Path("stands_still.py").absolute()
+    script.write_text(STANDS_STILL_AFTER_8)
+    process = start(script, *SMALL, cwd=Path.cwd())
 
     def finished():
         return list(Path("preprocessed").glob("*/[!.]*.png"))
 
-    until(lambda: len(finished()) >= 8 or process.poll() is not None, "it makes pictures")
-    process.send_signal(signal.SIGINT)
-    out = process.communicate(timeout=30)[0]
-    assert process.returncode == 130 and "Traceback" not in out
-    kept = len(finished())
-    assert 8 <= kept < 120 and not Path("index/prepared.json").exists()
+    until(lambda: len(finished()) == 8, lambda: f"it makes pictures: {process.output}")
+    process.signal(signal.SIGINT)
+    assert process.wait() == 130 and "Traceback" not in process.output
+    assert len(finished()) == 8 and not Path("index/prepared.json").exists()
     finished()[0].with_name(".half.1-0123abcd.tmp.png").touch()  # as SIGKILL leaves it
-    assert prepare.main(argv) == 0
-    assert f"{kept} pictures are there, {120 - kept} to make" in capfd.readouterr().out
-    assert len(finished()) == 120 and not list(Path("preprocessed").glob("*/.*"))
+    assert prepare.main(SMALL) == 0
+    assert "8 pictures are there, 28 to make" in capfd.readouterr().out
+    assert len(finished()) == 36 and not list(Path("preprocessed").glob("*/.*"))
 
 
 @pytest.mark.parametrize("flags, expected", [

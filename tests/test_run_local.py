@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Started, copy_of, new_run, processes_in, until
+from conftest import DEADLINE_S, copy_of, new_run, processes_in, until
 from standin import write_weights
 
 from common import files
@@ -19,7 +18,6 @@ from reporting.metrics import TASK
 
 DATA = ["--num-clients", "2", "--image-size", "32", "--num-train", "60", "--num-val", "30"]
 WITH_PACKAGES = {"PYTHON": sys.executable}  # this environment in place of a fresh .venv
-COMMAND = ["./run_local.sh", *DATA]
 
 
 def run(project, *flags, script="./run_local.sh"):
@@ -30,6 +28,10 @@ def run(project, *flags, script="./run_local.sh"):
         text=True,
         env={**os.environ, **WITH_PACKAGES},
     )
+
+
+def begin_run(start, project):
+    return start(project / "run_local.sh", *DATA, cwd=project, env=WITH_PACKAGES, python=())
 
 
 def until_gone(project):
@@ -233,29 +235,33 @@ def test_one_that_fails_ends_all_and_its_last_words_are_shown(waiting, script, b
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_however_it_ends_nothing_that_it_started_goes_on(waiting, number, code):
-    process = Started(COMMAND, waiting, WITH_PACKAGES)
+def test_however_it_ends_nothing_that_it_started_goes_on(start, waiting, number, code):
+    process = begin_run(start, waiting)
     until(lambda: all_started(waiting), "all are started")
     process.signal(number)
     assert process.wait() == code
     until_gone(waiting)
 
 
-def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
+LEADER = """
+import os, signal, sys
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # so its session gets this terminal's Ctrl-C
+signal.signal(signal.SIGINT, lambda number, frame: None)
+code = os.spawnvp(os.P_WAIT, sys.argv[1], sys.argv[1:])
+os.write(1, b"all is read")  # with its end the terminal loses what is not read yet
+os.read(0, 1)
+os._exit(code)
+"""
+
+
+def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting, on_a_terminal):
     """A terminal sends SIGINT to the launcher and to all that it started, at once; here twice.
 
     Of an earlier run, or another commit, nothing is drawn.
     """
     (waiting / "server" / "status.json").write_text("{}")
-    pid, terminal = pty.fork()
-    if pid == 0:  # the session's leader: with its end the terminal loses what is not read yet
-        os.chdir(waiting)
-        os.environ.update(WITH_PACKAGES, TERM="xterm", COLUMNS="100")
-        signal.signal(signal.SIGINT, lambda number, frame: None)
-        code = os.spawnvp(os.P_WAIT, COMMAND[0], COMMAND)
-        os.write(1, b"all is read")
-        os.read(0, 1)
-        os._exit(code)
+    command = [sys.executable, "-c", LEADER, "./run_local.sh", *DATA]
+    leader, terminal = on_a_terminal(command, waiting, COLUMNS="100", **WITH_PACKAGES)
     shown, pressed = b"", False
     while b"all is read" not in shown:
         shown += os.read(terminal, 4096)
@@ -263,7 +269,7 @@ def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
             pressed = True
             os.write(terminal, b"\x03\x03")
     os.write(terminal, b"\n")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert leader.wait(DEADLINE_S) == 130
     os.close(terminal)
     assert b"client002 (macula clinic)  not seen yet" in shown and b"Traceback" not in shown
     assert b"stopped; the same command goes on" in shown
@@ -271,8 +277,8 @@ def test_in_a_terminal_the_clients_are_a_table_and_ctrl_c_ends_all(waiting):
     until_gone(waiting)
 
 
-def test_ctrl_c_during_the_imports_is_no_traceback(copied):
-    process = Started(COMMAND, copied, WITH_PACKAGES)
+def test_ctrl_c_during_the_imports_is_no_traceback(start, copied):
+    process = begin_run(start, copied)
     maps = Path(f"/proc/{process.pid}/maps")
     until(lambda: "_multiarray_umath" in maps.read_text(), "it imports NumPy")
     process.signal(signal.SIGINT)

@@ -2,13 +2,12 @@
 
 import json
 import os
-import pty
 import signal
 import sys
 import time
 
 import pytest
-from conftest import ROOT, holding, start_server, until
+from conftest import DEADLINE_S, ROOT, holding, start_server, until
 from serving import Peer, connection
 
 import status as script
@@ -120,24 +119,21 @@ def test_what_is_no_status_is_a_sentence(tmp_path, capsys, text):
     assert code == 1 and str(path) in said.replace("\n", "") and len(said.splitlines()) == 1
 
 
-def test_a_terminal_is_redrawn_until_the_run_is_over(tmp_path, make_run):
+def test_a_terminal_is_redrawn_until_the_run_is_over(make_run, on_a_terminal):
     run = make_run(clients=["client001"], rounds=1)
     status.write(run.folder, status.status_of(run.rounds))
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ.update(TERM="xterm", COLUMNS="81", LINES="20")
-        path = str(run.folder / "status.json")
-        os.execv(sys.executable, [sys.executable, str(ROOT / "status.py"), path])
-    said = ""
+    command = [sys.executable, ROOT / "status.py", "status.json"]
+    process, terminal = on_a_terminal(command, run.folder, COLUMNS="81", LINES="20")
+    said = b""  # a read may end within a character
     try:
-        while "not seen yet" not in said:
-            said += os.read(terminal, 4096).decode()
+        while b"not seen yet" not in said:
+            said += os.read(terminal, 4096)
         run.deliver("client001", 1).result()
         status.write(run.folder, status.status_of(run.rounds))
         while True:
-            said += os.read(terminal, 4096).decode()
+            said += os.read(terminal, 4096)
     except OSError:  # so a terminal says that nobody holds its other end
         pass
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert "the run is over" in said
+    assert process.wait(DEADLINE_S) == 0
+    assert b"the run is over" in said
