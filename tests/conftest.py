@@ -4,6 +4,7 @@ python3 -m pytest             # the quick tests
 python3 -m pytest --slow      # the long ones
 """
 
+import csv
 import itertools
 import os
 
@@ -276,10 +277,29 @@ def make_picture(folder, number):
     return {"picture": name, "label": grade, "dir": path, "new_label": str(grade == 0)}
 
 
+def rows_of(path):
+    """The rows of a CSV file as dicts."""
+    return list(csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines()))
+
+
 @pytest.fixture
 def site(tmp_path):
     """A project folder with a tiny data set for three clients; real scripts are started in it."""
     return make_data(tmp_path / "site")
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+
+def fails_once(monkeypatch, owner, name, error):
+    inner, errors = getattr(owner, name), [error]
+
+    def attempt(*arguments):
+        if errors:
+            raise errors.pop()
+        return inner(*arguments)
+
+    monkeypatch.setattr(owner, name, attempt)
 
 
 # --- processes -----------------------------------------------------------------------------------

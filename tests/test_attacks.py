@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 import pytest
 from conftest import Call, holding, start_server
+from serving import connection
 from standin import shapes_of_size, write_weights
 
 from common.files import sha256_of
@@ -42,10 +43,6 @@ class Federation:
         self.server, self.address, self.upload = server, address, upload
         self.round = 1
 
-    def channel(self):
-        """A connection of its own."""
-        return grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
-
     def fetch(self, stub, client):
         list(stub.getWeight(todo_pb2.void(), metadata=named(client), timeout=HELD_UP_S))
 
@@ -60,7 +57,7 @@ class Federation:
         to_do = list(steps)
         while to_do:
             try:
-                with self.channel() as channel:
+                with connection(self.address) as channel:
                     to_do[0](todo_pb2_grpc.FedMLStub(channel), client)
                 del to_do[0]
             except grpc.RpcError as error:

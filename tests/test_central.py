@@ -1,6 +1,5 @@
 """central.py: the same start as the server's, the same training as a client's, the same history."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import read_weights, same_bits
+from conftest import read_weights, rows_of, same_bits
 
 import central
 import data
@@ -46,11 +45,6 @@ def trained(monkeypatch):
 
 def run(*flags):
     return central.main(["--image-size", "16", "--rounds", "2", *flags])
-
-
-def history(folder):
-    with open(folder / "history.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def server_begins(*flags):
@@ -94,7 +88,7 @@ def test_it_trains_as_a_client_trains(here, arch):
 
 def test_history_and_card_say_what_the_weights_do(here):
     assert run() == 0
-    rows = history(here / "central")
+    rows = rows_of("central/history.csv")
     assert list(rows[0]) == rounds.HISTORY_COLUMNS
     assert [(row["round"], row["num_examples"]) for row in rows] == [("1", "30"), ("2", "30")]
     val = data.read_index("index/val_set.pkl")
@@ -164,7 +158,7 @@ def test_a_merged_model_that_answers_nan_is_no_model(here, monkeypatch, capsys):
     assert not (here / "server" / "best_weight.h5").exists()
     for path in (here / "server").glob("*.json"):
         json.loads(path.read_text(), parse_constant=pytest.fail)  # called for NaN
-    [row] = history(here / "server")
+    [row] = rows_of("server/history.csv")
     assert row["round"] == "1" and row["auc"] == row["loss"] == ""
     assert predict.main(["preprocessed/0003.png", "--threshold", "0.5"]) == 1
     assert report.main([]) == 1
@@ -175,7 +169,7 @@ def test_a_hospital_alone_is_scored_now_and_then(here, trained):
     own = ["--index", "index/worker2.pkl", "--out", "alone"]
     assert run("--rounds", "5", "--score-every", "2", *own) == 0
     assert trained == [(10, number, 1) for number in range(1, 6)]
-    assert [row["round"] for row in history(here / "alone")] == ["2", "4", "5"]
+    assert [row["round"] for row in rows_of("alone/history.csv")] == ["2", "4", "5"]
 
 
 @pytest.mark.parametrize(

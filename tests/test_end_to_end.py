@@ -1,12 +1,11 @@
 """The demo as its user runs it: real processes, real training, tiny images."""
 
-import csv
 import re
 
 import keras
 import numpy as np
 import pytest
-from conftest import averaged, read_weights, same_bits, start_server
+from conftest import averaged, read_weights, rows_of, same_bits, start_server
 
 from common import files
 from federation.state import HISTORY_COLUMNS
@@ -23,11 +22,6 @@ def take_part(start, site, *flags):
     ]
     assert [process.wait(400) for process in [server, *clients]] == [0, 0, 0, 0], server.output
     return [server, *clients]
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_demo(start, site):

@@ -6,11 +6,10 @@ Needs flower_app/requirements.txt; without it this is skipped.
 import flower
 import numpy as np
 import pytest
-from conftest import processes_in, read_weights, start_server, until
+from conftest import CLIENTS, processes_in, read_weights, start_server, until
 
 from reporting import card as cards
 
-CLIENTS = ["client001", "client002", "client003"]
 SETTINGS = {"rounds": 2, "image_size": 32, "seed": 0, "batch_size": 4, "threads": 1}
 
 

@@ -1,7 +1,6 @@
 """Three hospitals and a server under mutual TLS: docs/hospitals.md to the letter; a lost line."""
 
 import ast
-import csv
 import errno
 import json
 import os
@@ -14,9 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_of, free_port, holding
+from conftest import CLIENTS, ROOT, copy_of, free_port, holding, rows_of
 
-CLIENTS = ["client001", "client002", "client003"]
 SERVER = "10.77.0.1"
 ENDS_S = 400
 SLOW_UPLOADS = """
@@ -104,11 +102,6 @@ def test_three_hospitals_one_of_which_loses_its_line(spaces, start, begun):
     rows = rows_of(site / "server" / "clients.csv")
     measured = [row["round"] for row in rows if row["client"] == "client002" and row["auc"]]
     assert measured == ["0", "1", "2"]
-
-
-def rows_of(path):
-    """The rows of a CSV file as dicts."""
-    return list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
 
 
 # --- docs/hospitals.md, to the letter ------------------------------------------------------------

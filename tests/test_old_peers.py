@@ -1,6 +1,6 @@
 """A client or a server of the thesis demo takes part (DESIGN 2, "the old peer")."""
 
-from conftest import Call, new_run, random_tensors, read_weights, same_bits, write_weights
+from conftest import CLIENTS, Call, new_run, random_tensors, read_weights, same_bits, write_weights
 from seed_peer import SeedServer, seed_client
 from serving import serve
 
@@ -8,7 +8,6 @@ import data
 import todoClient
 
 LARGE = [("conv", (3, 3, 64, 64)), ("dense", (300, 300)), ("dense", (300,))]  # several messages
-CLIENTS = ["client001", "client002", "client003"]
 SIZES = [10, 20, 30]
 
 

@@ -1,6 +1,5 @@
 """predict.py: photographs are scored as in training; what is no fundus gets no verdict."""
 
-import csv
 import json
 import os
 import re
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import rows_of
 from eyes import NO_FUNDUS, eye
 from PIL import Image
 from test_report import by_brightness, finished_run
@@ -158,9 +158,8 @@ def test_csv_is_one_for_a_spreadsheet(score, folder, project, tmp_path, capsys):
     code, scores, _ = score("graham", "--csv", tmp_path / "scores.csv", "=München")
     shutil.rmtree(project / "=München")
     assert code == 1 and scores == {}  # the scores are in the file
-    content = (tmp_path / "scores.csv").read_bytes()
-    assert content.startswith(b"\xef\xbb\xbf")
-    rows = list(csv.DictReader(content.decode("utf-8-sig").splitlines()))
+    assert (tmp_path / "scores.csv").read_bytes().startswith(b"\xef\xbb\xbf")
+    rows = rows_of(tmp_path / "scores.csv")
     assert list(rows[0]) == ["path", "score", "threshold", "verdict", "model", "reason"]
     assert len(rows) == 5 and {row["path"][:9] for row in rows} == {"'=München"}  # no formula
     sha256 = files.sha256_of("server/server_weight.h5")[:12]
@@ -180,7 +179,7 @@ def test_a_verdict_in_the_csv_follows_from_its_numbers(score, folder, tmp_path):
     table = tmp_path / "scores.csv"
     close_to_1 = {"threshold": 1 - 1e-7, "calibration": [1, 20]}
     score("graham", "--csv", table, folder / "a_left.jpg", **close_to_1)
-    [row] = csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines())
+    [row] = rows_of(table)
     assert row["verdict"] == "referable DR" and float(row["score"]) > float(row["threshold"])
 
 

@@ -4,7 +4,6 @@ It reaches server/status.json, server/clients.csv and the hospital's own history
 server makes of it is test_service.py.
 """
 
-import csv
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import standin
-from conftest import Call, until
+from conftest import Call, rows_of, until
 from serving import serve
 
 import todoClient
@@ -21,10 +20,6 @@ from federation import weights
 from federation.rounds import Refused
 from reporting import card as cards
 from reporting import metrics
-
-
-def rows_of(path):
-    return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
 @pytest.fixture

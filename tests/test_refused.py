@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import standin
-from conftest import new_run
+from conftest import fails_once, new_run
 from serving import serve
 
 import todoClient
@@ -61,17 +61,6 @@ def test_a_rejected_upload_ends_the_client_with_1_and_the_next_start_trains_agai
 
 
 # --- tried again ----------------------------------------------------------------------------------
-
-
-def fails_once(monkeypatch, owner, name, error):
-    inner, errors = getattr(owner, name), [error]
-
-    def attempt(*arguments):
-        if errors:
-            raise errors.pop()
-        return inner(*arguments)
-
-    monkeypatch.setattr(owner, name, attempt)
 
 
 def test_a_fault_of_the_server_is_said_there_and_tried_again(request, client_main, monkeypatch):

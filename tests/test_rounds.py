@@ -6,14 +6,13 @@ who waits, is answered or refused in any order of events, and whether the bits a
 """
 
 import contextlib
-import csv
 import itertools
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Call, random_tensors, read_weights, until, write_weights
+from conftest import Call, random_tensors, read_weights, rows_of, until, write_weights
 from serving import Peer, connection, refusal, serve
 
 from common import files
@@ -41,11 +40,6 @@ def all_deliver(run, **seeds):
     calls = [run.deliver(client, seed) for client, seed in seeds.items()]
     for call in calls:
         call.result()
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def fail_with(error):

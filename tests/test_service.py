@@ -14,7 +14,7 @@ import grpc._cython.cygrpc
 import pytest
 from conftest import ROOT, processes_in, until, write_weights
 from hostile import replace_converter
-from serving import Served, refusal, serve
+from serving import Served, connection, refusal, serve
 
 from common import files
 from federation import service
@@ -64,9 +64,7 @@ def silent(served):
 
     def open_call(method, client, fetched=False):
         metadata = [("fedml-client", client)] if client else None
-        # each on its own connection, which takes few calls at a time
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        channels.append(grpc.insecure_channel(served.address, options))
+        channels.append(connection(served.address))
         if fetched:
             list(todo_pb2_grpc.FedMLStub(channels[-1]).getWeight(todo_pb2.void(), timeout=60))
         # as a stream, whatever the stub says: a stub cannot be silent where one message is due

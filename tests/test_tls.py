@@ -13,7 +13,7 @@ from typing import NamedTuple
 import grpc
 import pytest
 import serving
-from conftest import ROOT, free_port, write_weights
+from conftest import ROOT, fails_once, free_port, write_weights
 from seed_peer import LIMITS, cut
 
 import todoClient
@@ -371,14 +371,7 @@ def test_files_that_change_while_they_are_read_are_not_used(certs, tmp_path, mon
 
 
 def test_files_that_are_being_renewed_are_waited_for(served, client_main, monkeypatch):
-    inner, faults = tls.channel, [tls.FilesNotReady("they are being renewed")]
-
-    def fails_once(*given):
-        if faults:
-            raise faults.pop()
-        return inner(*given)
-
-    monkeypatch.setattr(tls, "channel", fails_once)
+    fails_once(monkeypatch, tls, "channel", tls.FilesNotReady("they are being renewed"))
     code, said = client_main("--server", served[1], "--give-up-after", "60")
     assert code == 0 and "they are being renewed" in said
 
