@@ -43,11 +43,7 @@ def check_converted(path, layout):
 # --- what is converted ---------------------------------------------------------------------------
 
 
-def test_another_layout_becomes_the_servers(layout, upload):
-    check_converted(upload, layout)
-
-
-def test_a_file_behind_a_user_block_becomes_the_servers(layout, upload, tmp_path):
+def test_another_layout_behind_a_user_block_becomes_the_servers(layout, upload, tmp_path):
     """HDF5 begins at byte 512: offsets in the file are not those of its bytes."""
     blocked = tmp_path / "blocked.h5"
     with h5py.File(upload) as plain, h5py.File(blocked, "w", userblock_size=512) as file:

@@ -359,12 +359,6 @@ def test_the_end_waits_for_every_client_as_long_as_one_moves(make_run, clock):
     Call(run.rounds.wait_until_all_done, 30).result()
 
 
-def test_an_old_peer_has_all_that_it_can_use_with_its_last_answer(make_run):
-    run = make_run(clients=[A], rounds=1)
-    run.deliver(A, 1, run=None, round_number=1).result()
-    Call(run.rounds.wait_until_all_done, 60).result(10)
-
-
 # --- other --clients at a restart ----------------------------------------------------------------
 
 

@@ -277,35 +277,37 @@ def test_a_client_that_cannot_take_part_is_one_sentence_and_exit_1(
 
 
 @pytest.mark.parametrize(
-    ("prepared", "code", "words"),
+    ("flags", "prepared", "code", "words"),
     [
         (
+            "--index own/worker1.pkl",
             {"preprocessing": "graham"},
             1,
             "of the kind 'graham' .own/prepared.json.* of the kind 'colour': .*--preprocessing",
         ),
-        ({"preprocessing": "colour", "image_size": 16}, 0, "warning: the pictures here have 16"),
-        ({"preprocessing": "colour", "image_size": 32}, 0, ""),
+        (
+            "--val-index own/val_set.pkl",
+            {"preprocessing": "graham"},
+            1,
+            "the pictures of own/val_set.pkl are of the kind 'graham'",
+        ),
+        (
+            "--index own/worker1.pkl",
+            {"preprocessing": "colour", "image_size": 16},
+            0,
+            "warning: the pictures here have 16",
+        ),
+        ("--index own/worker1.pkl", {"preprocessing": "colour", "image_size": 32}, 0, ""),
     ],
 )
 def test_pictures_of_another_kind_or_size_than_the_servers_are_told(
-    client_main, served, prepared, code, words
+    client_main, served, flags, prepared, code, words
 ):
-    """Nobody else would notice."""
+    """Nobody else would notice. Held-out ones may lie in another folder than those to train on."""
     run, address = served
     run.rounds.state = run.rounds.state.changed(preprocessing="colour")
     shutil.copytree("index", "own")
     Path("own/prepared.json").write_text(json.dumps(prepared))
-    ended, said = client_main("--server", address, "--index", "own/worker1.pkl")
+    ended, said = client_main("--server", address, *flags.split())
     assert ended == code and re.search(words, said)
     assert ("warning" in said) == words.startswith("warning")
-
-
-def test_held_out_pictures_of_another_kind_are_told_too(client_main, served):
-    """They may lie in another folder than those to train on."""
-    run, address = served
-    run.rounds.state = run.rounds.state.changed(preprocessing="colour")
-    shutil.copytree("index", "own")
-    Path("own/prepared.json").write_text(json.dumps({"preprocessing": "graham"}))
-    code, said = client_main("--server", address, "--val-index", "own/val_set.pkl")
-    assert code == 1 and "the pictures of own/val_set.pkl are of the kind 'graham'" in said
