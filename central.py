@@ -31,11 +31,12 @@ from common.script import (
 
 if __name__ == "__main__":
     start_script(never_waits=True)  # before the packages, so that a missing one is a sentence
+    exit_on_signals("central", "stopped; its last whole round is kept")
 
 import data
 import model
 from common import files
-from federation.rounds import HISTORY_COLUMNS
+from federation.state import HISTORY_COLUMNS
 from reporting import card as cards
 from reporting import metrics
 
@@ -255,5 +256,4 @@ def train_and_evaluate(args):
 
 
 if __name__ == "__main__":
-    exit_on_signals("central", "stopped; its last whole round is kept")
     end_script(main())

@@ -19,6 +19,7 @@ from common.script import end_script, exit_on_signals, new_file, new_parser, sta
 
 if __name__ == "__main__":
     start_script()  # before the packages, so that a missing one is a sentence
+    exit_on_signals("report", "stopped")
 
 import numpy as np
 from rich.console import Console
@@ -274,5 +275,4 @@ def cell_of(name, text):
 
 
 if __name__ == "__main__":
-    exit_on_signals("report", "stopped")
     end_script(main())

@@ -1,1 +1,1 @@
-"""Scores with their intervals, and the HTML page that shows them."""
+"""Scores with their intervals, the model card, and the HTML page. Nothing is trained in here."""

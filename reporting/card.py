@@ -318,7 +318,7 @@ def score(card, task, p_healthy):
     return metrics.recalibrated(p_healthy, card["tasks"][task]["calibration"])
 
 
-def summary(card, task=TASK):
+def summary(card):
     """A round's line: 'AUC 0.991  sensitivity 0.946  specificity 0.930 for referable DR, ...'.
 
     Of the reporting patients, at the threshold that the others have chosen: what is on the page.
@@ -326,11 +326,11 @@ def summary(card, task=TASK):
     """
     if card["num_nan"]:
         return f"no model: {card['warning']}"
-    measured = card["tasks"][task]["measured"]
-    shown = ["auc"] if card["tasks"][task]["threshold"] is None else ROUND_METRICS
+    measured = card["tasks"][TASK]["measured"]
+    shown = ["auc"] if card["tasks"][TASK]["threshold"] is None else ROUND_METRICS
     numbers = [f"{name.replace('auc', 'AUC')} {number(measured[name][0])}" for name in shown]
     patients = card["num_reporting_patients"]
-    return f"{'  '.join(numbers)}  for {task}, of {patients} patients"
+    return f"{'  '.join(numbers)}  for {TASK}, of {patients} patients"
 
 
 def used_threshold(card, task):

@@ -1,7 +1,7 @@
 """Reporting: the metrics of a screening model, their 95 % intervals, its thresholds.
 
-Numbers only: no file is read or written in here, no sentence is made for the page, and nothing
-but NumPy and `data` is imported, so that a server has its scores without a package for drawing.
+No file is read or written in here, no sentence made but a card's warning, and nothing but NumPy and
+`data` imported, so that a server has its scores without a package for drawing.
 
 The network answers P(healthy). The DR score of an image is 1 - P(healthy), recalibrated for a task
 where enough patients tell how (`recalibrated`), and a score above the threshold says DR.
@@ -87,13 +87,13 @@ def roc(score, positive):
 
 
 def calibration(score, positive):
-    """[(mean score, part that is positive, number of images)] of CALIBRATION_GROUPS equal groups.
+    """[(mean score, part that is positive, positions of the images)] of CALIBRATION_GROUPS groups.
 
-    The groups are of neighbouring scores: a calibrated score of 0.7 is right for 7 of 10.
+    They are equal, of neighbouring scores: a calibrated score of 0.7 is right for 7 of 10.
     """
     groups = np.array_split(np.argsort(score, kind="stable"), CALIBRATION_GROUPS)
     return [
-        (float(np.mean(score[group])), float(np.mean(positive[group])), len(group))
+        (float(np.mean(score[group])), float(np.mean(positive[group])), group)
         for group in groups
         if len(group)
     ]
@@ -104,7 +104,7 @@ def calibration_error(score, positive):
     if not len(score):
         return float("nan")
     groups = calibration(score, positive)
-    return sum(n * abs(part - mean) for mean, part, n in groups) / len(score)
+    return sum(len(group) * abs(part - mean) for mean, part, group in groups) / len(score)
 
 
 def of_people(sensitivity, specificity, num_positive, num_negative):
@@ -225,8 +225,8 @@ def choose_threshold(score, positive, least_sensitivity=LEAST_SENSITIVITY):
     best = int(np.argmax(youden))
     if youden[best] <= 0:  # everybody is called positive, or it is no better than chance
         return None
-    next_lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
-    return float((thresholds[best] + next_lower) / 2)
+    # there is a next one: at the lowest threshold everybody is positive
+    return float((thresholds[best] + thresholds[best + 1]) / 2)
 
 
 # --- a whole model --------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def warning_of(tasks):
             "it cannot be judged: the reporting half of the validation patients needs some with "
             f"{TASK} and some without"
         )
-    if low is None or low <= 0.5:
+    if low <= 0.5:
         return (
             f"it may find nothing: the 95 % interval of its AUC for {TASK}, {low} to {high}, "
             "contains 0.5 or lies below it, and 0.5 is guessing"
@@ -341,7 +341,7 @@ class Measured(NamedTuple):
 NOT_MEASURED = Measured(float("nan"), *NO_INTERVAL)
 
 
-def measure(score, positive, patients, threshold=0.5):
+def measure(score, positive, patients, threshold):
     """{name: Measured} of one task at one threshold, with a bootstrap over patients.
 
     score: (n,) in 0..1. positive: bool (n,). patients: n texts.
@@ -376,6 +376,15 @@ def bootstrap(metrics_of, patients):
         Measured(float(value), *percentiles(draws))
         for value, draws in zip(values, drawn, strict=True)
     ]
+
+
+def percentiles(draws):
+    """(low, high) of 95 % of the draws; nan where there are none that are numbers."""
+    draws = draws[~np.isnan(draws)]
+    if not len(draws):
+        return NO_INTERVAL
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def samples(patients):
@@ -499,15 +508,6 @@ def paired(difference, patients, num_patients):
 
 
 # --- in a closed form -----------------------------------------------------------------------------
-
-
-def percentiles(draws):
-    """(low, high) of 95 % of the draws; nan where there are none that are numbers."""
-    draws = draws[~np.isnan(draws)]
-    if not len(draws):
-        return NO_INTERVAL
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def exact_interval(name, value, num_positive, num_negative, num_patients):

@@ -29,7 +29,7 @@ MAX_PICTURES = 6  # in each gallery
 PICTURE_PX = 128  # a side
 LABEL_WIDTH = 22  # characters in a line of a name beside a drawing
 PYTHON = ".venv/bin/python"  # of the commands that a page names
-SCREENED = (100, 900)  # of 1,000 people, with and without TASK
+SCREENED = (100, 900)  # of 1,000 people, with and without TASK; page.html says so in words
 # After Okabe and Ito (2008), whose colours people with any colour vision tell apart; darker, for
 # names are written in them. Dashes and markers say the same without colour. The first is the
 # federation's.
@@ -98,7 +98,7 @@ class Page:
         self.tasks = {TASK: TASKS[TASK], **({} if self.referable_only else TASKS)}
         self.grades = np.array([record["label"] for record in run.val])
         self.patients = np.array(data.patients(run.val))
-        self.choosing = metrics.choosing_half(self.grades, data.patients(run.val))
+        self.choosing = metrics.choosing_half(self.grades, self.patients)
         self.reporting = ~self.choosing
         self.used, self.reasons = self.choose()
         # the best round's model is a federated one, a hospital's own is none
@@ -392,17 +392,19 @@ class Page:
     def calibration(self):
         """(a drawing, the conclusion, its figures), of the task of the verdict."""
         score, positive = self.score(self.used, self.reporting), self.positive(self.reporting)
+        patients = self.patients[self.reporting]
         groups = metrics.calibration(score, positive)
         with drawing("Calibration", 4.4, 3.6) as (axes, finish):
             axes.plot([0, 1], [0, 1], ":", color="#9aa3af", linewidth=1)
-            for mean_score, part, n in groups:
+            for mean_score, part, group in groups:
+                n = len(set(patients[group]))
                 with_interval(axes, mean_score, part, n, fmt="o", color=STYLES[0]["color"])
             axes.set(xlabel="mean score of a group of images", ylabel=f"part that has {TASK}")
             axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
             drawn = finish()
         if not groups:
             return drawn, "not measured", ""
-        bias = metrics.mean_difference(positive, score, self.patients[self.reporting])
+        bias = metrics.mean_difference(positive, score, patients)
         figures = (
             f"The mean score is {score.mean():.2f}, and {positive.mean():.2f} of the images have "
             f"{TASK}: a difference of {difference_text(bias)}. The expected calibration error is "

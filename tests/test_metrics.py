@@ -87,10 +87,10 @@ def test_two_eyes_of_one_patient_are_not_two_patients():
 def test_an_interval_keeps_its_width_where_every_draw_agrees():
     score = np.repeat([0.1, 0.9], 20)
     patients = np.repeat(names(20), 2)  # 10 of either kind, two eyes each
-    measured = metrics.measure(score, score > 0.5, patients)
+    measured = metrics.measure(score, score > 0.5, patients, 0.5)
     assert measured["sensitivity"] == measured["specificity"] == (1, *metrics.wilson(1, 10))
     assert measured["auc"] == (1, *metrics.auc_interval(1.0, 10, 10))
-    one_ill_eye_each = metrics.measure(score, score > 0.5, np.tile(names(20), 2))
+    one_ill_eye_each = metrics.measure(score, score > 0.5, np.tile(names(20), 2), 0.5)
     assert one_ill_eye_each["accuracy"] == (1, *metrics.wilson(1, 20))
     found = metrics.sensitivity_difference(score, 0.5, score, score > 0.5, patients)
     unseen = metrics.wilson(0, 10)[1]  # two models that never differ may differ on others
@@ -101,7 +101,7 @@ def test_an_area_of_1_keeps_its_interval_where_it_is_rounded():
     """Of 4 and 6 images that are told apart some draws have an area of 0.9999999999999999."""
     positive = np.repeat([True, False], [4, 6])
     score = np.concatenate([np.linspace(0.6, 0.9, 4), np.linspace(0.1, 0.4, 6)])
-    measured = metrics.measure(score, positive, names(10))["auc"]
+    measured = metrics.measure(score, positive, names(10), 0.5)["auc"]
     assert measured.value == pytest.approx(1) and measured.low < 0.9
 
 
@@ -119,7 +119,7 @@ def test_the_difference_of_two_models_at_the_same_specificity():
         area = metrics.auc_difference(good, poor, ill, names(120))
         held_areas += area.low <= true_area <= area.high
         widths.append(area.high - area.low)
-        _, low, high = metrics.measure(poor, ill, names(120))["auc"]
+        _, low, high = metrics.measure(poor, ill, names(120), 1)["auc"]
         widths_of_one.append(high - low)
     assert held >= 36 and held_areas >= 36 and np.mean(widths) < np.mean(widths_of_one)
     cuts = [cut for cut in [*poor, -9] if np.mean(poor[~ill] > cut) <= np.mean(good[~ill] > 1)]

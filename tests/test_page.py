@@ -14,6 +14,7 @@ from PIL import Image
 from report import Model, Run
 from reporting import card as cards
 from reporting import metrics
+from reporting import page as page_of
 from reporting.page import Page
 
 GRADES = np.repeat([0, 1, 2, 3, 4], [90, 20, 50, 20, 20])
@@ -192,6 +193,20 @@ def test_the_page_says_how_far_scores_are_probabilities():
     assert "fewer than 20 of those patients who choose" in Page(few).calibration()[2]
     few.home = "client001"  # of how many it has nobody says that
     assert "fewer than 20 of the server’s patients who choose" in Page(few).calibration()[2]
+
+
+def test_two_eyes_of_a_patient_count_once_in_the_intervals_of_the_calibration(monkeypatch):
+    counted = []
+    monkeypatch.setattr(page_of, "with_interval", lambda axes, x, part, n, **_: counted.append(n))
+    run = run_of()
+    run.federated.p_healthy = run.federated.p_healthy[::2].repeat(2)
+    for number, record in enumerate(run.val):
+        record["patient"] = f"p{number // 2}"
+    page = Page(run)
+    page.calibration()
+    patients = len(set(page.patients[page.reporting]))
+    # where two groups meet, one patient may be in both
+    assert len(counted) == 5 and patients <= sum(counted) <= patients + 4
 
 
 # --- the page -------------------------------------------------------------------------------------
