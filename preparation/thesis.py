@@ -9,6 +9,7 @@ from pathlib import Path, PureWindowsPath
 
 from data import INDEX_COLUMNS
 from preparation.datasets import DataSet, Photo
+from preparation.tables import few
 
 # Names of one and the same index in several folders of the thesis.
 SAME_INDEX = {"iid_valid": "val_set"}
@@ -90,7 +91,7 @@ def find_picture(picture, directory, source):
 
 
 def complete_indexes(found):
-    """Deal share_data to every worker, and make a train_set if there is none."""
+    """Deal share_data to every worker, make a train_set if there is none; say what is odd."""
     shared = found.indexes.pop("share_data", [])
     dealt = found.indexes.pop("new_trainset", [])
     for name, paths in found.indexes.items():
@@ -104,4 +105,11 @@ def complete_indexes(found):
         found.notes.append(
             "no val_set.pkl (iid_valid.pkl) was given: there will be none, and a server needs one "
             "to score by"
+        )
+    trained_on = {each for name, own in found.indexes.items() if name != "val_set" for each in own}
+    both = [path.name for path in found.indexes.get("val_set", []) if path in trained_on]
+    if both:
+        found.notes.append(
+            f"{len(both)} images of val_set are trained on, too: {few(both)}; scores will be "
+            "better than they are of new ones"
         )

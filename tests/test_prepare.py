@@ -400,6 +400,12 @@ def test_the_thesis_s_own_layout_is_taken_with_red_and_blue_put_right(thesis, ca
     assert "val_set" not in indexes()
 
 
+def test_an_import_that_is_scored_on_what_it_has_seen_is_told(thesis, capsys):
+    files = [thesis("worker1.pkl", [3, 4, 5]), thesis("val_set.pkl", [0, 1, 4])]
+    assert prepare.main(["--source", str(thesis.root), "--index-from", *files]) == 0
+    assert "1 images of val_set are trained on, too: 4.jpg" in capsys.readouterr().out
+
+
 def test_an_import_that_does_not_fit_is_one_sentence(thesis, tmp_path, capsys):
     (tmp_path / "worker1.pkl").write_bytes(b"no pickle")
     both = dict(label=[0, 1], new_label=["True", "False"])
