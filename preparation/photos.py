@@ -79,7 +79,8 @@ def open_image(path, shortest_side=None):
         raise ValueError(f"{path} {error}") from None
     except Exception as error:  # decoders raise nearly anything
         kinds = "DICOM" if str(path).lower().endswith(".dcm") else ", ".join(FORMATS)
-        raise ValueError(f"{path} cannot be read as {kinds} ({error})") from None
+        why = " ".join(str(error).split())  # pydicom's list of missing packages has lines
+        raise ValueError(f"{path} cannot be read as {kinds} ({why})") from None
 
 
 def decode(image, shortest_side=None):

@@ -142,6 +142,16 @@ def test_other_dicom_is_refused(tmp_path, change, words):
         photos.open_image(tmp_path / "other.dcm")
 
 
+def test_dicom_that_needs_another_package_names_it_in_one_line(tmp_path):
+    made = pydicom.dcmread(save_dicom(tmp_path / "eye.dcm", "P7", eye()))
+    made.PixelData = pydicom.encaps.encapsulate([as_jpeg()])
+    made.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+    made.save_as(tmp_path / "lossless.dcm")
+    with pytest.raises(ValueError, match="'JPEG Lossless.*pylibjpeg-libjpeg>=") as found:
+        photos.open_image(tmp_path / "lossless.dcm")
+    assert str(found.value).isprintable()
+
+
 # --- the picture ---------------------------------------------------------------------------------
 
 
