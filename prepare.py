@@ -143,7 +143,7 @@ def parser():
     )
     datasets.add_flags(add)
     add = made.add_argument_group(
-        "indexes and pictures of the thesis, taken as they are (other flags change nothing)"
+        "indexes and pictures of the thesis, taken as they are (no size, no split changes them)"
     ).add_argument
     add(
         "--index-from",

@@ -4,7 +4,7 @@
     python3 report.py --client-dir client002   # a hospital's, of its own held-out patients
 
 Beside the federated model it shows what central.py trained --like this run: each hospital alone,
-all images in one place, at home also the result that was fine-tuned there. Where one of them is
+all images in one place, at home also the result that was fine-tuned there. Where a hospital's is
 missing, the page names the command that makes it. The page is one file, and loads nothing.
 No model is trained in here.
 """

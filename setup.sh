@@ -25,9 +25,11 @@ what_is_wanted() {
     echo "$($python -V 2>&1), $(cat "$@" | cksum)"
 }
 
+# TensorFlow's version in requirements.txt is made for no other Python.
 can_make_venv() {
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        setup_fail "python3 is $(python3 -V 2>&1); expected Python 3.11 or later"
+    python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
+        setup_fail "python3 is $(python3 -V 2>&1), expected Python 3.11 to 3.13: install one," \
+            "make .venv with it (python3.13 -m venv .venv), and start this again"
 }
 
 set_up() {
@@ -41,10 +43,12 @@ set_up() {
     fi
     stamp=.venv/.installed-$(echo "$*" | cksum | cut -d' ' -f1)
     [ "$(cat "$stamp" 2> /dev/null)" != "$(what_is_wanted "$@")" ] || return 0
-    can_make_venv
+    $python -m pip --version > /dev/null 2>&1 || {
+        can_make_venv
+        python3 -m venv .venv ||
+            setup_fail "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"
+    }
     echo "setup: installing $* into .venv (a minute or two)"
-    $python -m pip --version > /dev/null 2>&1 || python3 -m venv .venv ||
-        setup_fail "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"
     $python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") ||
         setup_fail "pip could not install $*; its own words are above"
     what_is_wanted "$@" > "$stamp"

@@ -220,7 +220,7 @@ def parser():
     add(
         "--tensorboard",
         action="store_true",
-        help="write each round's scores for TensorBoard (DIR/tensorboard)",
+        help="write each round's scores for TensorBoard (tensorboard/ in the server's folder)",
     )
     tls.add_arguments(
         add,

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -67,6 +68,25 @@ def test_another_python_or_another_requirement_installs_once_more(project):
     for path, text in ((stamp, other_python), (project / "requirements.txt", "# nothing")):
         path.write_text(text)
         assert said(project) == [INSTALLING] and said(project) == []
+
+
+TOO_NEW = f"""#!/bin/sh
+[ "$1" = -V ] && exec echo Python 3.14.0
+exec {sys.executable} -c 'import sys; sys.version_info = (3, 14); exec(sys.argv[2])' "$@"
+"""
+
+
+def test_a_python_without_tensorflow_is_refused_and_a_venv_of_another_is_used(project, tmp_path):
+    python = tmp_path / "bin/python3"
+    python.parent.mkdir()
+    python.write_text(TOO_NEW)
+    python.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    shown = set_up(project, env=environment)
+    assert shown.returncode == 1 and not (project / ".venv").exists()
+    assert "python3 is Python 3.14.0, expected Python 3.11 to 3.13: install one" in shown.stderr
+    subprocess.run([sys.executable, "-m", "venv", project / ".venv"], check=True)
+    assert set_up(project, env=environment).stdout.splitlines() == [INSTALLING]
 
 
 INTERRUPTED = """#!/usr/bin/env bash
