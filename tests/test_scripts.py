@@ -88,7 +88,7 @@ def test_test_sh_takes_pytests_words_and_slow(tmp_path):
 
 def test_slow_is_the_tests_marked_slow_and_no_others():
     files = ["tests/test_files.py", "tests/test_setup.py"]  # none is slow, all are
-    for flags, chosen in ([], "5 deselected / 3 selected"), (["--slow"], "3 deselected / 5 sel"):
+    for flags, chosen in ([], "6 deselected / 3 selected"), (["--slow"], "3 deselected / 6 sel"):
         shown = run(sys.executable, "-m", "pytest", "--collect-only", *files, *flags)
         assert chosen in shown.stdout, shown.stdout
 
