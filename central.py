@@ -54,7 +54,7 @@ def main(argv=None):
         with files.alone_in(args.out):
             train_and_evaluate(args)
     except (ValueError, OSError) as error:
-        return fail("central", error)
+        return fail(str(args.out), error)  # as its rounds: several write into one log
     return 0
 
 
