@@ -233,11 +233,11 @@ def exit_code(returncode):
     return returncode if returncode >= 0 else 128 - returncode
 
 
-def last_words(name, most=8):
-    """The last lines in the log that no other process has said: a traceback names nobody."""
+def last_words(name):
+    """The last eight lines in the log that no other process has said: a traceback names nobody."""
     others = re.compile(rf"\d{{4}}-\S+ \S+ (?!{re.escape(name)}: )")
     lines = LOG.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line for line in lines if not others.match(line)][-most:]
+    return [line for line in lines if not others.match(line)][-8:]
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def run(processes, given):
     """All steps, or those that an unfinished run still needs. Returns the exit code."""
     console = Console(highlight=False, markup=False)
     console.print(f"1/4 packages: those of {sys.prefix}")
-    with files.alone_in("server"):  # nobody trains with these images
+    with files.alone_in(STATE.parent):  # no server runs: its clients would train with these images
         state = None if "fresh" in given else RunState.load(STATE, "begin a new one with --fresh")
     if state and state.is_over and PAGE.exists():
         console.print("the run in server/ is over: a new one begins, its files are moved aside")

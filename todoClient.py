@@ -97,7 +97,6 @@ LONGEST_PAUSE_S = 10
 CONNECT_S = 10  # what gRPC may take to connect
 SERVED_S = 2 * CONNECT_S  # a call that lasted longer had a server at its other end
 
-MESSAGE_BYTES = 2 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
 
 # What a server trains that names nothing: the thesis demo's, of 2020. A run without an id is its.
@@ -118,9 +117,10 @@ REFUSALS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
-# Those of an upload that never will count: another run or another round is open by now, or the run
-# is over; what was trained cannot be used. Training is deterministic, so a second time would give
-# the same: a new start trains again, with what its user has changed.
+# Those of an upload that never will count, so it is not kept: another run or another round is open
+# by now, or the run is over (FAILED_PRECONDITION); or the server finds fault with the weights.
+# Training is deterministic, so to train at once would give the same again: the client then ends,
+# and its next start trains with what its user has changed.
 REJECTIONS = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT}
 # Those of a server that does not answer.
 UNANSWERED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
@@ -735,7 +735,7 @@ def connect(site):
     """
     options = [
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
-        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", weights.MOST_MESSAGE_BYTES),
         ("grpc.min_reconnect_backoff_ms", CONNECT_S * 1000),
         # Without pings, who waits on a line that is gone waits for ever.
         ("grpc.keepalive_time_ms", (PING_S if site.state["run"] else RARE_PING_S) * 1000),

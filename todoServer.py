@@ -8,7 +8,8 @@ Killed at any instant, run the same command again to resume. Exit codes: 0 finis
 """
 
 # Flags, start, end, and what is made of a merged model. The rounds are `federation`'s: what clients
-# send is checked there, and no HDF5 file of theirs is opened in this process.
+# send is checked there, and HDF5 opens no file of theirs in this process that has not the server's
+# own bytes outside its tensors.
 
 import argparse
 import functools
@@ -118,7 +119,7 @@ class FedMLServicer(todo_pb2_grpc.FedMLServicer):
     gets its status code and sentence. The arguments are those of `service.Service`.
     """
 
-    def __init__(self, rounds, max_examples=10_000_000, serve_unnamed=True, card_text=lambda: ""):
+    def __init__(self, rounds, max_examples, serve_unnamed, card_text):
         self.rounds = rounds
         self.service = service.Service(rounds, max_examples, serve_unnamed, card_text)
 
@@ -164,9 +165,14 @@ def parser():
     add(
         "--rounds",
         type=at_least(1),
-        help="of the whole run; more than a finished run's extends it (default: 10)",
+        help="of the whole run; more than a finished run's extends it "
+        f"(default: {NEW_RUN['rounds']})",
     )
-    add("--arch", choices=list(model.ARCHS), help="the network (default: drcnn)")
+    add(
+        "--arch",
+        choices=list(model.ARCHS),
+        help=f"the network (default: {NEW_RUN['arch']})",
+    )
     add(
         "--image-size",
         type=pixels,
@@ -174,7 +180,11 @@ def parser():
         help="a side (default: each network's own, "
         f"{', '.join(f'{name} {arch.image_size}' for name, arch in model.ARCHS.items())})",
     )
-    add("--seed", type=at_least(0), help="of the initial weights (default: 0)")
+    add(
+        "--seed",
+        type=at_least(0),
+        help=f"of the initial weights (default: {NEW_RUN['seed']})",
+    )
     add(
         "--weights",
         metavar="none|imagenet|FILE",
@@ -343,11 +353,10 @@ def begin(arguments, evaluator):
     moved = move_aside(arguments.server_dir)  # not before this run has all that it needs
     if moved:
         say(f"the old run's files are in {moved}")
-    path = arguments.server_dir / "server_weight.h5"
-    model.save(network, path)
+    model.save(network, evaluator.weights_path)
     state = RunState(
         run=secrets.token_hex(8),
-        weights_sha256=files.sha256_of(path),
+        weights_sha256=files.sha256_of(evaluator.weights_path),
         validation_sha256=evaluator.validation_sha256,
         preprocessing=evaluator.preprocessing,
         freeze_base=arch.freezes_base(choices["weights"]),
@@ -373,7 +382,7 @@ def move_aside(folder):
 def open_rounds(arguments, state, evaluator):
     """The Rounds of this run, with whatever a crash interrupted finished."""
     folder = arguments.server_dir
-    path = folder / "server_weight.h5"
+    path = evaluator.weights_path
     check_weights(path, state)
     files.clean(folder)
     # Every file of this run has the layout of this one.
@@ -391,10 +400,10 @@ def open_rounds(arguments, state, evaluator):
         state,
         merge,
         evaluator.evaluate,
+        evaluator.publish_result,
+        say,
         arguments.min_clients,
         arguments.round_timeout,
-        say,
-        evaluator.publish_result,
     )
     rounds.open()
     return rounds

@@ -112,7 +112,6 @@ def publish_rows(path, columns, rows):
     writer.writeheader()
     for row in rows:
         writer.writerow({name: _rounded(value) for name, value in row.items()})
-    path = Path(path)
     # compared as bytes: a spreadsheet may have saved the file in an encoding that is not UTF-8
     if not path.exists() or path.read_bytes() != text.getvalue().encode():
         publish_text(path, text.getvalue())
@@ -130,7 +129,7 @@ def save_state(path, state):
     publish_text(path, json.dumps({"version": STATE_VERSION, **state}, indent=1) + "\n")
 
 
-def load_state(path, kinds, remedy="move it away"):
+def load_state(path, kinds, remedy):
     """Return the state as a dict, or None where there is no such file.
 
     kinds   {name: type} of what the state must have, all of it and nothing else; a type may be a
@@ -140,7 +139,6 @@ def load_state(path, kinds, remedy="move it away"):
 
     Raises ValueError where the file is not a state of this version, or says what it cannot.
     """
-    path = Path(path)
     if not path.exists():
         return None
     if not path.is_file():  # reading a FIFO waits for ever
@@ -248,7 +246,7 @@ def clean(folder):
 
     Only names that `temporary` makes: a file like .notes.tmp is the user's.
     """
-    for left_over in Path(folder).glob(".*.tmp*"):
+    for left_over in folder.glob(".*.tmp*"):
         if re.fullmatch(r"\..*\.\d+-[0-9a-f]{8}\.tmp(\.\w+)?", left_over.name):
             left_over.unlink(missing_ok=True)
 
@@ -256,9 +254,9 @@ def clean(folder):
 def first_free(folder, pattern):
     """The first path in `folder` that is not taken: of pattern.format(1), pattern.format(2) ..."""
     number = 1
-    while (Path(folder) / pattern.format(number)).exists():
+    while (folder / pattern.format(number)).exists():
         number += 1
-    return Path(folder) / pattern.format(number)
+    return folder / pattern.format(number)
 
 
 def move_aside(folder, paths):

@@ -143,9 +143,9 @@ class Rounds:
     publish_result   publish_result(state, row) -> (dict, text): publishes what is known of the
                      evaluated round `row`, and the model if it is the best; what RunState.best says
                      then, and the scores in words, for the round's line in the log
+    say              say(line): the server's log
     min_clients      how many uploads are enough once the time limit is over; None: all
     round_timeout_s  the time limit of a round; 0: none
-    say              say(line): the server's log
     """
 
     def __init__(
@@ -154,20 +154,20 @@ class Rounds:
         state,
         merge,
         evaluate,
+        publish_result,
+        say,
         min_clients=None,
         round_timeout_s=0,
-        say=print,
-        publish_result=lambda state, row: (None, f"AUC {row['auc']:.3f}"),
     ):
         self.folder = folder
         self.state = state
         self.merge = merge
         self.evaluate = evaluate
         self.publish_result = publish_result
-        self.given_min_clients = min_clients
-        self.round_timeout_s = round_timeout_s
         self.say = say
         self.say_of = log.OncePerMinute(say)  # for lines that one peer can cause again and again
+        self.given_min_clients = min_clients
+        self.round_timeout_s = round_timeout_s
 
         # One lock for all that follows. Whoever changes something notifies, and every waiting call
         # then looks for itself whether its wait is over.
@@ -239,8 +239,8 @@ class Rounds:
             self._merge_and_commit()
         if self.state.evaluated < self.state.round - 1:
             self._evaluate()
-        # The first is there from the start on; the second comes after the state, so it may lack a
-        # round.
+        # history.csv is there from the start on; clients.csv comes after the state, so it may lack
+        # a round.
         publish_rows(self.folder / "history.csv", HISTORY_COLUMNS, self.state.history)
         self._publish_scores()
 

@@ -45,7 +45,6 @@ IDLE_WITH_OLD_PEERS_S = 3600
 # one within a TLS handshake 46 kB, one that speaks HTTP/2 30 kB, and each call on it some 15 kB.
 CONNECTIONS = 1024  # and for each client:
 CONNECTIONS_PER_CLIENT = 16
-MESSAGE_BYTES = 2 << 20  # of one message
 METADATA_BYTES = 8 << 10  # of one call
 CALLS_PER_CONNECTION = 4  # a client opens one or two
 REMEMBERED_CONNECTIONS = 1000
@@ -70,7 +69,7 @@ def create_server(servicer, listen, credentials=None):
         options=[
             # Without this a second server would share the port, and neither would say so.
             ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", weights.MOST_MESSAGE_BYTES),
             ("grpc.max_concurrent_streams", CALLS_PER_CONNECTION),
             ("grpc.max_metadata_size", METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", METADATA_BYTES),
@@ -359,7 +358,9 @@ class Service:
                 if now < min(transfer.last_progress_at + transfer.stall_s, transfer.ends_at):
                     continue
                 who = transfer.client or "a peer without a name"
-                self.end(transfer, f"{who}: its {transfer.what} stands still: ended")
+                self.end(
+                    transfer, f"{who}: its {transfer.what} stands still or takes too long: ended"
+                )
 
     def first_message(self, caller, what, requests, context):
         """Wait for the first message of a stream. Raises Refused."""

@@ -215,6 +215,7 @@ def draw(status, written, most_rounds=None, names=None):
     written  when it was written
     names    {client: what it is called}, where it has another name beside its own
     """
+    # not at the top: the server draws nothing, and its rounds need the standard library only
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

@@ -220,7 +220,7 @@ def address(text):
 
 def is_this_machine(address):
     """Whether HOST:PORT stands for loopback addresses only; an unknown host does not."""
-    host = address.rpartition(":")[0].strip("[]") or "0.0.0.0"
+    host = address.rpartition(":")[0].strip("[]")
     try:
         found = socket.getaddrinfo(host, None)
     except (OSError, UnicodeError):

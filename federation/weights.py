@@ -28,6 +28,7 @@ from common.script import CLIENT_NAME
 from generated import todo_pb2
 
 BLOB_BYTES = 1 << 20  # of one message: the fastest here, 256 KiB and 4 MiB are slower
+MOST_MESSAGE_BYTES = 2 << 20  # that either end takes
 
 # The thesis demo cuts its base64 text after so many characters, and its peers accept no message
 # that holds more than so many bytes of anything else.
@@ -375,7 +376,7 @@ def _finite_slabs(file, tensor):
 
 def _slabs(shape):
     """[(first element, number of elements)] of the slabs of a tensor."""
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     return [(first, min(SLAB_ELEMENTS, size - first)) for first in range(0, size, SLAB_ELEMENTS)]
 
 

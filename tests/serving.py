@@ -13,10 +13,13 @@ def serve(rounds, listen="localhost:0", credentials=None, **options):
     """(started gRPC server, its HOST:PORT) for these Rounds.
 
     credentials  from tls.server_credentials; None is plaintext
-    options      of todoServer.FedMLServicer: max_examples, serve_unnamed
+    options      of todoServer.FedMLServicer: max_examples, serve_unnamed, card_text
     """
-    servicer = todoServer.FedMLServicer(rounds, **options)
-    return service.create_server(servicer, listen, credentials)
+    return service.create_server(servicer_of(rounds, **options), listen, credentials)
+
+
+def servicer_of(rounds, max_examples=10_000_000, serve_unnamed=True, card_text=lambda: ""):
+    return todoServer.FedMLServicer(rounds, max_examples, serve_unnamed, card_text)
 
 
 def connection(address):
@@ -62,7 +65,7 @@ class Served:
     def __init__(self, folder, **options):
         self.folder = folder
         self.run = Run(folder / "server", ["client001", "client002"], rounds=10_000)
-        servicer = todoServer.FedMLServicer(self.run.rounds, **options)
+        servicer = servicer_of(self.run.rounds, **options)
         self.service = servicer.service
         self.server, self.address = service.create_server(servicer, "localhost:0")
         self.channel = connection(self.address)
