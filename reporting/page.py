@@ -121,7 +121,7 @@ class Page:
             run=self.run,
             card=self.card,
             disease=DISEASE,
-            learnt=LEARNT,
+            learnt=TASK if self.referable_only else LEARNT,
             task=TASK,
             tasks=self.tasks,
         )

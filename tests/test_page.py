@@ -274,6 +274,13 @@ def test_what_is_unknown_is_not_measured(pictures):
     assert "split" not in text
 
 
+def test_what_hospitals_say_of_labels_that_only_say_referable_is_called_so(pictures):
+    run = run_of(prepared={**PREPARED, "referable": True})
+    run.client_rows = [{"round": 1, "client": "client001", "examples": 24, "auc": 0.9}]
+    text = text_of(Page(run).html())
+    assert f"{TASK}, as each hospital says" in text and "any DR" not in text
+
+
 def test_where_all_patients_choose_nothing_is_measured_and_nothing_warned_of(recwarn):
     page = Page(run_of(grades=np.array([0, 2, 3])))
     assert not page.reporting.any() and page.calibration()[1] == "not measured"
