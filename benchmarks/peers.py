@@ -11,7 +11,6 @@ mutual TLS, and then ours, too. A round is from the beginning of a training unti
 the next round's weights. The last lines are the medians of the pairs, the peer's seconds over ours.
 """
 
-import argparse
 import contextlib
 import os
 import signal
@@ -32,6 +31,8 @@ import standin
 from conftest import Started, free_port, processes_in
 from processes import cpu_seconds_with_children, write_indexes
 
+from common.script import new_parser
+
 NVFLARE_WAITS_S = {  # between two looks of its server and two questions of its clients
     "NVFlare": (0.5, 2),  # its own
     "NVFlare-short-waits": (0.05, 0.05),
@@ -42,9 +43,7 @@ DEADLINE_S = 600  # for a round
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=84.6)
     parser.add_argument("--rounds", type=int, default=3, help="pairs that count (default: 3)")

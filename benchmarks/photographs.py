@@ -11,8 +11,6 @@ of the server, of each client, and of these four together, each at its own peak;
 the weights.
 """
 
-import argparse
-import json
 import os
 import re
 import resource
@@ -30,7 +28,7 @@ import numpy as np
 import data
 import model
 from common import files
-from common.script import at_least
+from common.script import at_least, new_parser
 from reporting import card as cards
 from reporting import metrics
 
@@ -40,9 +38,7 @@ MEMBERS = ("server", "client001", "client002", "client003")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--source", type=Path, required=True, metavar="DIR", help="IDRiD's folder")
     add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2, 3, 4], help="(0 1 2 3 4)")
@@ -127,7 +123,7 @@ def peaks_of_children(pid):
 
 def areas_of_all():
     """The AUC of the last round's model on all held-out images, for each task."""
-    card = json.loads(Path("server/server_weight.json").read_text())
+    card = cards.read("server/server_weight.h5")
     records = data.read_index("index/val_set.pkl")
     network = model.build(card["arch"], card["image_size"])
     model.load(network, "server/server_weight.h5")

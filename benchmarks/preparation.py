@@ -8,7 +8,6 @@ Of the time of a first run, which makes the pictures, that of a second one is ta
 all of them there: imports, table and contact sheet.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
+from common.script import new_parser
 from preparation import synthetic
 
 SIZE = (4000, 3000)  # pixels, of a usual fundus camera
@@ -29,9 +29,7 @@ NUM_PHOTOGRAPHS = 60
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--idrid", metavar="DIR", help="folder of the unpacked IDRiD")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another commit's folder")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="(3)")

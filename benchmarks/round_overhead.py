@@ -7,7 +7,6 @@ side train, upload, are merged and download again, while the other side stands s
 the machine does falls on both. `ratio_to_floor N` is the median of these pairs.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,8 @@ from processes import (
     wait_for_all,
     write_indexes,
 )
+
+from common.script import new_parser
 
 BARE = Path(__file__).resolve().parent / "bare.py"
 
@@ -68,9 +69,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--clients", type=int, default=3)
     add("--megabytes", type=float, default=84.6)

@@ -35,6 +35,8 @@ from processes import (
     write_indexes,
 )
 
+from common.script import new_parser
+
 ROUNDS = 5  # that count: the last ones of a run
 GRID = [  # (clients, megabytes, rounds)
     (3, 10, ROUNDS),
@@ -51,9 +53,7 @@ GRID = [  # (clients, megabytes, rounds)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--clients", type=int, help="one line of the table: so many clients ...")
     add("--megabytes", type=float, default=10, help="... of so large a model (default: 10)")

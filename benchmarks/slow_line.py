@@ -31,6 +31,7 @@ from processes import STANDIN, line_with, start, write_indexes
 
 import todoClient
 from common.files import sha256_of
+from common.script import new_parser
 from federation import weights
 from generated import todo_pb2, todo_pb2_grpc
 
@@ -61,9 +62,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--megabytes", type=float, default=84.6, help="of the model (default: %(default)s)")
     add("--mbit", type=float, default=100, help="a second, of a line (default: %(default)s)")

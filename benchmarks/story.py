@@ -10,7 +10,6 @@ The AUC is of all of them. The other numbers are for any DR, at the threshold th
 validation patients choose, on the other half. The last table is what is asked of the demo.
 """
 
-import argparse
 import itertools
 import os
 import subprocess
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 import model
-from common.script import at_least
+from common.script import at_least, new_parser
 from federation import weights
 from reporting import metrics
 
@@ -36,9 +35,7 @@ COLUMNS = ("auc", "accuracy", "sensitivity", "specificity", "calibration")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2, 3, 4], help="(0 to 4)")
     add("--rounds", type=at_least(1), default=10, help="(10)")

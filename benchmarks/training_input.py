@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 import model
+from common.script import new_parser
 
 REPEATS = 5
 IMAGE_SIZE = 128
@@ -32,9 +33,7 @@ BATCH = 16
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     # this script starts itself as one of three clients at once
     parser.add_argument("--epoch-with-threads", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
