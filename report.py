@@ -243,7 +243,8 @@ class Answers:
         """The Model of a weight file. Raises ValueError where it answers NaN."""
         shape = (card["arch"], card["image_size"])
         if shape not in self.loaded:
-            images = data.load_images(self.val, card["image_size"])
+            folder = self.val_path.parent  # for what memory cannot hold
+            images = data.images_for(self.val, card["image_size"], folder, on_features=False)
             self.loaded[shape] = (model.build(*shape), images)
         network, images = self.loaded[shape]
         model.load(network, path)

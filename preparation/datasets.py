@@ -1,8 +1,9 @@
 """What lies in a folder becomes a list of photographs with grades and patients.
 
 A published data set is described by PUBLISHED; any other folder has one table, or a folder for each
-grade. Only the labels are read here, and it is looked up which photographs are there. Whether a
-photograph is whole shows when it is prepared.
+grade. Only the labels are read in here (and the patient of a DICOM file), and it is looked up which
+photographs are there. No picture is decoded: whether it is whole shows when it is prepared. What is
+not clear is asked, by a ValueError that names the flag, and never guessed.
 """
 
 import os
@@ -63,7 +64,7 @@ RIGHT = {
     ),
     "patient": (
         # different patients would become one
-        lambda cell: not re.fullmatch(r"\d[.,]\d+E\+\d+", cell),
+        lambda cell: not re.fullmatch(r"\d([.,]\d+)?[eE]\+\d+", cell),
         "all digits of the patient (a spreadsheet has rounded them)",
     ),
     "hospital": (lambda cell: bool(read_patient(cell)), "a name"),
@@ -199,7 +200,8 @@ def load(dataset, source, flags):
             f"{source} has no graded image ({'; '.join(whys) or 'it names none'}): is it the "
             f"folder of the data set {dataset!r}, unpacked, and the column that of the images?"
         )
-    if found.patients and len(found.photos) > 1 == len({photo.patient for photo in found.photos}):
+    num_patients = len({photo.patient for photo in found.photos})
+    if found.patients and num_patients == 1 < len(found.photos):
         raise ValueError(
             f"{source}: all {len(found.photos)} images are of one patient by {found.patients}, "
             "expected several: give another --patient-column, or --patient-column none if nothing "

@@ -113,6 +113,8 @@ def test_a_column_without_a_known_name_is_found_by_what_it_holds_and_that_is_sai
     ("image,label\na,0\na.jpg,\nb,2\n", "a.jpg twice"),
     ("image,label,Site\na,0,#N/A\nb,1,Lund\n", "line 2: 'Site' is '#N/A'"),
     ("image,label,MRN\na,0,1.23457E+11\nb,1,2\n", "line 2: 'MRN' is .*rounded"),
+    ("image,label,MRN\na,0,2\nb,1,1E+11\n", "line 3: 'MRN' is .*rounded"),
+    ("image,label,MRN\na,0,2\nb,1,1.2e+16\n", "line 3: 'MRN' is .*rounded"),
 ])  # fmt: skip
 def test_what_cannot_be_told_is_asked(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):

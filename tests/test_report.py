@@ -144,6 +144,19 @@ def test_the_best_round_is_a_candidate(here):
     assert len(loaded().candidates) == 1
 
 
+def test_held_out_images_that_memory_cannot_hold_lie_in_a_file(here, monkeypatch):
+    kinds = []
+
+    def predict(network, images):
+        kinds.append(type(images))
+        return by_brightness(network, images)
+
+    monkeypatch.setattr(model, "predict", predict)
+    monkeypatch.setattr(data, "available_memory", lambda: 1000)
+    loaded()
+    assert set(kinds) == {np.memmap} and not list((here / "index").glob(".*"))
+
+
 def test_a_hospital_gets_the_answer_at_home(here):
     """Measured on its own patients, by what came with the model."""
     (here / "client001").mkdir()
