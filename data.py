@@ -10,7 +10,8 @@ lists belong to one image and make up a *record*; n is the position of the recor
   patient    "p0017", the same for all images of one patient, and never what the source calls it.
              Without this column nobody knows: each image counts as its own patient.
 A pickle can run code when it is read. So an index is read with an unpickler that admits plain
-containers, strings and numbers, and nothing else.
+containers, strings and numbers, and nothing else. No layer and no flag is known in here: what a
+network makes of a batch is model.py's.
 """
 
 import hashlib
@@ -225,7 +226,7 @@ def images_for(records, image_size, folder, on_features, name="features"):
     """
     if on_features:
         return Features(records, image_size, Path(folder) / f"{name}.npz")
-    return load_images(records, image_size, temporary(Path(folder) / "images.npy"))
+    return load_images(records, image_size, temporary(Path(folder) / "images"))
 
 
 def load_images(records, image_size, spill=None):

@@ -1,6 +1,8 @@
 """The networks: build, train, predict, save and load.
 
-The only module with Keras layers. TensorFlow takes seconds to import, so it loads on first use.
+The only module with Keras layers. TensorFlow takes seconds to import, so it loads on first use, by
+an import within each function. No file but weights is read or written in here; who trains on what,
+and when, is the scripts'.
 
 The network's one output is P(healthy), as in the thesis: Keras sorts the class names 'False' and
 'True', and 'True' is healthy. The DR score is 1 - P(healthy); AUC, sensitivity and specificity are

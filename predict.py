@@ -348,7 +348,7 @@ def write_csv(path, results, threshold, sha256):
 def plain_cell(cell):
     """A cell that no spreadsheet takes for a formula, in UTF-8.
 
-    A file name on Linux is bytes: what is no UTF-8 in it is written as \\\\x..
+    A file name on Linux is bytes: what is no UTF-8 in it is written as \\udc..
     """
     text = cell.encode("utf-8", "backslashreplace").decode()
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -285,7 +285,11 @@ def choices_of(args):
 
 
 def made_with_of(args):
-    """What decides how a picture looks; not who gets it. Other code makes other pictures, too."""
+    """What decides how a picture looks; not who gets it.
+
+    Other code makes other pictures, too: with any edit of these modules, of a comment even, all
+    pictures are made anew.
+    """
     names = ["dataset", "preprocessing", "image_size", "keep_channels"]
     modules = [photos, field]
     if args.preprocessing == synthetic.KIND:
@@ -415,16 +419,17 @@ def settle(found, args):
     ]
     graded = [f"{photo.name} (grade {photo.grade})" for photo in contradictory]
     leave_out(args, len(settled), {"are identical to one of another grade": graded})
-    paths = {photo.path for photo in contradictory}
-    settled = [photo for photo in settled if photo.path not in paths]
+    excluded = {photo.path for photo in contradictory}
+    settled = [photo for photo in settled if photo.path not in excluded]
     if not args.balanced:
         settled, sentences = splits.settle_parts(settled, args.val_part)
         print("".join(f"{sentence}\n" for sentence in sentences), end="")
-    at = Counter(patient for patient, _ in {(each.patient, each.hospital) for each in settled})
-    num_moved = sum(count > 1 for count in at.values())
-    if num_moved:
+    pairs = {(photo.patient, photo.hospital) for photo in settled}
+    num_hospitals = Counter(patient for patient, _ in pairs)  # of each patient
+    num_shared = sum(count > 1 for count in num_hospitals.values())
+    if num_shared:
         print(
-            f"{num_moved:,} patients are of several hospitals: each goes to one, with all images; "
+            f"{num_shared:,} patients are of several hospitals: each goes to one, with all images; "
             "if these are different people, write the hospital before the patient's number"
         )
     return settled

@@ -4,6 +4,9 @@ The field is a disc that may be cut. A circle is fitted to the outline of what d
 surround, which is black or of another colour. So a notch of the camera that sticks out, a text in a
 corner and a caption below do not move it. (A flood fill from the corners would take several times
 as long and see the same outline: what is dark within the eye has no part in it.)
+
+An edit of this file, of a comment even, makes the pictures of photographs anew
+(prepare.made_with_of).
 """
 
 from typing import NamedTuple

@@ -1,4 +1,7 @@
-"""What a prepared data set looks like: a table of who got what, and sheets of pictures."""
+"""What a prepared data set looks like: a table of who got what, and sheets of pictures.
+
+It prints and draws; nothing is dealt or decided in here.
+"""
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.console import Console

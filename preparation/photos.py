@@ -4,6 +4,9 @@
 crop to the field of view, stretch the circle to a square, resize, subtract the local average.
 "colour" is for a network that has seen photographs before, and knows shapes and colours as they
 are: crop, and resize. On IDRiD it does better with the circle than with the square.
+
+Nothing is written in here, and no label known. An edit of this file, of a comment even, makes all
+photographs' pictures anew (prepare.made_with_of).
 """
 
 import warnings

@@ -46,8 +46,8 @@ def folder_of(made_with):
 def make_pictures(found, made_with):
     """Make NAME.png of every Photo in `found` that has none yet, in the folder of `made_with`.
 
-    made_with: dataset, preprocessing, image_size, keep_channels, of synthetic ones seed. Returns
-    ({name: what is wrong with the photograph}, {name: why it may be no fundus}).
+    made_with: of prepare.made_with_of. Returns ({name: what is wrong with the photograph},
+    {name: why it may be no fundus}).
     """
     folder = folder_of(made_with)
     folder.mkdir(parents=True, exist_ok=True)

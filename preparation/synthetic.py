@@ -8,7 +8,9 @@ only NumPy and Pillow. Grades are those of the International Clinical Diabetic R
 (Wilkinson et al., Ophthalmology 110, 2003).
 
 Eye, camera and lesions have random numbers of their own, so nothing but the lesions can tell the
-grade: a network that learns these pictures has learnt lesions.
+grade: a network that learns these pictures has learnt lesions. This must stay so.
+
+An edit of this file, of a comment even, makes all drawn pictures anew (prepare.made_with_of).
 
 Conventions, for the whole module:
     point      a complex number x + iy, x to the right, y down. The origin is the centre of the

@@ -69,7 +69,7 @@ def plain(text):
 
 
 def few(words, most=3):
-    """Some of many for a sentence: the first three, and how many more there are."""
+    """Some of many for a sentence: the first `most`, and how many more there are."""
     text = ", ".join(words[:most])
     return f"{text} and {len(words) - most:,} more" if len(words) > most else text
 

@@ -2,7 +2,8 @@
 
 Its index files are pickled pandas DataFrames: worker1.pkl ..., val_set.pkl (or iid_valid.pkl),
 train_set.pkl; and in assign_noniid/ share_data.pkl, the images that every worker gets, with
-new_trainset.pkl, the others. A pickle is code: only files that the user trusts.
+new_trainset.pkl, the others. A pickle is code: only files that the user trusts, named by
+--index-from, are read in here; whatever else reads an index goes by data.read_index.
 """
 
 from pathlib import Path, PureWindowsPath
