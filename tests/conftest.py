@@ -292,6 +292,13 @@ def site(tmp_path):
 # --- faults --------------------------------------------------------------------------------------
 
 
+def fail_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
 def fails_once(monkeypatch, owner, name, error):
     inner, errors = getattr(owner, name), [error]
 

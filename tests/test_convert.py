@@ -11,7 +11,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, Call, processes_in, until
+from conftest import ROOT, Call, fail_with, processes_in, until
 from hostile import many_names, one_text_many_times, replace_converter
 from standin import SHAPES, random_tensors, write_weights
 
@@ -124,10 +124,8 @@ def test_a_crash_is_tried_once_more(layout, upload, tmp_path, monkeypatch):
 
 
 def test_a_process_that_cannot_be_started_is_our_fault(layout, upload, monkeypatch):
-    def start(*_):
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(convert, "_start", start)
+    error = BlockingIOError(11, "Resource temporarily unavailable")
+    monkeypatch.setattr(convert, "_start", fail_with(error))
     with pytest.raises(ChildProcessError, match="no process could be started .*temporarily"):
         convert.convert(upload, layout)
 

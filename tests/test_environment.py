@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fail_with
 
 from common import files
 from federation import weights
@@ -27,9 +27,7 @@ def test_without_locks_and_without_fsync_of_folders(
     client_main, served, monkeypatch, fsync, code, words
 ):
     """As on some network file systems."""
-
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    no_locks = fail_with(OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)))
 
     def not_of_folders(fd, inner=os.fsync):
         if stat.S_ISDIR(os.fstat(fd).st_mode):

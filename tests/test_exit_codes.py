@@ -177,12 +177,13 @@ def waits(client_main, two, *flags):
 def deaf(two, monkeypatch):
     """deaf(): in it the server answers pings, and no call: each waits for a lock."""
     monkeypatch.setattr(todoClient, "TELL_EVERY_S", 0.2)
-    monkeypatch.setattr(todoClient, "TELL_TIMEOUT_S", 1)
 
     @contextlib.contextmanager
     def is_deaf():
         with two[0].rounds.changed, monkeypatch.context() as patch:
-            patch.setattr(todoClient, "UNANSWERED_S", 2)  # only here: a busy one may take longer
+            # only here: a busy one may take longer
+            patch.setattr(todoClient, "TELL_TIMEOUT_S", 1)
+            patch.setattr(todoClient, "UNANSWERED_S", 2)
             yield
 
     return is_deaf

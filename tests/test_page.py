@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import STARTS_S
 from PIL import Image
 
 from report import Model, Run
@@ -342,7 +343,7 @@ def test_the_first_screen(full, tmp_path, width, section):
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
     flags += ["--window-size=1500,1000", "--virtual-time-budget=10000", "--dump-dom"]
     command = [CHROMIUM, *flags, frame.as_uri()]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=STARTS_S)
     said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', ended.stdout)[1]))
     assert said["needed"] <= width and said[section] <= 900 and said["broken"] == 0
     assert "Refused to" not in ended.stderr and "Content Security Policy" not in ended.stderr

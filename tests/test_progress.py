@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import standin
-from conftest import Call, rows_of, until
+from conftest import Call, fail_with, rows_of, until
 from serving import serve
 
 import todoClient
@@ -103,10 +103,7 @@ def test_a_server_that_does_not_know_the_call_is_served_all_the_same(
     request, client_main, monkeypatch
 ):
     """Of another commit, or behind a proxy that passes two of three calls."""
-
-    def no_such_call(*_):
-        raise Refused("UNIMPLEMENTED", "no such method")
-
+    no_such_call = fail_with(Refused("UNIMPLEMENTED", "no such method"))
     monkeypatch.setattr(todoServer.FedMLServicer, "tell", no_such_call)
     _, address = request.getfixturevalue("served")
     code, said = client_main("--server", address, "--val-index", "index/val_set.pkl")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Call, random_tensors, read_weights, rows_of, until, write_weights
+from conftest import Call, fail_with, random_tensors, read_weights, rows_of, until, write_weights
 from serving import Peer, connection, refusal, serve
 
 from common import files
@@ -40,13 +40,6 @@ def all_deliver(run, **seeds):
     calls = [run.deliver(client, seed) for client, seed in seeds.items()]
     for call in calls:
         call.result()
-
-
-def fail_with(error):
-    def fail(*_):
-        raise error
-
-    return fail
 
 
 @contextlib.contextmanager

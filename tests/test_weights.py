@@ -11,7 +11,7 @@ import tracemalloc
 import h5py
 import numpy as np
 import pytest
-from conftest import averaged, read_weights, same_bits
+from conftest import averaged, fail_with, read_weights, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from standin import random_tensors, write_weights
@@ -175,10 +175,8 @@ def test_what_cannot_be_written_leaves_the_file(own, tmp_path):
 
 
 def test_a_fault_of_the_machine_is_never_one_of_the_file(own, monkeypatch):
-    def fail(*arguments):
-        raise OSError(errno.EMFILE, "a fault of the test")
-
-    monkeypatch.setattr(h5py, "File", fail)
+    error = OSError(errno.EMFILE, "a fault of the test")
+    monkeypatch.setattr(h5py, "File", fail_with(error))
     with pytest.raises(OSError, match="a fault of the test"):
         weights.Layout(own[0])
 
