@@ -86,18 +86,18 @@ RUN_FILES = (
     "server_weight.json",
 )
 
-REPORT_EVERY_S = 30
-TELL_EVERY_S = 5
+REPORT_EVERY_S = 30  # how often the log says that this client waits
+TELL_EVERY_S = 5  # how often the server is told where this client is
 TELL_TIMEOUT_S = 10
 UNANSWERED_S = 60  # a server that answers nothing for so long is away, be its port open
 PING_S = 8  # while a call waits: to a server of ours, which allows it
 RARE_PING_S = 330  # to any other: the thesis demo's hangs up on who pings within five minutes
-FIRST_PAUSE_S = 0.2
+FIRST_PAUSE_S = 0.2  # between two attempts, as in `keep_trying`
 LONGEST_PAUSE_S = 10
 CONNECT_S = 10  # what gRPC may take to connect
 SERVED_S = 2 * CONNECT_S  # a call that lasted longer had a server at its other end
 
-MAX_WEIGHTS_BYTES = 4 << 30
+MAX_WEIGHTS_BYTES = 4 << 30  # that a server may send
 
 # What a server trains that names nothing: the thesis demo's, of 2020. A run without an id is its.
 TASK_OF_2020 = {
@@ -369,7 +369,7 @@ def progress_of(site, task, phase):
 def ClientsendWeight(stub, site):
     """send weight to server, and wait for its answer. Afterwards nothing is left to deliver.
 
-    Raises ValueError where the server refuses it, grpc.RpcError, ConnectionError.
+    Raises grpc.RpcError, ConnectionError where the server has answered nothing for too long.
     """
     state = site.state
     title = f"round {state['round']}/{state['rounds']}"

@@ -16,10 +16,10 @@ import sys
 import threading
 import time
 
-MAX_TEXTS = 10_000
+MAX_TEXTS = 10_000  # that wait to be written
 MAX_CHARACTERS = 300  # of a text from outside
-MAX_KEYS = 1000
-FLUSH_S = 1
+MAX_KEYS = 1000  # that `OncePerMinute` remembers: peers choose them
+FLUSH_S = 1  # how long an end waits for an output that stands still
 
 
 def say(who, line):

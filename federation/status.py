@@ -174,7 +174,7 @@ def follow(rounds):
 
 
 def write(folder, status):
-    """Write status.json. Nothing reads it back, so without fsync: it is no promise."""
+    """Write status.json: without fsync, for no start goes by it."""
     path = folder / "status.json"
     written = temporary(path)
     try:
