@@ -71,8 +71,8 @@ def signed(value, digits=2):
 
 
 def difference_text(measured, digits=2):
-    """'+0.14, 0.06 to 0.22'"""
-    return f"{signed(measured.value, digits)}, {interval(measured, digits)}"
+    """'+0.14, 0.06 to 0.22'; 'not measured' where it is not."""
+    return ", ".join(filter(None, [signed(measured.value, digits), interval(measured, digits)]))
 
 
 def how_it_did(difference):

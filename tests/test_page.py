@@ -305,8 +305,9 @@ def test_a_hospital_of_one_class_has_a_page(pictures, grades):
         federated.p_healthy, records_of(grades), federated.card["tasks"]
     )
     federated.card["warning"] = ""
-    page = Page(Run(federated, records_of(grades), PREPARED, home="client001"))
-    assert "of 1,000 people is not measured" in text_of(page.html())
+    run = Run(federated, records_of(grades), PREPARED, home="client001", candidates=[federated])
+    text = text_of(Page(run).html())
+    assert "of 1,000 people is not measured" in text and "last round: AUC not measured." in text
 
 
 def test_the_gallery_shows_the_worst_first(full):
