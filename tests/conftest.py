@@ -36,6 +36,7 @@ from federation.rounds import Rounds, Upload
 from federation.state import RunState
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # photographs and cases, which are no part of the project
 DEADLINE_S = 60  # for what takes a second on an idle machine
 STARTS_S = 400  # for a script that loads TensorFlow
 CLIENTS = ["client001", "client002", "client003"]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHARED
 from PIL import Image
 
 import data
 import prepare
 
-SHARED = Path(__file__).parents[2] / "shared"
 CASES = sorted(path.parent for path in SHARED.glob("cases*/*/expect.json"))
 KNOWN_KEYS = {
     *("prepare", "exit", "images", "val", "then", "then_exit", "then_images", "alike", "must"),

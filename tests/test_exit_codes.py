@@ -69,6 +69,17 @@ def test_a_signal_ends_the_server_and_what_has_arrived_is_kept(
     assert kept.uploads if clients == TWO else kept.round == 2
 
 
+def test_two_signals_at_once_end_a_server(start, begun):
+    """Ctrl-C reaches the server by the terminal, and a unit's stop by SIGTERM."""
+    folder = begun()
+    for _ in range(4):
+        server, _ = start_server(start, folder)
+        server.signal(signal.SIGINT)
+        server.signal(signal.SIGTERM)
+        assert server.wait() in (130, 143)
+        assert "what has arrived is kept" in server.lines[-1]
+
+
 FULL_DISK = """
 from federation import weights
 def fedavg(*_, **__):

@@ -1,16 +1,15 @@
 """field: the eye is found whatever is around it, and what is no fundus is told."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from conftest import SHARED
 from eyes import NO_FUNDUS, eye
 from PIL import Image, ImageDraw
 
 from preparation.field import find_field, whole_field, why_no_fundus
 from preparation.photos import open_image
 
-IDRID = Path(__file__).parents[2] / "shared/fundus/idrid"
+IDRID = SHARED / "fundus" / "idrid"
 
 
 def on_colour(colour):

@@ -10,10 +10,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import CLIENTS, ROOT, copy_of, free_port, holding, rows_of
+from conftest import CLIENTS, ROOT, SHARED, copy_of, free_port, holding, rows_of
 
 SERVER = "10.77.0.1"
 ENDS_S = 400
@@ -108,7 +107,7 @@ def test_three_hospitals_one_of_which_loses_its_line(spaces, start, begun):
 
 CHAPTER = (ROOT / "docs" / "hospitals.md").read_text(encoding="utf-8").replace("\\\n", " ")
 SERVER_UNIT, CLIENT_UNIT = re.findall(r"^ExecStart=(.*)$", CHAPTER, re.M)
-IDRID = Path(__file__).parents[2] / "shared/fundus/idrid/B. Disease Grading"
+IDRID = SHARED / "fundus" / "idrid" / "B. Disease Grading"
 NUM_NEW = 5
 
 

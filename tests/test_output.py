@@ -207,10 +207,9 @@ def test_lines_that_one_peer_can_cause_are_said_once_a_minute_with_a_count(monke
 def test_a_handshake_that_fails_is_no_line_in_the_log(start, begun):
     """gRPC says one for each, and anyone who reaches the port can cause them."""
     site = begun()
-    new_certificate = "openssl req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -days 9"
-    names = "-subj /CN=localhost -keyout key.pem -out cert.pem"
-    subprocess.run(f"{new_certificate} {names}".split(), cwd=site, check=True, capture_output=True)
-    flags = ["--tls-cert", "cert.pem", "--tls-key", "key.pem"]
+    make_certs = [ROOT / "make_certs.sh", site / "certs", "localhost", "client001"]
+    subprocess.run(make_certs, check=True, capture_output=True)
+    flags = ["--tls-cert", "certs/server.pem", "--tls-key", "certs/server.key"]
     server, address = start_server(start, site, *flags)
     for _ in range(20):
         with socket.create_connection(("localhost", int(address.rpartition(":")[2]))) as stranger:

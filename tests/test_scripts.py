@@ -3,13 +3,12 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections import defaultdict
 
 import pytest
-from conftest import ROOT, project_files, start_server
+from conftest import ROOT, project_files
 
 
 def run(*command, cwd=ROOT, **options):
@@ -116,14 +115,3 @@ def test_a_missing_file_is_one_sentence_and_exit_1(command, sentence, tmp_path):
     shown = run(sys.executable, *f"{ROOT}/{command}".split(), cwd=tmp_path)
     assert shown.returncode == 1 and len(shown.stderr.splitlines()) == 1
     assert sentence in shown.stderr and not list(tmp_path.iterdir())  # and leaves nothing behind
-
-
-def test_two_signals_at_once_end_a_server(start, begun):
-    """Ctrl-C reaches the server by the terminal, and a unit's stop by SIGTERM."""
-    folder = begun()
-    for _ in range(4):
-        server, _ = start_server(start, folder)
-        server.signal(signal.SIGINT)
-        server.signal(signal.SIGTERM)
-        assert server.wait() in (130, 143)
-        assert "what has arrived is kept" in server.lines[-1]
