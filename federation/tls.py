@@ -35,7 +35,7 @@ OWN_FAULTS = {
 SAID_BY_A_PROXY = "Received http2 header"  # an answer came, and not from the server
 SAID_BY_GRPC = re.compile(
     "failed to connect|connections to all|errors resolving|DNS resolution|Deadline Exceeded|"
-    + SAID_BY_A_PROXY
+    "Stream removed|" + SAID_BY_A_PROXY
 )
 # What it says (grpcio 1.81 to 1.85), what that means, and whether trying again may help: not where
 # somebody has to change flags or files, or a setting of a proxy, before this client can be served.
@@ -119,6 +119,7 @@ FAILURES = [
         "or one that forwards to a server that is away",
         True,
     ),
+    ("Stream removed", "the connection broke off: the server or the line went away", True),
     ("Failed parsing HTTP/2", "who answers there is no gRPC server: is the port right?", True),
     ("resolving|DNS", "its name is not known here", True),
     (

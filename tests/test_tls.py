@@ -249,6 +249,9 @@ SETUPS = {
     "the server's certificate is of another host": Setup(server="server-elsewhere"),
     "nobody listens": Setup(before=NOBODY),
     "a firewall drops what is sent": Setup(details="failed to connect: connect() timed out"),
+    "the server is killed while a client waits": Setup(
+        details="Stream removed (recvmsg:Connection reset by peer (104))"
+    ),
     "the server's name is unknown": Setup(host="nowhere.invalid"),
     "the server behind a forwarded port is away": Setup(before=""),
     "another program has the port": Setup(client=None, before="400 Bad Request"),
