@@ -68,6 +68,8 @@ def configure(seed, threads=None):
         tf.config.list_physical_devices()
     # Keras warns of the "legacy" HDF5 format at every save; that format is our contract.
     absl.logging.set_verbosity(absl.logging.ERROR)
+    # It warns of base and head, each with a last batch that is smaller: of what we mean.
+    tf.get_logger().setLevel("ERROR")
     threads = threads or default_threads()
     # ~/.keras/keras.json may hold another project's choices, which would change every number.
     keras.config.set_floatx("float32")

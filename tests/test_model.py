@@ -55,6 +55,19 @@ def test_drcnn_does_not_see_the_cameras_light_and_colours():
     assert model.predict(network, other_camera) == pytest.approx(answers, abs=np.ptp(answers) / 20)
 
 
+def test_tensorflow_does_not_warn_of_several_networks_and_sizes_of_batches():
+    program = """
+import numpy as np, model
+model.configure(0, 1)
+for network in [model.build("drcnn", 16) for _ in range(3)]:
+    for size in (1, 2):
+        network.predict_on_batch(np.zeros((size, 16, 16, 3)))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "WARNING" not in done.stderr
+
+
 def test_learning_rates_fall_as_the_thesis_says():
     assert model.learning_rate("vgg16", 1) == 1e-4
     assert model.learning_rate("vgg16", 21) == pytest.approx(1e-4 / 2)
