@@ -46,6 +46,8 @@ FINE_TUNING_EPOCHS = 2
 def main(argv=None):
     flags = parser()
     args = flags.parse_args(argv)
+    if args.fine_tune and args.weights:
+        flags.error("--fine-tune goes on from the weights of its own file: leave out --weights")
     try:
         if args.fine_tune or args.like:
             flags.set_defaults(**settings_of_run(args))  # for all that no flag says

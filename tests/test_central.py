@@ -199,3 +199,6 @@ def test_what_cannot_be_is_one_sentence(here, trained, capsys):
     said = capsys.readouterr().err
     # in the name of its rounds: by it run_local.sh finds its last words in the log
     assert " alone/client001: error: " in said and "name it with --weights" in said
+    with pytest.raises(SystemExit):
+        run("--fine-tune", "central/central_weight.h5", "--weights", "none")
+    assert "leave out --weights" in capsys.readouterr().err
