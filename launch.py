@@ -78,6 +78,7 @@ STATUS = Path("server/status.json")
 ALONE = Path("alone")  # each client trained alone, for comparison
 LOG = Path("run_local.log")
 TRAINED_WITH = "a new run, trained with: "  # in the log, before its flags of training
+LISTENS = r"server: listening on (\S+)\n"  # there too, once the server holds the run
 
 LOOK_EVERY_S = 0.3
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -301,6 +302,11 @@ def check_training(given):
     """
     text = LOG.read_text(encoding="utf-8", errors="replace") if LOG.exists() else ""
     before = re.search(f"{WHO}: {TRAINED_WITH}(.*)\n", text)
+    if before and not re.search(LISTENS, text):
+        raise ValueError(
+            "the run that was begun last ended before its server listened, and server/ may hold "
+            "the run before it: begin with --fresh"
+        )
     if before and before[1] != training_words(given):
         raise ValueError(
             f"server/ holds an unfinished run that trains with {before[1] or 'no flags'!r}, not "
@@ -350,7 +356,7 @@ def address_of_server(processes, console, begin):
         with open(LOG, "rb") as log_file:
             log_file.seek(begin)
             said = log_file.read().decode(errors="replace")
-        if found := re.search(r"server: listening on (\S+)\n", said):
+        if found := re.search(LISTENS, said):
             for warning in re.findall(r"server: (warning: .*)", said):
                 console.print(warning)
             return found[1]

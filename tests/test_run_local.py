@@ -188,6 +188,17 @@ def test_an_unfinished_run_of_other_images_or_a_damaged_one_is_refused_in_a_sent
     assert damaged.stderr.count("\n") == 1 and "--fresh" in damaged.stderr
 
 
+def test_a_run_that_ended_before_its_server_held_it_is_not_gone_on_with(waiting):
+    """The run before it is still there: it would go on with the other's flags of training."""
+    begin(waiting, 1)
+    replace_main(waiting, "todoClient.py", "\n    raise SystemExit")
+    replace_main(waiting, "todoServer.py", "\n    raise SystemExit(3)")
+    assert run(waiting, "--fresh", "--epochs", "5").returncode == 3
+    replace_main(waiting, "todoServer.py", ENDING_SERVER)
+    gone_on = run(waiting, "--epochs", "5")
+    assert gone_on.returncode == 1 and "begin with --fresh" in gone_on.stderr
+
+
 def test_another_env_another_pythons_home_and_a_zip_without_executable_bits(copied, tmp_path):
     """And wrong usage is one line, before any image is made."""
     old_env = tmp_path / "bin" / "env"
