@@ -515,6 +515,9 @@ class Service:
             # Whatever a broken connection led to, it is not a fault of the file.
             if isinstance(error, grpc.RpcError) or not context.is_active():
                 sentence = f"{client} went away in the middle of its upload"
+                # gRPC keeps its error with the call, and the error's traceback keeps the call and
+                # the piece that came last: both would stay until Python looks for such cycles.
+                error.with_traceback(None)
                 raise Refused("CANCELLED", sentence) from None
             if isinstance(error, ValueError):
                 raise Refused("INVALID_ARGUMENT", f"{client}: {error}") from None

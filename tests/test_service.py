@@ -4,6 +4,7 @@ A served run within this process; what an attack costs others is test_attacks.py
 """
 
 import contextlib
+import gc
 import math
 import re
 import threading
@@ -77,6 +78,20 @@ def silent(served):
         channel.close()
 
 
+def half_an_upload(served, go_on):
+    """A call of client002 that sends a part, and no more until go_on is set."""
+
+    def half():
+        yield todo_pb2.modelWeight(blob=bytes(9000), clientname="client002", clientsize=3)
+        go_on.wait(60)
+
+    call = served.stub.sendWeight.future(
+        half(), metadata=[("fedml-client", "client002")], timeout=60
+    )
+    until(lambda: call.done() or list(served.folder.rglob("*.tmp*")), "half is there")
+    return call
+
+
 # --- what does not move --------------------------------------------------------------------------
 
 
@@ -87,15 +102,7 @@ def test_an_upload_that_takes_too_long_is_ended_leaves_nothing_and_stops_no_one_
     """It stands still, or its time is over in all."""
     said_anew(served, monkeypatch)
     first, go_on = served.counted(good[0], "client001"), threading.Event()
-
-    def half():
-        yield todo_pb2.modelWeight(blob=bytes(9000), clientname="client002", clientsize=3)
-        go_on.wait(60)
-
-    call = served.stub.sendWeight.future(
-        half(), metadata=[("fedml-client", "client002")], timeout=60
-    )
-    until(lambda: list(served.folder.rglob("*.tmp*")), "half is there")
+    call = half_an_upload(served, go_on)
     (transfer,) = served.service.transfers
     assert transfer.stall_s == 30
     transfer.stall_s, transfer.ends_at = stall_s, ends_at
@@ -104,6 +111,20 @@ def test_an_upload_that_takes_too_long_is_ended_leaves_nothing_and_stops_no_one_
     until(lambda: not list(served.folder.rglob("*.tmp*")), "nothing is left of it")
     go_on.set()
     finish(served, first, served.send(good[1], "client002"))
+
+
+def test_of_uploads_that_break_off_nothing_stays_in_memory(served):
+    """gRPC counts a call against its connection until Python has forgotten it."""
+    gc.disable()
+    try:
+        for _ in range(2 * service.CALLS_PER_CONNECTION):
+            go_on = threading.Event()
+            call = half_an_upload(served, go_on)
+            assert call.cancel(), call.details()
+            go_on.set()
+            until(lambda: not served.service.transfers, "it has left")
+    finally:
+        gc.enable()
 
 
 def test_a_new_upload_ends_the_clients_own_while_it_is_converted(
