@@ -377,6 +377,7 @@ def ClientsendWeight(stub, site):
     site.reporter.at(state, "waiting", scores)
     if scores and (error := site.reporter.tell()):
         # A server that starts at this moment would count the upload without what was measured.
+        # Not raised as it is: to `keep_trying` a call that took long had a server at its other end.
         is_call = isinstance(error, grpc.RpcError)
         raise ConnectionError(why_it_failed(error, site.arguments) if is_call else str(error))
     messages, request_metadata = upload_of(site)
